@@ -1,0 +1,1 @@
+"""Text to batches: documents, tokenizer, shards, references, rows. Knows nothing of models."""

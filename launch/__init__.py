@@ -1,0 +1,1 @@
+"""Where users meet the project: configuration, builders, commands, launchers."""

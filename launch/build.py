@@ -1,0 +1,216 @@
+"""From a checked configuration to the objects of a run: build lines only, each a constructor call.
+
+Not here: anything worth a test of its own.
+"""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.documents import Split
+from data.prepare import Prepared, open_prepared
+from launch.compose import load_config
+from launch.config import RunConfig
+from memorybank import embedder as embedders
+from memorybank.codec import Codec, DtypeCodec
+from memorybank.embedder import Embedder, VectorCache
+from memorybank.record import MemoryShape
+from memorybank.search import RowSearch
+from model.transformer import Memory3LM
+from train.checkpoint import Checkpoint, Checkpoints
+from train.config import Precision, StageConfig
+from train.continual import BankEpochs
+from train.distributed import Ranks
+from train.engine import DeepSpeedEngine, InferenceEngine
+from train.evaluate import TextSet
+from train.metrics import Metrics
+from train.probes import search_probes
+from train.rows import held_out_rows
+from train.run import Parts
+from train.schedule import schedule_of
+
+
+@dataclass(slots=True)
+class Context:
+    """What all commands on one configuration share."""
+
+    config: RunConfig
+    prepared: Prepared
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the prepared corpus, which checkpoints and banks are bound to."""
+        prepared = self.prepared
+        return {
+            "shards": prepared.shards.fingerprint,
+            "references": prepared.references.fingerprint,
+            "tokenizer": prepared.tokenizer.fingerprint,
+        }
+
+    def checkpoints(self, run: Path, *, ranks: Ranks | None = None) -> Checkpoints:
+        return Checkpoints(run, inputs=self.inputs, keep_last=self.config.saving.keep_last, ranks=ranks)
+
+    def embedder(self) -> Embedder:
+        return embedders.build(self.config.retrieval.embedder, device=_device())
+
+    def vectors(self, embedder: Embedder) -> VectorCache:
+        return VectorCache(prepared_folder(self.config) / "vectors", embedder)
+
+    def search(self, embedder: Embedder) -> RowSearch:
+        return RowSearch(
+            self.prepared.tokenizer,
+            self.prepared.references,
+            self.vectors(embedder).vectors,
+            self.config.retrieval,
+            chunk_tokens=self.config.model.chunk_tokens,
+        )
+
+    def hit_shares(self) -> dict[str, tuple[int, float, float]]:
+        """By relation: validation probes, and the shares whose first, or one of whose first few, references hold
+        the answer, when all references may be read.
+        """
+        prepared = self.prepared
+        embedder = self.embedder()
+        everything = prepared.references.of_documents(prepared.shards.corpus.select(refers=True))
+        probes = [probe for probe in prepared.probes if probe.split is Split.validation]
+        if not probes:
+            return {}
+        found = search_probes(
+            probes,
+            prepared.tokenizer,
+            prepared.references,
+            self.vectors(embedder).vectors,
+            self.search(embedder).index(everything),
+            self.config.retrieval,
+        )
+        return found.hit_shares()
+
+    def codec(self) -> Codec:
+        bf16 = self.config.engine.precision is Precision.bf16
+        return DtypeCodec(MemoryShape.of(self.config.model), torch.bfloat16 if bf16 else torch.float32)
+
+    def model(self) -> Memory3LM:
+        """A model with fresh weights, the same for the same seed."""
+        torch.manual_seed(self.config.seed)
+        return Memory3LM(self.config.model)
+
+    def held_out(self, split: Split, num_rows: int) -> TextSet:
+        return held_out_rows(
+            self.prepared.shards, split, num_rows=num_rows, row_tokens=self.config.model.row_tokens
+        )
+
+    def inference_engine(self, checkpoint: Checkpoint) -> InferenceEngine:
+        model = self.model().to(
+            torch.bfloat16 if self.config.engine.precision is Precision.bf16 else torch.float32
+        )
+        model.load_state_dict(checkpoint.weights())
+        return InferenceEngine(model.to(_device()))
+
+    def branch_point(self, run: Path, config: RunConfig) -> Checkpoint:
+        """The warmup checkpoint that the continual stage starts from: the last one before the decay."""
+        stage = config.continual
+        assert stage is not None
+        source = run if stage.branch_from is None else run_folder(stage.branch_from, config.paths.root)
+        warmup = load_config(source / "config.yaml").warmup
+        if warmup is None:
+            raise ValueError(
+                f"continual.branch_from={stage.branch_from}: {source} has no warmup stage; name the run that has"
+            )
+        return self.checkpoints(source).last_of("warmup", at_most=warmup.steps - warmup.decay_steps)
+
+    def parts(
+        self,
+        name: str,
+        stage: StageConfig,
+        run: Path,
+        *,
+        ranks: Ranks,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        weights: Checkpoint | None,
+    ) -> Parts:
+        """Everything a stage needs."""
+        config = self.config
+        model = self.model()
+        if weights is not None:
+            model.load_state_dict(weights.weights())
+        engine = DeepSpeedEngine(
+            model,
+            optim=config.optim,
+            engine=config.engine,
+            rows_per_step=stage.rows_per_step,
+            micro_rows=stage.micro_rows,
+            ranks=ranks,
+        )
+        codec = self.codec()
+        epochs = None
+        if stage.memory is not None:
+            epochs = BankEpochs(
+                run,
+                references=self.prepared.references,
+                search=self.search(self.embedder()) if ranks.is_first else None,
+                retrieval=config.retrieval,
+                inputs=self.inputs,
+                model=config.model,
+                codec=codec,
+                ranks=ranks,
+            )
+        return Parts(
+            name=name,
+            config=stage,
+            schedule=schedule_of(
+                stage, save_every=config.saving.every_steps, validate_every=config.logging.validate_every
+            ),
+            engine=engine,
+            shards=self.prepared.shards,
+            source_weights={label: source.weight for label, source in config.data.sources.items()},
+            references=self.prepared.references,
+            codec=codec,
+            epochs=epochs,
+            window=config.retrieval.window,
+            overlap_limit=config.retrieval.overlap_evaluation,
+            validation=self.held_out(Split.validation, config.logging.validation_rows),
+            checkpoints=checkpoints,
+            metrics=metrics,
+            ranks=ranks,
+            row_tokens=config.model.row_tokens,
+            seed=config.seed,
+        )
+
+
+def context(config: RunConfig) -> Context:
+    """Open the prepared corpus of a configuration."""
+    return Context(config, open_prepared(config.data, prepared_root(config)))
+
+
+def prepared_root(config: RunConfig) -> Path:
+    """Folder of all prepared corpora."""
+    return Path(config.paths.root) / "prepared"
+
+
+def prepared_folder(config: RunConfig) -> Path:
+    """Folder of this configuration's prepared corpus."""
+    return prepared_root(config) / config.data.name
+
+
+def run_folder(run: str, root: str) -> Path:
+    """A run given as a folder, or as its name below the root."""
+    path = Path(run)
+    return path if (path / "config.yaml").exists() else Path(root) / run
+
+
+def quiet_third_parties() -> None:
+    """Keep the terminal for what this project says."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore")
+    for name in ("DeepSpeed", "transformers", "torch", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

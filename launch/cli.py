@@ -1,0 +1,143 @@
+"""The console script `memory3`: which command, and nothing else. Imports no torch, so that `--help` is immediate.
+
+Not here: what the commands do (one module each).
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_OVERRIDES = """\
+settings are given in Hydra's grammar:
+  experiment=demo model=micro    choose files of conf/ (groups: model, data, experiment, debug)
+  warmup.steps=200 seed=1        set single keys
+  continual.memory=null          switch a part off
+`memory3 pretrain --cfg [settings]` prints every key with its value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command of the console script: its module has `run(arguments) -> int`."""
+
+    name: str
+    summary: str
+    details: str
+
+
+COMMANDS = (
+    Command("prepare", "corpus -> tokenizer -> token shards -> references -> search vectors", _OVERRIDES),
+    Command("pretrain", "train: the warmup stage, then the continual stage with its memory bank", _OVERRIDES),
+    Command("bank", "refresh, or look at, the memory bank of a run", ""),
+    Command("evaluate", "held-out text and fact probes, with memory, without, and with shuffled memory", ""),
+    Command("generate", "complete a prompt with a run's model, with and without memory", ""),
+    Command("report", "one table from the evaluations of several runs and seeds", ""),
+    Command(
+        "demo", "the whole story on the World Factbook, in a quarter of an hour on two cores", _OVERRIDES
+    ),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, as `--help` shows it."""
+    top = argparse.ArgumentParser(
+        prog="memory3",
+        description="Pretrain language models with explicit memory (Memory3, arXiv 2407.01178).",
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = commands.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog=command.details,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_arguments(sub, command.name)
+    return top
+
+
+def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
+    if name == "bank":
+        sub.add_argument(
+            "action",
+            choices=["refresh", "stat"],
+            help="refresh: compile all that may be read with the newest weights; stat: describe",
+        )
+    if name in ("bank", "evaluate", "generate"):
+        sub.add_argument("run", help="run folder, or its name below --root")
+        sub.add_argument(
+            "--root", default="runs", help="folder of runs and prepared corpora (default: %(default)s)"
+        )
+    if name == "evaluate":
+        sub.add_argument(
+            "--split",
+            choices=["validation", "test"],
+            default="validation",
+            help="held-out part (default: %(default)s)",
+        )
+    if name in ("evaluate", "generate"):
+        sub.add_argument(
+            "--bank", help="generation below the run's bank/ to read (default: compile what is read)"
+        )
+        sub.add_argument(
+            "--stale",
+            choices=["refuse", "allow"],
+            default="refuse",
+            help="whether a generation of other weights may be read; the output then says so (default: %(default)s)",
+        )
+    if name == "generate":
+        sub.add_argument("--prompt", required=True, help="text to complete")
+        sub.add_argument(
+            "--max-new-tokens", type=int, default=64, help="length of the completion (default: %(default)s)"
+        )
+        sub.add_argument(
+            "--temperature", type=float, default=0.0, help="0 decodes greedily (default: %(default)s)"
+        )
+        sub.add_argument(
+            "--top-p", type=float, default=1.0, help="nucleus of the sampling (default: %(default)s)"
+        )
+        sub.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+        sub.add_argument("--no-memory", action="store_true", help="read no memory")
+    if name == "report":
+        sub.add_argument(
+            "runs", nargs="+", metavar="RUN", help="runs with an evaluation; M=C pairs a run with its control"
+        )
+        sub.add_argument(
+            "--split",
+            choices=["validation", "test"],
+            default="validation",
+            help="held-out part (default: %(default)s)",
+        )
+        sub.add_argument("--root", default="runs", help="folder of run names (default: %(default)s)")
+    if name == "pretrain":
+        sub.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
+        sub.add_argument(
+            "--no-prepare",
+            action="store_true",
+            help="fail when the corpus is not prepared, instead of preparing it",
+        )
+    if name in ("prepare", "pretrain", "demo"):
+        sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings (see below)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a mistake of the user ends with one clear line and exit code 2."""
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("faiss").setLevel(logging.WARNING)
+    module = importlib.import_module(f"launch.{arguments.command}")
+    try:
+        return int(module.run(arguments))
+    except ValueError as problem:
+        print(f"memory3 {arguments.command}: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"memory3 {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""The one configuration schema, and the rules that hold across its fields.
+
+`conf/*.yaml` is composed against `RunConfig`, checked, and frozen into the run folder, where every rank reads it.
+Field documentation stands under each field, here and in the packages that own the parts.
+Not here: composing (`launch.compose`). This module imports no torch.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from data.config import DataConfig
+from data.config import check as check_data
+from memorybank.config import RetrievalConfig, check_retrieval
+from model.config import ModelConfig
+from train.config import (
+    EngineConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    OptimConfig,
+    SavingConfig,
+    StageConfig,
+)
+
+
+class Resume(Enum):
+    """What to do with a run folder that was used before."""
+
+    auto = "auto"
+    never = "never"
+
+
+@dataclass(kw_only=True, slots=True)
+class PathsConfig:
+    """Where artefacts lie; always outside the packages."""
+
+    root: str = "runs"
+    """Folder of everything that is made: `<root>/prepared/<data.name>` and `<root>/<run>`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Everything that a run depends on."""
+
+    run: str = "run"
+    """Name of the run: its folder below paths.root."""
+    seed: int = 0
+    """Decides initialisation, the order of rows and all draws."""
+    resume: Resume = Resume.auto
+    """`auto` goes on where the run folder's newest checkpoint stands; `never` refuses a used folder."""
+    experiment: str | None = None
+    """Name of the experiment overlay that was chosen, for the record."""
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    """Where artefacts lie."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes of the network."""
+    data: DataConfig
+    """Corpus, tokenizer and references."""
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    """Embedder, candidates and filters."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """DeepSpeed and ranks."""
+    warmup: StageConfig | None = field(default_factory=StageConfig)
+    """The parametric stage; null skips it."""
+    continual: StageConfig | None = None
+    """The stage with memory; null skips it."""
+    saving: SavingConfig = field(default_factory=SavingConfig)
+    """Checkpoints."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Progress, wandb and validation inside the loop."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The final table."""
+
+
+def check(config: RunConfig) -> None:
+    """Apply every rule that one field alone cannot state.
+
+    Raises:
+        ValueError: Naming the key, its value, and what to set instead.
+    """
+    config.model.check()
+    check_data(config.data)
+    check_retrieval(config.retrieval)
+    _check_engine(config.engine)
+    if not config.run or "/" in config.run or config.run.startswith("."):
+        raise ValueError(f"run={config.run!r} is not a folder name; set run to letters, digits, '-' and '_'")
+    if config.warmup is None and config.continual is None:
+        raise ValueError("warmup and continual are both null: nothing would be trained; set one of them")
+    if config.data.reference_tokens != config.model.reference_tokens:
+        raise ValueError(
+            f"data.reference_tokens={config.data.reference_tokens} differs from "
+            f"model.reference_tokens={config.model.reference_tokens}; set both alike"
+        )
+    for name, stage in (("warmup", config.warmup), ("continual", config.continual)):
+        if stage is not None:
+            _check_stage(name, stage, config)
+    if config.warmup is not None and config.warmup.memory is not None:
+        raise ValueError("warmup.memory is set, but warmup reads no memory; set warmup.memory=null")
+    if config.warmup is not None and config.warmup.branch_from is not None:
+        raise ValueError("warmup.branch_from is set, but only the continual stage branches; set it to null")
+    if config.warmup is None and config.continual is not None and config.continual.branch_from is None:
+        raise ValueError(
+            "warmup=null and continual.branch_from=null: the continual stage has nothing to start from; "
+            "set continual.branch_from to the run that was warmed up"
+        )
+    if (
+        config.warmup is not None
+        and config.continual is not None
+        and config.continual.branch_from is not None
+    ):
+        raise ValueError(
+            f"continual.branch_from={config.continual.branch_from} and warmup are both set; set warmup=null to "
+            "branch from that run, or continual.branch_from=null to go on from this run's own warmup"
+        )
+
+
+def _check_engine(engine: EngineConfig) -> None:
+    if engine.zero_stage not in range(4):
+        raise ValueError(f"engine.zero_stage={engine.zero_stage} does not exist; set 0, 1, 2 or 3")
+    for key in ("num_ranks", "threads_per_rank"):
+        if getattr(engine, key) < 1:
+            raise ValueError(f"engine.{key}={getattr(engine, key)} is below 1; set 1 or more")
+
+
+def _check_stage(name: str, stage: StageConfig, config: RunConfig) -> None:
+    for key in ("steps", "rows_per_step", "micro_rows"):
+        if getattr(stage, key) < 1:
+            raise ValueError(f"{name}.{key}={getattr(stage, key)} is below 1; set 1 or more")
+    share = stage.micro_rows * config.engine.num_ranks
+    if stage.rows_per_step % share:
+        raise ValueError(
+            f"{name}.rows_per_step={stage.rows_per_step} is not a multiple of {name}.micro_rows={stage.micro_rows} "
+            f"x engine.num_ranks={config.engine.num_ranks}; set it to a multiple of {share}"
+        )
+    if stage.ramp_steps + stage.decay_steps > stage.steps:
+        raise ValueError(
+            f"{name}.ramp_steps={stage.ramp_steps} + {name}.decay_steps={stage.decay_steps} exceed "
+            f"{name}.steps={stage.steps}; shorten them"
+        )
+    if stage.peak_lr <= 0:
+        raise ValueError(f"{name}.peak_lr={stage.peak_lr} must be above 0")
+    if stage.epoch_steps is not None and stage.epoch_steps < 1:
+        raise ValueError(
+            f"{name}.epoch_steps={stage.epoch_steps} is below 1; set null for one pass over the rows"
+        )
+    if stage.memory is not None:
+        if config.model.num_memory_layers == 0:
+            raise ValueError(
+                f"{name}.memory is set, but model.num_memory_layers=0; give the model memory layers, or set "
+                f"{name}.memory=null"
+            )
+        if not 0 <= stage.memory.online_share <= 1:
+            raise ValueError(f"{name}.memory.online_share={stage.memory.online_share} is not within 0 and 1")

@@ -1,0 +1,209 @@
+"""`memory3 evaluate`: what memory buys a trained run, on held-out text and on fact probes.
+
+The references that any arm reads are found with the held-out text and the questions alone, compiled with the run's
+final weights, and read by every arm in turn. The results go to `<run>/evaluation-<split>.json`; the table can be made
+later from several runs and seeds (`memory3 report`).
+Not here: the arms (`train.arms`), losses and tables (`train.evaluate`).
+"""
+
+import argparse
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.documents import Split
+from data.files import write_json_atomic
+from launch import build
+from launch.opened import OpenedRun, open_run
+from memorybank.bank import BankReader, ColdStart
+from memorybank.store import Generation
+from train.arms import Arm, Bank, Reading, probe_readings, reference_ids, text_readings
+from train.evaluate import (
+    HIT_LIMIT,
+    ArmResult,
+    ProbeSet,
+    Setting,
+    TextSet,
+    evaluate_probes,
+    evaluate_text,
+    from_json,
+    relation_table,
+    render,
+    table,
+    to_json,
+)
+from train.probes import search_probes
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate a run, write its results, and print its table."""
+    build.quiet_third_parties()
+    opened = open_run(arguments.run, arguments.root)
+    split = Split(arguments.split)
+    results = save_results(opened, split, bank=arguments.bank, stale=arguments.stale == "allow")
+    samples = opened.config.evaluation.bootstrap_samples
+    print(render_results([results], samples=samples, headline=headline(opened)))
+    print(f"results: {results_path(opened.folder, arguments.split)}")
+    return 0
+
+
+def save_results(
+    opened: OpenedRun, split: Split, *, bank: str | None = None, stale: bool = False
+) -> list[ArmResult]:
+    """Evaluate a run and write what came out; arguments are those of `evaluate`."""
+    results = evaluate(opened, split, bank=bank, stale=stale)
+    write_json_atomic(results_path(opened.folder, split.value), to_json(results))
+    return results
+
+
+def headline(opened: OpenedRun) -> list[str]:
+    """The relations of the headline: decided on validation probes and the whole bank, as `memory3 prepare` shows."""
+    return [name for name, (_, _, five) in opened.context.hit_shares().items() if five >= HIT_LIMIT]
+
+
+def results_path(folder: Path, split: str) -> Path:
+    """Where a run's results of a split are kept."""
+    return folder / f"evaluation-{split}.json"
+
+
+def read_results(folder: Path, split: str) -> list[ArmResult]:
+    """The results that `memory3 evaluate` wrote.
+
+    Raises:
+        ValueError: The run was not evaluated on this split.
+    """
+    path = results_path(folder, split)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; run `memory3 evaluate {folder.name} --split {split}` first")
+    return from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def render_results(
+    runs: list[list[ArmResult]], *, samples: int = 2000, headline: Collection[str] | None = None
+) -> str:
+    """The table of one evaluation, or of several seeds' evaluations; without a memory arm, the losses alone."""
+    if any(result.model == "M" for result in runs[0]):
+        return render(
+            table(runs, headline=headline, samples=samples), relation_table(runs, headline=headline)
+        )
+    return "".join(
+        f"{result.model} {result.arm.value}: {result.loss:.4f} nats over {len(result.items)} "
+        f"{'documents' if result.is_text else 'probes'}\n"
+        for result in runs[0]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Held-out text and probes of a split, with what every arm reads."""
+
+    text: TextSet
+    probes: ProbeSet
+    text_readings: list[Reading]
+    probe_readings: list[Reading]
+
+
+def evaluate(
+    opened: OpenedRun, split: Split, *, bank: str | None = None, stale: bool = False
+) -> list[ArmResult]:
+    """Every arm that concerns a run's weights.
+
+    Args:
+        opened: The run; with memory in its continual stage it is M, otherwise the control C.
+        split: validation or test.
+        bank: A generation of the run to read; None compiles what is needed with the final weights.
+        stale: Whether that generation may be of other weights; its age is then in every row.
+    """
+    config = opened.config
+    reads_memory = config.continual is not None and config.continual.memory is not None
+    held_out = _held_out(opened, split)
+    text, facts = held_out.text_readings, held_out.probe_readings
+    if not reads_memory:
+        text = [reading for reading in text if reading.arm is Arm.none]
+        facts = [reading for reading in facts if reading.arm in (Arm.none, Arm.rag)]
+    else:
+        facts = [reading for reading in facts if reading.arm is not Arm.rag]
+    context = opened.context
+    generation: Generation | None = None
+    if bank is not None:
+        generation = opened.generation(bank, stale=stale)
+    elif reads_memory:
+        ids = reference_ids([*text, *facts])
+        generation = opened.compile(ids, f"generation-evaluation-{split.value}")
+    records = generation or ColdStart(
+        None, opened.engine.encode, context.prepared.references, context.codec()
+    )
+    setting = Setting(
+        label="M" if reads_memory else "C",
+        reader=BankReader(records, context.codec()),
+        overlap_limit=config.retrieval.overlap_evaluation,
+        age_steps=None if generation is None else opened.step - generation.settings.step,
+        batch_rows=config.evaluation.batch_rows,
+    )
+    references = context.prepared.references
+
+    def reference_tokens(number: int) -> list[int]:
+        tokens_NR, lengths_N, _ = references.tokens([number])
+        return [int(token) for token in tokens_NR[0, : int(lengths_N[0])]]
+
+    return [
+        *evaluate_text(opened.engine, held_out.text, text, setting),
+        *evaluate_probes(
+            opened.engine.model,
+            held_out.probes,
+            facts,
+            setting,
+            tokenizer=context.prepared.tokenizer,
+            reference_tokens=reference_tokens,
+            row_tokens=config.model.row_tokens,
+            answer_tokens=config.evaluation.answer_tokens,
+        ),
+    ]
+
+
+def _held_out(opened: OpenedRun, split: Split) -> HeldOut:
+    config, context = opened.config, opened.context
+    references, retrieval = context.prepared.references, config.retrieval
+    embedder = context.embedder()
+    search = context.search(embedder)
+    ids = opened.bank_ids
+    index = search.index(ids)
+    bank = Bank(ids, references.document_of)
+    text = context.held_out(split, config.evaluation.text_rows)
+    found = search.neighbours(
+        text.tokens_MT1[:, :-1].numpy(),
+        text.row_documents,
+        index,
+        k=retrieval.fresh,
+        limit=retrieval.overlap_evaluation,
+    )
+    trained = None
+    if config.continual is not None and config.continual.memory is not None:
+        trained = config.continual.memory.query
+    readings = text_readings(
+        found.ids_MCk,
+        text.row_documents,
+        bank,
+        seed=config.evaluation.seed,
+        window=retrieval.window,
+        random_query=trained,
+    )
+    probes = [probe for probe in context.prepared.probes if probe.split is split][
+        : config.evaluation.max_probes
+    ]
+    if not probes:
+        return HeldOut(text, ProbeSet([], [], [], [], {}), readings, [])
+    searched = search_probes(
+        probes, context.prepared.tokenizer, references, context.vectors(embedder).vectors, index, retrieval
+    )
+    facts = probe_readings(
+        searched.ids_Mk,
+        searched.documents,
+        bank,
+        relations=[probe.relation for probe in probes],
+        groups=[probe.group for probe in probes],
+        holding=searched.probe_set.holding,
+        seed=config.evaluation.seed,
+    )
+    return HeldOut(text, searched.probe_set, readings, facts)

@@ -1,0 +1,93 @@
+"""One rank of a run: reads the frozen configuration of a run folder, trains both stages, or goes on where it stopped.
+
+Started by `launch.pretrain` through torchrun: `python -m launch.worker RUN_FOLDER`.
+Not here: composing the configuration (`launch.compose`), what a stage does (`train.run`).
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from launch import build
+from launch.compose import load_config
+from launch.config import RunConfig
+from train import distributed
+from train.checkpoint import Checkpoint
+from train.metrics import JsonLines, Metrics, ProgressBar, Sink, Wandb
+from train.run import run_stage
+from train.state import History, RunState
+
+log = logging.getLogger(__name__)
+
+
+def main(run: Path) -> None:
+    """Train what the run folder's configuration asks for."""
+    config = load_config(run / "config.yaml")
+    ranks = distributed.start(threads=config.engine.threads_per_rank)
+    logging.basicConfig(level=logging.INFO if ranks.is_first else logging.ERROR, format="%(message)s")
+    try:
+        build.quiet_third_parties()
+        _train(run, config, ranks)
+    finally:
+        distributed.stop()
+
+
+def _train(run: Path, config: RunConfig, ranks: distributed.Ranks) -> None:
+    context = build.context(config)
+    checkpoints = context.checkpoints(run, ranks=ranks)
+    newest = checkpoints.newest()
+    if newest is None:
+        log.info("no checkpoint in %s: starting from the beginning", run)
+    else:
+        log.info("resuming from %s", newest.folder)
+    position = _start(config, newest)
+    with Metrics(_sinks(run, config, position, ranks)) as metrics:
+        for name in ("warmup", "continual"):
+            stage = getattr(config, name)
+            if stage is None or _is_behind(position, name):
+                continue
+            resumed = newest if newest is not None and newest.state.stage == name else None
+            source = None
+            if resumed is None and name == "continual":
+                source = context.branch_point(run, config)
+                if ranks.is_first:
+                    log.info("continual stage branches from %s", source.folder)
+            parts = context.parts(
+                name, stage, run, ranks=ranks, checkpoints=checkpoints, metrics=metrics, weights=source
+            )
+            if resumed is not None:
+                parts.engine.load(resumed.folder / "engine")
+                state, history = resumed.state, resumed.history
+            elif source is not None:
+                state = RunState(stage=name, tokens=source.state.tokens)
+                history = History.of_read(source.read)
+            else:
+                state, history = RunState(stage=name), History.empty(context.prepared.shards.num_documents)
+            run_stage(parts, state, history)
+
+
+def _start(config: RunConfig, newest: Checkpoint | None) -> RunState:
+    if newest is not None:
+        return newest.state
+    return RunState(stage="warmup" if config.warmup is not None else "continual")
+
+
+def _is_behind(position: RunState, name: str) -> bool:
+    return name == "warmup" and position.stage == "continual"
+
+
+def _sinks(run: Path, config: RunConfig, position: RunState, ranks: distributed.Ranks) -> list[Sink]:
+    if not ranks.is_first:
+        return []
+    sinks: list[Sink] = [JsonLines(run / "metrics.jsonl", stage=position.stage, step=position.step)]
+    if config.logging.progress:
+        sinks.append(ProgressBar())
+    if config.logging.wandb:
+        sinks.append(
+            Wandb(run, project=config.logging.wandb_project, config={"run": config.run, "seed": config.seed})
+        )
+    return sinks
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

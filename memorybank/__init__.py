@@ -1,0 +1,1 @@
+"""References in, memories out: search vectors, index, neighbours, records, banks."""

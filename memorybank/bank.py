@@ -1,0 +1,107 @@
+"""From the slots that chunks read to what the model takes: from records, or from the references themselves.
+
+Invariants: a reference is read or encoded once per batch, however many chunks read it; what `BankReader`
+hands out equals, bit for bit, what the model would encode itself with the same weights, device and batch
+composition, when the codec keeps the model's own type.
+
+Not here: which slots a chunk has (pool.py, neighbours.py).
+"""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.references import References
+from memorybank.codec import Codec
+from memorybank.pool import distinct
+from memorybank.store import Generation
+from memorybank.writer import Encode, encode_records
+from model.memory import MemoryBatch, ReferenceBatch
+
+Ids = NDArray[np.int64]
+
+
+class Records(Protocol):
+    """A place that hands out records: a generation, or `ColdStart`."""
+
+    def read(self, ids_N: Ids) -> Tensor:
+        """Return the records, uint8 (N, record_bytes), on the CPU."""
+
+
+class BankReader:
+    """Memories from records, decoded on the device that reads them."""
+
+    def __init__(self, records: Records, codec: Codec) -> None:
+        """Read `records`, written with `codec`."""
+        self._records = records
+        self._codec = codec
+
+    def batch(self, ids_BCK: Ids, device: torch.device | str = "cpu") -> MemoryBatch:
+        """Return the pool of the distinct references, and the slots into it; -1 stays empty."""
+        ids_N, slots_BCK = distinct(ids_BCK)
+        pool = self._codec.decode(self._records.read(ids_N).to(device))
+        return MemoryBatch(pool=pool, slots_BCK=slots_BCK.to(device))
+
+
+class OnlineReader:
+    """References to be encoded inside the forward pass, with gradient."""
+
+    def __init__(self, references: References) -> None:
+        """Read the tokens of `references`."""
+        self._references = references
+
+    def batch(self, ids_BCK: Ids, device: torch.device | str = "cpu") -> ReferenceBatch:
+        """Return the tokens of the distinct references, and the slots into them; -1 stays empty."""
+        ids_N, slots_BCK = distinct(ids_BCK)
+        if len(ids_N) == 0:
+            # No slot reads it, but every rank's forward then makes the same collective calls (ZeRO-3).
+            ids_N = np.zeros(1, np.int64)
+        tokens_NR, lengths_N, titles_N = self._references.tokens(ids_N)
+        return ReferenceBatch(
+            tokens_NR=torch.from_numpy(tokens_NR).to(device),
+            lengths_N=torch.from_numpy(lengths_N).to(device),
+            titles_N=torch.from_numpy(titles_N).to(device),
+            slots_BCK=slots_BCK.to(device),
+        )
+
+
+class ColdStart:
+    """Records of a generation where it has them; of other references, encoded when first read, then kept.
+
+    The paper's cold start (section 3.1). References pass through the codec in either case, so that a warm and
+    a cold start read the same numbers.
+    """
+
+    def __init__(
+        self,
+        generation: Generation | None,
+        encode: Encode,
+        references: References,
+        codec: Codec,
+        *,
+        batch: int = 8,
+    ) -> None:
+        """Read `generation` first (None: nothing was compiled), and encode what it lacks."""
+        self._generation = generation
+        self._encode = encode
+        self._references = references
+        self._codec = codec
+        self._batch = batch
+        self._kept: dict[int, Tensor] = {}
+
+    def read(self, ids_N: Ids) -> Tensor:
+        """Return the records, uint8 (N, record_bytes), on the CPU."""
+        warm = np.zeros(len(ids_N), bool) if self._generation is None else self._generation.has(ids_N)
+        records = torch.empty((len(ids_N), self._codec.record_bytes), dtype=torch.uint8)
+        if self._generation is not None:
+            records[torch.from_numpy(warm)] = self._generation.read(ids_N[warm])
+        cold = np.array([id for id in ids_N[~warm].tolist() if id not in self._kept], np.int64)
+        if len(cold):
+            made = encode_records(self._encode, self._references, cold, self._codec, batch=self._batch)
+            self._kept.update(zip(cold.tolist(), made, strict=True))
+        for row in np.flatnonzero(~warm).tolist():
+            records[row] = self._kept[int(ids_N[row])]
+        return records

@@ -1,0 +1,162 @@
+"""Parameters and floating-point operations, counted from the structure alone (paper appendix A).
+
+A multiplication and an addition are two operations; norms, activations, softmaxes and rotary positions are
+left out, as everywhere. The backward pass counts twice the forward pass. Importable without torch.
+Not here: measured times (``launch/bench.py``), bytes (``memorybank/cost.py``).
+"""
+
+from dataclasses import dataclass
+
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCount:
+    """Exact numbers of parameters."""
+
+    non_embedding: int
+    """Blocks and norms; what sizes are quoted in."""
+    embedding: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.non_embedding + self.embedding + self.head
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Return the numbers of parameters of ``Memory3LM(config)``; memory adds none."""
+    block = _attention_weights(config) + _ffn_weights(config) + 2 * config.width
+    vocabulary = config.vocab_size * config.width
+    return ParameterCount(config.num_layers * block + config.width, vocabulary, vocabulary)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFlops:
+    """Forward and backward pass of one text token, without memory."""
+
+    palm: float
+    """Every score of the T x T matrix counted, the convention of published MFU figures."""
+    causal: float
+    """Only the scores that a causal kernel has to compute."""
+
+
+def text_token_flops(config: ModelConfig) -> TokenFlops:
+    """Return ``6 * (non-embedding + head) + 12 * L * d * T`` and the count with half the second term."""
+    parameters = count_parameters(config)
+    products = 6.0 * (parameters.non_embedding + parameters.head)
+    scores = 12.0 * config.num_layers * _heads_width(config) * config.row_tokens
+    return TokenFlops(products + scores, products + scores / 2)
+
+
+def reference_encode_flops(config: ModelConfig) -> float:
+    """Return the forward pass that writes one full reference, selection included (paper: 0.308 TFLOP)."""
+    layers, tokens = config.num_memory_layers, config.reference_tokens
+    if not layers:
+        return 0.0
+    attention = layers * (tokens * _attention_weights(config) + tokens**2 * _heads_width(config))
+    ffn = (layers - 1) * tokens * _ffn_weights(config)
+    selection = layers * tokens**2 * _heads_width(config)
+    return 2.0 * (attention + ffn + selection)
+
+
+def memory_read_flops(config: ModelConfig) -> float:
+    """Return the forward pass of one chunk's reading of one memory (paper: 1.44e-4 TFLOP)."""
+    pairs = config.chunk_tokens * config.tokens_kept
+    return 4.0 * config.num_memory_layers * pairs * _heads_width(config)
+
+
+@dataclass(frozen=True, slots=True)
+class KnowledgeCost:
+    """What one reference costs as parameters, as memory, and as text before the question, in FLOPs."""
+
+    implicit_write: float
+    """One training step on it; reading is free at best."""
+    explicit_write: float
+    explicit_read: float
+    text_read: float
+    """A lower bound; writing is free."""
+
+    @property
+    def best_uses(self) -> tuple[float, float]:
+        """Between which numbers of uses memory is the cheapest of the three."""
+        return (
+            self.explicit_write / (self.text_read - self.explicit_read),
+            (self.implicit_write - self.explicit_write) / self.explicit_read,
+        )
+
+
+def knowledge_cost(config: ModelConfig) -> KnowledgeCost:
+    """Return the paper's cost model; at its shape 2.24, 0.308, 1.44e-4 and 0.624 TFLOP."""
+    tokens, layers, width = config.reference_tokens, config.num_layers, _heads_width(config)
+    text_read = 2.0 * (
+        layers
+        * (tokens * _attention_weights(config) + 2 * tokens * (tokens / 2 + config.chunk_tokens) * width)
+        + (layers - 1) * tokens * _ffn_weights(config)
+    )
+    return KnowledgeCost(
+        implicit_write=tokens * 3 * _text_forward(config),
+        explicit_write=reference_encode_flops(config),
+        explicit_read=memory_read_flops(config),
+        text_read=text_read,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepFlops:
+    """Floating-point operations of one training step, forward and backward, by purpose."""
+
+    text: float
+    memory_read: float
+    encode: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.text + self.memory_read + self.encode
+
+
+def step_flops(
+    config: ModelConfig,
+    *,
+    rows: int,
+    slots_filled: int = 0,
+    references_encoded: int = 0,
+    encode_gradient: bool = False,
+) -> StepFlops:
+    """Return the cost of a step: warmup with the defaults, from the bank, or online.
+
+    Args:
+        config: Sizes.
+        rows: Rows of the step.
+        slots_filled: Slots, over all chunks of these rows, that name a memory.
+        references_encoded: Distinct references encoded for it: in the step (online), or its share of an
+            epoch's compilation (bank).
+        encode_gradient: Whether their gradient is computed too (online).
+    """
+    return StepFlops(
+        text=rows * config.row_tokens * 3 * _text_forward(config),
+        memory_read=3 * slots_filled * memory_read_flops(config),
+        encode=references_encoded * reference_encode_flops(config) * (3 if encode_gradient else 1),
+    )
+
+
+def _text_forward(config: ModelConfig) -> float:
+    """Return the forward pass of one text token in a causal row, output head included."""
+    weights = config.num_layers * (_attention_weights(config) + _ffn_weights(config))
+    scores = config.num_layers * config.row_tokens * _heads_width(config)
+    return 2.0 * (weights + scores + config.vocab_size * config.width)
+
+
+def _heads_width(config: ModelConfig) -> int:
+    return config.num_heads * config.head_size
+
+
+def _attention_weights(config: ModelConfig) -> int:
+    """Return the weights of one layer's four projections."""
+    return 2 * config.width * config.head_size * (config.num_heads + config.num_kv_heads)
+
+
+def _ffn_weights(config: ModelConfig) -> int:
+    return 3 * config.width * config.ffn_width

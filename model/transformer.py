@@ -1,0 +1,304 @@
+"""The language model with explicit memory.
+
+``Memory3LM`` owns the prefix and all positions: prefix at 0..p-1, every reference at p..p+R-1, a row always
+from p + reference_tokens on, memory or not. The first ``num_memory_layers`` blocks write and read memories;
+all blocks read the prefix, which is encoded once per forward pass, with gradient, for all rows.
+The model does not know where memories come from: references encoded inside the forward pass and the
+same references encoded before give the same bits.
+
+Not here: which references a chunk reads (``memorybank``), decoding (``model/generate.py``).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import AttentionFunction, MemoryKeys, PrefixKeys, fast_attention, memory_share
+from model.config import ModelConfig
+from model.init import initialise
+from model.layers import FeedForward, RMSNorm
+from model.loss import LossSum, chunked_next_token_loss, token_losses
+from model.memory import ExplicitMemory, MemoryBatch, ReferenceBatch, select_tokens
+from model.rope import Rotation, rotate, rotation
+
+
+class Block(nn.Module):
+    """Pre-norm attention, then pre-norm feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads = config.num_heads + 2 * config.num_kv_heads
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.qkv = nn.Linear(config.width, heads * config.head_size, bias=False)
+        self.out = nn.Linear(config.num_heads * config.head_size, config.width, bias=False)
+        self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn = FeedForward(config.width, config.ffn_width)
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        turn: Rotation,
+        *,
+        attention: AttentionFunction,
+        prefix: PrefixKeys | None = None,
+        memory: MemoryKeys | None = None,
+        documents_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next hidden states, and the keys (rotated) and values that were attended to."""
+        q, k, v = self.project(hidden_BTD)
+        q, k = rotate(q, turn), rotate(k, turn)
+        attended = attention(q, k, v, prefix=prefix, memory=memory, documents_BT=documents_BT)
+        return self.finish(hidden_BTD, attended), k, v
+
+    def write(
+        self,
+        hidden_NRD: Tensor,
+        turn: Rotation,
+        lengths_N: Tensor,
+        titles_N: Tensor | None,
+        *,
+        attention: AttentionFunction,
+        prefix: PrefixKeys | None,
+        last: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the references' next hidden states (unchanged if `last`) and k, v, index of their memory."""
+        q, k, v = self.project(hidden_NRD)
+        index_NGS = select_tokens(
+            q,
+            k,
+            lengths_N,
+            tokens_kept=self.config.tokens_kept,
+            selection=self.config.selection,
+            titles_N=titles_N,
+        )
+        k = rotate(k, turn)
+        if not last:
+            hidden_NRD = self.finish(hidden_NRD, attention(rotate(q, turn), k, v, prefix=prefix))
+        return hidden_NRD, _kept(k, index_NGS), _kept(v, index_NGS), index_NGS
+
+    def project(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, (B, T, heads, E), not rotated."""
+        heads = self.qkv(self.attention_norm(hidden_BTD)).unflatten(-1, (-1, self.config.head_size))
+        kv_heads = self.config.num_kv_heads
+        return heads.split([self.config.num_heads, kv_heads, kv_heads], dim=2)  # type: ignore[no-any-return]
+
+    def finish(self, hidden_BTD: Tensor, attended_BTHE: Tensor) -> Tensor:
+        """Return the hidden states after what was attended to and the feed-forward network are added."""
+        hidden_BTD = hidden_BTD + self.out(attended_BTHE.flatten(2))
+        return hidden_BTD + self.ffn(self.ffn_norm(hidden_BTD))  # type: ignore[no-any-return]
+
+
+class OutputHead(nn.Linear):
+    """The projection to the vocabulary, which in training never leaves as logits."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__(width, vocab_size, bias=False)
+
+    def forward(  # type: ignore[override]
+        self, hidden_BTD: Tensor, targets_BT: Tensor | None = None, per_token: bool = False
+    ) -> Tensor | LossSum:
+        if targets_BT is None:
+            return super().forward(hidden_BTD)
+        if per_token:
+            return token_losses(hidden_BTD, self.weight, targets_BT)
+        return chunked_next_token_loss(hidden_BTD, self.weight, targets_BT)
+
+
+class Memory3LM(nn.Module):
+    """A causal language model that reads explicit memories (paper section 3)."""
+
+    def __init__(self, config: ModelConfig, attention: AttentionFunction = fast_attention) -> None:
+        super().__init__()
+        config.check()
+        self.config = config
+        self.attention = attention
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.head = OutputHead(config.width, config.vocab_size)
+        initialise(self, std=config.init_std, num_layers=config.num_layers)
+        if config.compile:
+            for block in self.blocks:
+                block.compile()
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        targets_BT: Tensor | None = None,
+        memory: MemoryBatch | ReferenceBatch | None = None,
+        documents_BT: Tensor | None = None,
+        per_token: bool = False,
+    ) -> Tensor | LossSum:
+        """Predict the next token everywhere.
+
+        Args:
+            tokens_BT: Token ids; any T up to what memory holds, also one that ends within a chunk.
+            targets_BT: Next tokens, ``IGNORE`` where no loss is wanted.
+            memory: What each chunk reads (C = ceil(T / Q)); None = all slots empty.
+            documents_BT: Document of every token: attention then stays inside a document (a dense mask).
+            per_token: Return each target's loss instead of their sum; without gradient.
+
+        Returns:
+            Without targets ``logits_BTV``; with targets a ``LossSum``, or ``nll_BT`` if `per_token`.
+        """
+        hidden_BTD = self._rows(tokens_BT, memory, documents_BT, self.attention)
+        return self.head(self.norm(hidden_BTD), targets_BT, per_token)  # type: ignore[no-any-return]
+
+    def encode(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor | None = None) -> ExplicitMemory:
+        """Return the memories of references, each read alone after the prefix (paper section 3.1).
+
+        Runs the memory layers only, and of the last one no more than its queries, keys and values.
+
+        Args:
+            tokens_NR: Token ids, R <= reference_tokens; padding beyond a length is inert.
+            lengths_N: Tokens of each reference; of one shorter than tokens_kept fewer are kept.
+            titles_N: Tokens of each title line, needed when `select_title` is off.
+        """
+        return self._encode(tokens_NR, lengths_N, titles_N, self.encode_prefix(self.config.num_memory_layers))
+
+    def encode_prefix(self, num_layers: int) -> list[PrefixKeys | None]:
+        """Return the prefix's keys and values at the first `num_layers` layers; without a prefix, None."""
+        if not self.config.prefix_ids:
+            return [None] * num_layers
+        tokens_1P = torch.tensor([self.config.prefix_ids], device=self.embedding.weight.device)
+        hidden = self.embedding(tokens_1P)
+        turn = self.rotation(0, self.config.num_prefix)
+        keys: list[PrefixKeys | None] = []
+        for block in self.blocks[:num_layers]:
+            hidden, k, v = block(hidden, turn, attention=self.attention)
+            keys.append(PrefixKeys(k[0], v[0]))
+        return keys
+
+    @torch.no_grad()
+    def memory_attention_share(
+        self, tokens_BT: Tensor, memory: MemoryBatch | ReferenceBatch | None
+    ) -> Tensor:
+        """Return the share of attention that memories receive at each memory layer, float32 (L,).
+
+        Mean over tokens and query heads; what is missing to one goes to prefix and context. Dense: for
+        evaluation on a few rows.
+        """
+        shares = []
+
+        def recording(q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor, **reads: Any) -> Tensor:
+            if reads.get("memory") is not None:
+                shares.append(memory_share(q_BTHE, k_BTGE, prefix=reads["prefix"], memory=reads["memory"]))
+            return self.attention(q_BTHE, k_BTGE, v_BTGE, **reads)
+
+        self._rows(tokens_BT, memory, None, recording)
+        return torch.stack(shares) if shares else torch.zeros(self.config.num_memory_layers)
+
+    def rotation(self, start: int, tokens: int) -> Rotation:
+        """Return the turns of `tokens` positions from `start` on."""
+        weight = self.embedding.weight
+        positions = torch.arange(start, start + tokens, device=weight.device)
+        return rotation(
+            positions, head_size=self.config.head_size, base=self.config.rope_base, dtype=weight.dtype
+        )
+
+    def _rows(
+        self,
+        tokens_BT: Tensor,
+        memory: MemoryBatch | ReferenceBatch | None,
+        documents_BT: Tensor | None,
+        attention: AttentionFunction,
+    ) -> Tensor:
+        """Return the hidden states of rows after the last block."""
+        prefix = self.encode_prefix(self.config.num_layers)
+        reads = self._memory_keys(memory, tokens_BT.shape[1], prefix)
+        hidden_BTD = self.embedding(tokens_BT)
+        turn = self.rotation(self.config.context_start, tokens_BT.shape[1])
+        for block, shared, read in zip(self.blocks, prefix, reads, strict=True):
+            hidden_BTD, _, _ = self._run(
+                block,
+                hidden_BTD,
+                turn,
+                attention=attention,
+                prefix=shared,
+                memory=read,
+                documents_BT=documents_BT,
+            )
+        return hidden_BTD  # type: ignore[no-any-return]
+
+    def _memory_keys(
+        self, memory: MemoryBatch | ReferenceBatch | None, tokens: int, prefix: list[PrefixKeys | None]
+    ) -> list[MemoryKeys | None]:
+        """Return what rows read at every layer; None at layers without memory."""
+        nothing: list[MemoryKeys | None] = [None] * self.config.num_layers
+        if memory is None or not self.config.num_memory_layers:
+            return nothing
+        chunks = -(-tokens // self.config.chunk_tokens)
+        if memory.slots_BCK.shape[1] != chunks:
+            raise ValueError(
+                f"slots_BCK is for {memory.slots_BCK.shape[1]} chunks, but {tokens} tokens make {chunks} of "
+                f"model.chunk_tokens={self.config.chunk_tokens}: give each its slots, -1 for empty ones"
+            )
+        if isinstance(memory, ReferenceBatch):
+            pool = self._encode(memory.tokens_NR, memory.lengths_N, memory.titles_N, prefix)
+        else:
+            pool = memory.pool
+        dtype = self.embedding.weight.dtype
+        kept_NLGS = pool.index_NLGS >= 0
+        reads = [
+            MemoryKeys(k.to(dtype), v.to(dtype), kept, memory.slots_BCK, self.config.chunk_tokens)
+            for k, v, kept in zip(
+                pool.k_NLGSE.unbind(1), pool.v_NLGSE.unbind(1), kept_NLGS.unbind(1), strict=True
+            )
+        ]
+        return reads + nothing[len(reads) :]
+
+    def _encode(
+        self,
+        tokens_NR: Tensor,
+        lengths_N: Tensor,
+        titles_N: Tensor | None,
+        prefix: list[PrefixKeys | None],
+    ) -> ExplicitMemory:
+        config = self.config
+        if tokens_NR.shape[1] > config.reference_tokens:
+            raise ValueError(
+                f"a reference of {tokens_NR.shape[1]} tokens does not fit into "
+                f"model.reference_tokens={config.reference_tokens}: cut references to that length"
+            )
+        if config.select_title:
+            titles_N = None
+        elif titles_N is None:
+            raise ValueError(
+                "model.select_title=false needs titles_N: give the title tokens of each reference"
+            )
+        hidden_NRD = self.embedding(tokens_NR)
+        turn = self.rotation(config.num_prefix, tokens_NR.shape[1])
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        for layer in range(config.num_memory_layers):
+            hidden_NRD, k, v, index = self._run(
+                self.blocks[layer].write,
+                hidden_NRD,
+                turn,
+                lengths_N,
+                titles_N,
+                attention=self.attention,
+                prefix=prefix[layer],
+                last=layer + 1 == config.num_memory_layers,
+            )
+            kept.append((k, v, index))
+        k_NLGSE, v_NLGSE, index_NLGS = (torch.stack(part, dim=1) for part in zip(*kept, strict=True))
+        return ExplicitMemory(k_NLGSE, v_NLGSE, index_NLGS)
+
+    def _run(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.config.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        return function(*args, **kwargs)
+
+
+def _kept(x_NRGE: Tensor, index_NGS: Tensor) -> Tensor:
+    """Return the tokens that each head keeps, (N, G, S, E); where there is none, the first token instead."""
+    N, R, G, _ = x_NRGE.shape
+    reference = torch.arange(N, device=index_NGS.device)[:, None, None]
+    head = torch.arange(G, device=index_NGS.device)[:, None]
+    rows = (reference * R + index_NGS.clamp(min=0)) * G + head
+    kept = x_NRGE.flatten(0, 2).index_select(0, rows.flatten())
+    return kept.view(*index_NGS.shape, -1)

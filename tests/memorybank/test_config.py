@@ -1,0 +1,24 @@
+import pytest
+
+from memorybank.config import EmbedderConfig, EmbedderKind, RetrievalConfig, check_retrieval
+
+
+def test_defaults_are_fit_for_use() -> None:
+    check_retrieval(RetrievalConfig())
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (RetrievalConfig(candidates=3), r"retrieval\.candidates=3.*retrieval\.fresh=5"),
+        (RetrievalConfig(window=0), r"retrieval\.window=0"),
+        (RetrievalConfig(overlap_training=90), r"retrieval\.overlap_training=90"),
+        (RetrievalConfig(overlap_evaluation=-0.1), r"retrieval\.overlap_evaluation=-0\.1"),
+        (RetrievalConfig(embedder=EmbedderConfig(kind=EmbedderKind.folder)), r"embedder\.path is missing"),
+        (RetrievalConfig(embedder=EmbedderConfig(path="x")), r"embedder\.path=x.*kind=folder"),
+        (RetrievalConfig(embedder=EmbedderConfig(batch_size=0)), r"embedder\.batch_size=0"),
+    ],
+)
+def test_each_rule_names_its_key(config: RetrievalConfig, key: str) -> None:
+    with pytest.raises(ValueError, match=key):
+        check_retrieval(config)

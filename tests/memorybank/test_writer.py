@@ -1,0 +1,134 @@
+import hashlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from data.files import partial
+from data.references import References
+from memorybank.store import Generation, records_file
+from memorybank.writer import Encode, compile_generation
+from model.memory import ExplicitMemory
+from model.transformer import Memory3LM
+from tests.support.memorybank import codec, model, on_ranks, references, settings
+
+IDS = np.arange(3, 40)  # 37 references in shards of 8: five shards, the last of 5 records
+SHARD, BATCH = 8, 4
+
+
+@pytest.fixture(scope="module")
+def passages() -> References:
+    return references()
+
+
+@pytest.fixture(scope="module")
+def network() -> Memory3LM:
+    return model()
+
+
+def compiled(folder: Path, encode: Encode, passages: References, **changes: object) -> dict[str, str]:
+    """Compile with small shards, and return the hash of every file."""
+    given = {"settings": settings(), "records_per_shard": SHARD, "batch": BATCH} | changes
+    compile_generation(encode, passages, IDS, codec(), folder, **given)
+    return hashes(folder)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+class Counting:
+    """The model's encoder, counting its calls; stops at call `fails_at`."""
+
+    def __init__(self, network: Memory3LM, fails_at: int = 10_000) -> None:
+        self.network, self.calls, self.fails_at = network, 0, fails_at
+
+    def __call__(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor) -> ExplicitMemory:
+        if self.calls == self.fails_at:
+            raise KeyboardInterrupt
+        self.calls += 1
+        assert len(tokens_NR) == BATCH  # full batches only
+        return self.network.encode(tokens_NR, lengths_N, titles_N)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_bytes_do_not_depend_on_the_number_of_ranks(
+    world_size: int, network: Memory3LM, passages: References, tmp_path: Path
+) -> None:
+    alone = compiled(tmp_path / "alone", network.encode, passages)
+    counters = [Counting(network) for _ in range(world_size)]
+    progress: list[int] = []
+
+    def rank(rank: int, barrier: Callable[[], None]) -> None:
+        told = progress.append if rank == 0 else None
+        given = {"rank": rank, "world_size": world_size, "barrier": barrier, "progress": told}
+        compiled(tmp_path / "together", counters[rank], passages, **given)
+
+    on_ranks(world_size, rank)
+    assert hashes(tmp_path / "together") == alone
+    # encode may be a collective: all ranks call it equally often, with work or without
+    assert len({counter.calls for counter in counters}) == 1
+    assert sum(progress) == len(IDS)
+
+
+def test_an_interrupted_build_goes_on_after_its_last_whole_shard(
+    network: Memory3LM, passages: References, tmp_path: Path
+) -> None:
+    whole = compiled(tmp_path / "whole", network.encode, passages)
+    folder = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        compiled(folder, Counting(network, fails_at=5), passages)  # in the third shard
+    assert not folder.exists()
+    assert (partial(folder) / records_file(1)).exists()
+    assert not (partial(folder) / records_file(2)).exists()
+    rest, progress = Counting(network), []
+    assert compiled(folder, rest, passages, progress=progress.append) == whole
+    assert rest.calls == 2 + 2 + 2
+    assert progress[0] == 2 * SHARD
+
+
+def test_leftovers_of_other_weights_are_not_mixed_in(
+    network: Memory3LM, passages: References, tmp_path: Path
+) -> None:
+    folder = tmp_path / "generation"
+    with pytest.raises(KeyboardInterrupt):
+        compiled(folder, Counting(network, fails_at=5), passages)
+    other = model(seed=1)
+    changed = compiled(folder, other.encode, passages, settings=settings(weights="w1"))
+    assert changed == compiled(tmp_path / "clean", other.encode, passages, settings=settings(weights="w1"))
+
+
+def test_a_finished_generation_is_not_made_again(
+    network: Memory3LM, passages: References, tmp_path: Path
+) -> None:
+    folder = tmp_path / "generation"
+    compiled(folder, network.encode, passages)
+    again = Counting(network)
+    compiled(folder, again, passages)
+    assert again.calls == 0
+
+
+def test_a_failing_rank_publishes_nothing(network: Memory3LM, passages: References, tmp_path: Path) -> None:
+    def rank(rank: int, barrier: Callable[[], None]) -> None:
+        encode = Counting(network, fails_at=1 if rank else 10_000)
+        compiled(tmp_path / "generation", encode, passages, rank=rank, world_size=2, barrier=barrier)
+
+    with pytest.raises((KeyboardInterrupt, threading.BrokenBarrierError)):
+        on_ranks(2, rank)
+    assert not (tmp_path / "generation").exists()
+
+
+def test_ids_in_any_order_and_number(network: Memory3LM, passages: References, tmp_path: Path) -> None:
+    ids = np.array([9, 3, 9, 5])
+    compile_generation(
+        network.encode, passages, ids, codec(), tmp_path / "g", settings=settings(), batch=BATCH
+    )
+    assert Generation.open(tmp_path / "g").ids.tolist() == [3, 5, 9]
+
+
+def test_an_empty_bank_is_refused(network: Memory3LM, passages: References, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no reference to compile"):
+        compile_generation(network.encode, passages, IDS[:0], codec(), tmp_path / "g", settings=settings())

@@ -1,0 +1,210 @@
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.attention import (
+    AttentionFunction,
+    MemoryKeys,
+    PrefixKeys,
+    blocked_attention,
+    memory_share,
+    merged_attention,
+    reference_attention,
+)
+
+FAST = pytest.mark.parametrize("fast", [blocked_attention, merged_attention])
+
+
+class Problem:
+    """Random tensors of one shape; every one of them asks for its gradient."""
+
+    def __init__(
+        self,
+        *,
+        rows: int = 2,
+        tokens: int = 32,
+        heads: int = 4,
+        kv_heads: int = 2,
+        head_size: int = 8,
+        chunk: int = 8,
+        places: int = 3,
+        kept: int = 2,
+        prefix: int = 3,
+        pool: int = 5,
+        filled: bool = True,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def leaf(*shape: int) -> Tensor:
+            values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return values.to(dtype).requires_grad_()
+
+        self.context = [leaf(rows, tokens, count, head_size) for count in (heads, kv_heads, kv_heads)]
+        self.prefix = PrefixKeys(leaf(prefix, kv_heads, head_size), leaf(prefix, kv_heads, head_size))
+        slots = torch.randint(-1, pool, (rows, -(-tokens // chunk), places), generator=generator)
+        self.memory = MemoryKeys(
+            leaf(pool, kv_heads, kept, head_size),
+            leaf(pool, kv_heads, kept, head_size),
+            torch.rand(pool, kv_heads, kept, generator=generator) < 0.7,
+            slots if filled else torch.full_like(slots, -1),
+            chunk,
+        )
+        self.grad = torch.randn(rows, tokens, heads, head_size, generator=generator, dtype=torch.float64).to(
+            dtype
+        )
+
+    def solve(
+        self, attention: AttentionFunction, *, prefix: bool = True, memory: bool = True
+    ) -> list[Tensor]:
+        """Output, then the gradients of context, prefix and memory."""
+        out = attention(
+            *self.context, prefix=self.prefix if prefix else None, memory=self.memory if memory else None
+        )
+        leaves = [*self.context, *(self.prefix if prefix else ())]
+        leaves += [self.memory.k_NGSE, self.memory.v_NGSE] if memory else []
+        return [out, *torch.autograd.grad(out, leaves, self.grad)]
+
+
+def assert_equal(left: list[Tensor], right: list[Tensor], tolerance: float) -> None:
+    assert len(left) == len(right)
+    for ours, theirs in zip(left, right, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@FAST
+@pytest.mark.parametrize(("prefix", "memory"), [*itertools.product([True, False], repeat=2)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"tokens": 29},  # the last chunk is partial
+        {"tokens": 5},  # a single, partial chunk
+        {"tokens": 150, "chunk": 64, "rows": 1},  # more than two blocks of queries
+        {"heads": 3, "kv_heads": 3},
+        {"heads": 4, "kv_heads": 1},
+        {"filled": False},
+    ],
+    ids=str,
+)
+def test_fast_attention_and_its_gradients_equal_the_reference(
+    fast: AttentionFunction, shape: dict[str, int], prefix: bool, memory: bool
+) -> None:
+    problem = Problem(**shape)  # type: ignore[arg-type]
+    solutions = [
+        problem.solve(attention, prefix=prefix, memory=memory) for attention in (fast, reference_attention)
+    ]
+    assert_equal(*solutions, tolerance=1e-11)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    fast=st.sampled_from([blocked_attention, merged_attention]),
+    rows=st.integers(1, 2),
+    tokens=st.integers(1, 21),
+    group=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    chunk=st.integers(1, 9),
+    places=st.integers(1, 3),
+    kept=st.integers(1, 3),
+    prefix=st.integers(0, 3),
+    pool=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+def test_fast_attention_equals_the_reference_for_any_shape(
+    fast: AttentionFunction, group: int, kv_heads: int, seed: int, **shape: int
+) -> None:
+    problem = Problem(heads=group * kv_heads, kv_heads=kv_heads, head_size=4, seed=seed, **shape)
+    assert_equal(problem.solve(fast), problem.solve(reference_attention), tolerance=1e-11)
+
+
+@FAST
+def test_float32_and_bfloat16_stay_near_float64(fast: AttentionFunction) -> None:
+    shape = {"tokens": 128, "chunk": 64, "head_size": 64}
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        rough = Problem(**shape, dtype=dtype)
+        exact = Problem(**shape)
+        with torch.no_grad():  # the same, rounded, inputs
+            pairs = zip(
+                [*exact.context, *exact.prefix, exact.memory.k_NGSE, exact.memory.v_NGSE, exact.grad],
+                [*rough.context, *rough.prefix, rough.memory.k_NGSE, rough.memory.v_NGSE, rough.grad],
+                strict=True,
+            )
+            for target, source in pairs:
+                target.copy_(source)
+        for ours, theirs in zip(rough.solve(fast), exact.solve(reference_attention), strict=True):
+            assert (ours.double() - theirs).norm() / theirs.norm() < tolerance
+
+
+@FAST
+def test_inputs_are_left_as_they_were(fast: AttentionFunction) -> None:
+    problem = Problem(kv_heads=1, heads=1, rows=1)
+    before = [x.detach().clone() for x in problem.context]
+    problem.solve(fast)
+    assert all(torch.equal(x, y) for x, y in zip(problem.context, before, strict=True))
+
+
+@FAST
+def test_empty_slots_read_nothing_not_even_the_last_memory(fast: AttentionFunction) -> None:
+    problem = Problem(filled=False)
+    out, *grads = problem.solve(fast)
+    without, *_ = problem.solve(fast, memory=False)
+    torch.testing.assert_close(out, without, rtol=1e-12, atol=1e-12)
+    assert not grads[-1].any()
+    assert not grads[-2].any()
+
+
+@FAST
+def test_nothing_to_read_is_no_nan(fast: AttentionFunction) -> None:
+    problem = Problem(filled=False)
+    for solution in (problem.solve(fast, prefix=False), problem.solve(fast, prefix=False, memory=False)):
+        assert all(x.isfinite().all() for x in solution)
+
+
+@FAST
+def test_the_order_of_slots_is_irrelevant(fast: AttentionFunction) -> None:
+    problem = Problem()
+    slots = problem.memory.slots_BCK
+    out = problem.solve(fast)[0]
+    slots.copy_(slots.flip(-1))
+    torch.testing.assert_close(problem.solve(fast)[0], out, rtol=1e-12, atol=1e-12)
+
+
+@FAST
+def test_an_empty_pool_is_no_memory(fast: AttentionFunction) -> None:
+    problem = Problem(filled=False)
+    nothing = MemoryKeys(
+        problem.memory.k_NGSE[:0],
+        problem.memory.v_NGSE[:0],
+        problem.memory.kept_NGS[:0],
+        problem.memory.slots_BCK,
+        8,
+    )
+    out = fast(*problem.context, memory=nothing)
+    assert torch.equal(out, fast(*problem.context))
+
+
+@pytest.mark.parametrize("attention", [blocked_attention, merged_attention, reference_attention])
+def test_documents_keep_attention_inside_them(attention: Callable[..., Tensor]) -> None:
+    problem = Problem(rows=1, tokens=16)
+    documents = torch.tensor([[4] * 6 + [9] * 10])
+    both = attention(*problem.context, prefix=problem.prefix, documents_BT=documents)
+    parts = [
+        attention(*(x[:, cut] for x in problem.context), prefix=problem.prefix)
+        for cut in (slice(0, 6), slice(6, 16))
+    ]
+    torch.testing.assert_close(both, torch.cat(parts, dim=1), rtol=1e-12, atol=1e-12)
+
+
+def test_the_share_of_memory_lies_between_none_and_all() -> None:
+    problem = Problem()
+    q, k, _ = problem.context
+    assert 0 < memory_share(q, k, prefix=problem.prefix, memory=problem.memory) < 1
+    empty = Problem(filled=False)
+    assert memory_share(*empty.context[:2], prefix=None, memory=empty.memory) == 0

@@ -1,0 +1,129 @@
+"""Real references, embedder and model, small: what the tests of memorybank/ and of its users share."""
+
+import atexit
+import json
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from data.config import DataConfig, SourceConfig, SourceKind
+from data.factbook import load
+from data.prepare import Prepared, prepare
+from data.references import References
+from data.tokenizer import Tokenizer
+from memorybank.codec import DtypeCodec
+from memorybank.embedder import StaticEmbedder
+from memorybank.index import ExactIndex
+from memorybank.record import MemoryShape
+from memorybank.store import GenerationSettings
+from model.config import ModelConfig
+from model.transformer import Memory3LM
+
+VOCABULARY = 1024
+
+
+@cache
+def prepared() -> Prepared:
+    """Return 24 raw country sections of the factbook with everything made of them."""
+    folder = TemporaryDirectory(prefix="memorybank-")
+    atexit.register(folder.cleanup)
+    raw = [document for document in load().documents if document.use.refers]
+    lines = [
+        json.dumps({"id": document.id, "title": document.title, "text": document.text})
+        for document in raw[:: len(raw) // 24][:24]
+    ]
+    file = Path(folder.name) / "sections.jsonl"
+    file.write_text("\n".join(lines))
+    source = SourceConfig(kind=SourceKind.jsonl, path=str(file), title_field="title", id_field="id")
+    config = DataConfig(name="sections", sources={"sections": source}, vocab_size=VOCABULARY, num_workers=1)
+    return prepare(config, Path(folder.name))
+
+
+def references() -> References:
+    """Return the references of `prepared`, title lines included."""
+    return prepared().references
+
+
+def tokenizer() -> Tokenizer:
+    """Return the tokenizer of `prepared`."""
+    return prepared().tokenizer
+
+
+@cache
+def embedder() -> StaticEmbedder:
+    """Return the static embedder."""
+    return StaticEmbedder()
+
+
+def index_of(references: References, ids: np.ndarray | None = None) -> ExactIndex:
+    """Return an index over references (all, or those given), by their texts."""
+    ids = np.arange(len(references)) if ids is None else ids
+    index = ExactIndex(embedder().size)
+    index.add(ids, embedder().embed([references.text(int(id)) for id in ids]))
+    return index
+
+
+def model_config() -> ModelConfig:
+    """Return a model of 4 layers, 2 of them memory layers, for `tokenizer`."""
+    return ModelConfig(
+        vocab_size=VOCABULARY,
+        num_layers=4,
+        width=128,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=64,
+        ffn_width=128,
+        num_memory_layers=2,
+        row_tokens=256,
+        prefix_ids=tokenizer().prefix_ids,
+    )
+
+
+def model(dtype: torch.dtype = torch.bfloat16, *, seed: int = 0) -> Memory3LM:
+    """Return an untrained model of `model_config`."""
+    torch.manual_seed(seed)
+    return Memory3LM(model_config()).to(dtype).eval()
+
+
+def codec(dtype: torch.dtype = torch.bfloat16) -> DtypeCodec:
+    """Return the codec of `model`'s memories."""
+    return DtypeCodec(MemoryShape.of(model_config()), dtype)
+
+
+def settings(**changes: object) -> GenerationSettings:
+    """Return what a generation of `model` is made from, with changes."""
+    stated = {
+        "layout": model_config().layout(),
+        "weights": "w0",
+        "lineage": "run",
+        "step": 7,
+        "references": "r0",
+        "tokenizer": "t0",
+    }
+    return GenerationSettings(**(stated | changes))
+
+
+def on_ranks(world_size: int, function: Callable[[int, Callable[[], None]], None]) -> None:
+    """Call ``function(rank, barrier)`` in one thread per rank; the first error is raised here."""
+    barrier = threading.Barrier(world_size)
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            function(rank, lambda: barrier.wait(60) and None)
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,1 @@
+"""The engine, the two stages, the loop, checkpoints, metrics and evaluation."""

@@ -1,0 +1,200 @@
+"""The bank epochs of the continual stage: grow, search, compile.
+
+At the beginning of an epoch the bank may hold the references of every document finished so far, and those of
+reference-only sources. The neighbours of the epoch's rows are searched among them, and the references that these rows
+and the validation will read are compiled with the current weights, on all ranks, into a new generation.
+Neighbours and generation are published artefacts: a killed run finds them, or the whole shards it had finished.
+Not here: which rows the epoch has (`rows`), training on it (`loop`).
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.files import is_finished, open_manifest, publishing
+from data.references import References
+from memorybank.codec import Codec
+from memorybank.config import RetrievalConfig
+from memorybank.search import RowSearch
+from memorybank.store import Generation, GenerationSettings
+from memorybank.writer import compile_generation
+from model.config import ModelConfig
+from train.distributed import Ranks
+from train.engine import Engine
+from train.rows import in_bank
+from train.state import History
+
+log = logging.getLogger(__name__)
+
+Ids = NDArray[np.int64]
+_KIND, _VERSION = "neighbours", 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows that will look for references.
+
+    Attributes:
+        tokens_MT: Inputs.
+        documents: For each row, the documents of which it holds a token.
+    """
+
+    tokens_MT: NDArray[np.int64]
+    documents: Sequence[Ids]
+
+
+@dataclass(frozen=True, slots=True)
+class EpochNeighbours:
+    """What the rows of a bank epoch, and the validation beside it, found.
+
+    Attributes:
+        training_MC: One reference per chunk of the epoch's rows, -1 is empty.
+        validation_MC: The same for the validation rows.
+        report: Counts of references searched, slots filled and candidates refused.
+    """
+
+    training_MC: Ids
+    validation_MC: Ids
+    report: dict[str, int]
+
+    def read_ids(self, *, training: bool) -> Ids:
+        """The distinct references that will be read, with or without those of training."""
+        parts = [self.validation_MC.ravel()] + ([self.training_MC.ravel()] if training else [])
+        ids = np.unique(np.concatenate(parts))
+        return ids[ids >= 0]
+
+
+class BankEpochs:
+    """Opens bank epochs of one run.
+
+    Args:
+        run: The run folder; its name is the lineage of the generations.
+        references: All references of the prepared corpus.
+        search: Finds neighbours; None on all ranks but the first.
+        retrieval: The filters' limits.
+        inputs: Fingerprints of what neighbours and generations are made from.
+        model: Its layout decides the meaning of a record.
+        codec: Memories to records.
+        ranks: All processes compile.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        references: References,
+        search: RowSearch | None,
+        retrieval: RetrievalConfig,
+        inputs: dict[str, str],
+        model: ModelConfig,
+        codec: Codec,
+        ranks: Ranks,
+    ) -> None:
+        self._run = run
+        self._references = references
+        self._search = search
+        self._retrieval = retrieval
+        self._inputs = inputs
+        self._model = model
+        self._codec = codec
+        self._ranks = ranks
+
+    def bank_ids(self, history: History) -> Ids:
+        """The references that may be read in an epoch that begins with this history, ascending."""
+        allowed = in_bank(self._references.shards.corpus, history.finished)
+        return np.flatnonzero(allowed[self._references.document_of]).astype(np.int64)
+
+    def neighbours(self, epoch: int, history: History, rows: Rows, validation: Rows) -> EpochNeighbours:
+        """Search once, on rank 0, and let every rank read what was published."""
+        folder = self._run / "neighbours" / f"continual-{epoch:04d}"
+        ids = self.bank_ids(history)
+        digest = sha256(ids.tobytes() + rows.tokens_MT.tobytes() + validation.tokens_MT.tobytes())
+        settings = {
+            "epoch": epoch,
+            "rows_and_references": digest.hexdigest()[:16],
+            "candidates": self._retrieval.candidates,
+            "overlap_training": self._retrieval.overlap_training,
+            "overlap_evaluation": self._retrieval.overlap_evaluation,
+            "allow_own_document": self._retrieval.allow_own_document,
+        }
+        if self._ranks.is_first and not is_finished(
+            folder, kind=_KIND, version=_VERSION, settings=settings, inputs=self._inputs
+        ):
+            self._publish_neighbours(folder, settings, ids, rows, validation)
+        self._ranks.barrier()
+        manifest = open_manifest(folder, kind=_KIND, version=_VERSION, inputs=self._inputs)
+        return EpochNeighbours(
+            np.load(folder / "training.npy", allow_pickle=False),
+            np.load(folder / "validation.npy", allow_pickle=False),
+            dict(manifest.extra),
+        )
+
+    def compile(self, engine: Engine, ids: Ids, *, name: str, step: int) -> Generation:
+        """Compile references with the current weights; a collective. A finished generation is opened again."""
+        folder = self._run / "bank" / name
+        settings = GenerationSettings(
+            layout=self._model.layout(),
+            weights=engine.weights_hash(),
+            lineage=self._run.name,
+            step=step,
+            references=self._inputs["references"],
+            tokenizer=self._inputs["tokenizer"],
+        )
+        compile_generation(
+            engine.encode,
+            self._references,
+            ids,
+            self._codec,
+            folder,
+            settings=settings,
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+            barrier=self._ranks.barrier,
+        )
+        return Generation.open(folder, expect=asdict(settings))
+
+    def reopen(self, name: str, fingerprint: str) -> Generation:
+        """The generation that a checkpoint names, and no other.
+
+        Raises:
+            ValueError: It is missing, damaged, or another one.
+        """
+        generation = Generation.open(self._run / "bank" / name, expect={"layout": self._model.layout()})
+        if generation.fingerprint != fingerprint:
+            raise ValueError(
+                f"{generation.folder} has the fingerprint {generation.fingerprint}, but the checkpoint names "
+                f"{fingerprint}: the generation was replaced since; restore it, or resume from a checkpoint of an "
+                "earlier bank epoch (delete the later ones)"
+            )
+        return generation
+
+    def _publish_neighbours(
+        self, folder: Path, settings: dict[str, object], ids: Ids, rows: Rows, validation: Rows
+    ) -> None:
+        assert self._search is not None
+        index = self._search.index(ids)
+        found = [
+            self._search.neighbours(part.tokens_MT, part.documents, index, k=1, limit=limit)
+            for part, limit in (
+                (rows, self._retrieval.overlap_training),
+                (validation, self._retrieval.overlap_evaluation),
+            )
+        ]
+        training = found[0]
+        report = {
+            "references": len(ids),
+            "chunks": int(training.ids_MCk.size),
+            "empty": training.exhausted,
+            "refused_own_document": training.refused_own_document,
+            "refused_overlap": training.refused_overlap,
+        }
+        with publishing(
+            folder, kind=_KIND, version=_VERSION, settings=settings, inputs=self._inputs, extra=report
+        ) as work:
+            np.save(work / "training.npy", training.ids_MCk[:, :, 0])
+            np.save(work / "validation.npy", found[1].ids_MCk[:, :, 0])

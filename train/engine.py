@@ -1,0 +1,301 @@
+"""DeepSpeed behind a narrow protocol: the only module that knows it.
+
+One `train_step` is one optimizer update: accumulation, averaging over ranks, clipping and skipping happen inside.
+DeepSpeed's JSON is derived from our typed settings. Its checkpoint files are written into a folder that
+`train.checkpoint` publishes, and are read with pickles switched off.
+Not here: which batch comes next (`loop`), the checkpoint's container (`checkpoint`).
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from model.loss import LossSum
+from model.memory import ExplicitMemory, MemoryBatch, ReferenceBatch
+from model.transformer import Memory3LM
+from train.config import EngineConfig, OptimConfig, Precision
+from train.distributed import Ranks
+from train.optim import parameter_groups
+
+_TAG = "engine"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """What one forward pass is given.
+
+    Attributes:
+        tokens_BT: Inputs.
+        targets_BT: The token that follows each input.
+        memory: What the chunks read; None means nothing.
+    """
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    memory: MemoryBatch | ReferenceBatch | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimizer update.
+
+    Attributes:
+        loss: Mean next-token loss over all ranks and micro-batches, in nats.
+        tokens: Targets behind the loss, over all ranks.
+        grad_norm: Global norm before clipping.
+        skipped: Whether the update was left out because the gradient was not finite.
+    """
+
+    loss: float
+    tokens: int
+    grad_norm: float
+    skipped: bool
+
+
+class Inference(Protocol):
+    """What evaluation and compilation need: the forward pass, without gradient."""
+
+    def token_losses(self, inputs: ModelInput) -> Tensor:
+        """Next-token loss of every target, (B, T) float32, without gradient."""
+        ...
+
+    def encode(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor | None = None) -> ExplicitMemory:
+        """Memories of references, without gradient."""
+        ...
+
+    def weights_hash(self) -> str:
+        """Identifies the weights, the same on every rank; a collective."""
+        ...
+
+
+class Engine(Inference, Protocol):
+    """What the loop and the checkpoints need beyond that."""
+
+    def train_step(self, inputs: Sequence[ModelInput], *, lr: float) -> StepResult:
+        """Make one optimizer update from this rank's micro-batches; a collective."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters by name, on rank 0 (empty elsewhere); a collective under ZeRO-3."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write parameters and optimizer state into a folder; a collective."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote; a collective."""
+        ...
+
+
+class DeepSpeedEngine:
+    """The engine of every run, on GPUs (nccl) and on CPU ranks (gloo)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optim: OptimConfig,
+        engine: EngineConfig,
+        rows_per_step: int,
+        micro_rows: int,
+        ranks: Ranks,
+    ) -> None:
+        deepspeed = _import_deepspeed(ranks)
+        self._ranks = ranks
+        settings = deepspeed_settings(
+            optim, engine, rows_per_step=rows_per_step, micro_rows=micro_rows, world_size=ranks.world_size
+        )
+        if ranks.device.type == "cuda":
+            model = model.to(ranks.device)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model, optim.weight_decay),
+            config=settings,
+            dist_init_required=False,
+        )
+        self._zero_stage = engine.zero_stage
+
+    @property
+    def module(self) -> Any:
+        """The wrapped model, for what only reads it."""
+        return self._engine.module
+
+    def train_step(self, inputs: Sequence[ModelInput], *, lr: float) -> StepResult:
+        engine = self._engine
+        engine.train()
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        totals = torch.zeros(2, dtype=torch.float64)
+        for micro in inputs:
+            loss = self._forward(micro)
+            engine.backward(loss.sum / loss.count.clamp(min=1))
+            engine.step()
+            totals += torch.stack([loss.sum.detach().double(), loss.count.double()]).cpu()
+        totals = self._ranks.sum(totals)
+        norm = engine.get_global_grad_norm()
+        return StepResult(
+            loss=(totals[0] / totals[1].clamp(min=1)).item(),
+            tokens=int(totals[1]),
+            grad_norm=float("nan") if norm is None else float(norm),
+            skipped=not engine.was_step_applied(),
+        )
+
+    @torch.no_grad()
+    def token_losses(self, inputs: ModelInput) -> Tensor:
+        self._engine.eval()
+        batch = _to(inputs, self._ranks.device)
+        losses: Tensor = self._engine(
+            batch.tokens_BT, targets_BT=batch.targets_BT, memory=batch.memory, per_token=True
+        )
+        return losses
+
+    @torch.no_grad()
+    def encode(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor | None = None) -> ExplicitMemory:
+        self._engine.eval()
+        device = self._ranks.device
+        titles_N = None if titles_N is None else titles_N.to(device)
+        memory: ExplicitMemory = self.module.encode(tokens_NR.to(device), lengths_N.to(device), titles_N)
+        return memory
+
+    def weights(self) -> dict[str, Tensor]:
+        if self._zero_stage == 3:
+            gathered: dict[str, Tensor] | None = self._engine._zero3_consolidated_16bit_state_dict()
+            return gathered or {}
+        if not self._ranks.is_first:
+            return {}
+        return {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}
+
+    def weights_hash(self) -> str:
+        weights = self.weights()
+        return str(self._ranks.broadcast(hash_weights(weights) if self._ranks.is_first else None))
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        if self._ranks.is_first:  # helper scripts, which nobody should have to run
+            for script in folder.glob("*.py"):
+                script.unlink()
+
+    def load(self, folder: Path) -> None:
+        _forbid_pickles()
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if loaded is None:
+            raise ValueError(f"{folder} holds no engine state; it was not written by this version")
+
+    def _forward(self, inputs: ModelInput) -> LossSum:
+        batch = _to(inputs, self._ranks.device)
+        loss: LossSum = self._engine(batch.tokens_BT, targets_BT=batch.targets_BT, memory=batch.memory)
+        return loss
+
+
+class InferenceEngine:
+    """A model by itself, in one process."""
+
+    def __init__(self, model: Memory3LM) -> None:
+        self.model = model.eval()
+        self.device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def token_losses(self, inputs: ModelInput) -> Tensor:
+        batch = _to(inputs, self.device)
+        losses = self.model(batch.tokens_BT, targets_BT=batch.targets_BT, memory=batch.memory, per_token=True)
+        assert isinstance(losses, Tensor)
+        return losses
+
+    @torch.no_grad()
+    def encode(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor | None = None) -> ExplicitMemory:
+        titles_N = None if titles_N is None else titles_N.to(self.device)
+        return self.model.encode(tokens_NR.to(self.device), lengths_N.to(self.device), titles_N)
+
+    def weights_hash(self) -> str:
+        return hash_weights(self.model.state_dict())
+
+
+def deepspeed_settings(
+    optim: OptimConfig, engine: EngineConfig, *, rows_per_step: int, micro_rows: int, world_size: int
+) -> dict[str, Any]:
+    """DeepSpeed's JSON, derived; `rows_per_step` must be a multiple of `micro_rows` x ranks."""
+    accumulate, rest = divmod(rows_per_step, micro_rows * world_size)
+    if rest or not accumulate:
+        raise ValueError(
+            f"rows_per_step={rows_per_step} is not a multiple of micro_rows={micro_rows} x {world_size} ranks; "
+            f"set rows_per_step to a multiple of {micro_rows * world_size}, or micro_rows lower"
+        )
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_rows,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": optim.clip_norm,
+        "bf16": {"enabled": engine.precision is Precision.bf16},
+        "zero_optimization": {"stage": engine.zero_stage},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": 1e-3,  # set anew at every step, from the schedule
+                "betas": [optim.beta1, optim.beta2],
+                "eps": optim.eps,
+                "weight_decay": optim.weight_decay,
+                "torch_adam": True,  # with `fused`: PyTorch's own kernel, no C++ build at run time
+                "fused": True,
+            },
+        },
+        "steps_per_print": 2**31,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if engine.precision is Precision.bf16 and engine.zero_stage > 0:
+        # Otherwise micro-batch gradients add up in bf16; with ZeRO-0 DeepSpeed refuses this setting.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def hash_weights(weights: dict[str, Tensor]) -> str:
+    """16 hex digits of SHA-256 over names, shapes, types and bytes of all parameters."""
+    digest = sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
+        digest.update(value.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _to(inputs: ModelInput, device: torch.device) -> ModelInput:
+    if inputs.tokens_BT.device == device:
+        return inputs
+    memory = None if inputs.memory is None else inputs.memory.to(device)
+    return ModelInput(
+        inputs.tokens_BT.to(device, non_blocking=True),
+        inputs.targets_BT.to(device, non_blocking=True),
+        memory,
+    )
+
+
+def _import_deepspeed(ranks: Ranks) -> Any:
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # The shared-memory collective would be compiled at start: it needs a compiler, and a kill during the build
+    # leaves a lock that the next start waits for. gloo serves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _forbid_pickles() -> None:
+    """Make `torch.load` refuse everything but tensors and DeepSpeed's three plain types (DeepSpeed asks for more)."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])

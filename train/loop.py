@@ -1,0 +1,101 @@
+"""The loop of an epoch, in the order of time.
+
+It counts optimizer updates only; what an update is made of belongs to the engine, what a batch is given to the stage.
+Not here: how an epoch is opened (`continual`), how a run is put together (`launch.build`).
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from data.batch import TokenBatch
+from train.engine import Engine
+from train.metrics import Metrics
+from train.schedule import Schedule
+from train.stages import Stage
+from train.state import RunState
+
+Validate = Callable[[RunState], dict[str, Any]]
+Save = Callable[[RunState], None]
+
+
+def train_epoch(
+    engine: Engine,
+    stage: Stage,
+    batches: Iterator[TokenBatch],
+    cursor: Callable[[], int],
+    schedule: Schedule,
+    state: RunState,
+    *,
+    last_step: int,
+    accumulate: int,
+    metrics: Metrics,
+    validate: Validate,
+    save: Save,
+    max_skipped: int = 20,
+) -> RunState:
+    """Train up to `last_step` finished updates of the stage and return where that leaves the run.
+
+    Args:
+        engine: Makes the updates.
+        stage: Attaches memories to rows.
+        batches: Micro-batches of this rank, from the state's cursor on.
+        cursor: Rows of the plan consumed so far, by all ranks.
+        schedule: What happens at which step.
+        state: Where the run stands.
+        last_step: The epoch's last update, counted in the stage.
+        accumulate: Micro-batches of an update, on this rank.
+        metrics: Where each step is reported, once.
+        validate: Reads held-out text.
+        save: Publishes a checkpoint.
+        max_skipped: Updates in a row without a finite gradient that end the run.
+
+    Raises:
+        FloatingPointError: After `max_skipped` skipped updates in a row.
+    """
+    skipped_in_a_row = 0
+    collected = gc.isenabled()
+    gc.collect()
+    gc.disable()  # a collection in the middle of a step stalls every rank
+    try:
+        while state.step < last_step:
+            started = time.perf_counter()
+            inputs = [stage.model_input(next(batches)) for _ in range(accumulate)]
+            fetched = time.perf_counter()
+            lr = schedule.learning_rate(state.step)
+            result = engine.train_step(inputs, lr=lr)
+            state = state.after(result, cursor=cursor())
+            ended = time.perf_counter()
+            metrics.log(
+                stage=state.stage,
+                step=state.step,
+                num_steps=schedule.num_steps,
+                epoch=state.epoch,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=lr,
+                skipped=result.skipped,
+                tokens=state.tokens,
+                tokens_per_second=result.tokens / (ended - started),
+                seconds_data=fetched - started,
+                seconds_update=ended - fetched,
+                generation=state.generation,
+                generation_age=None if state.generation is None else state.step - state.epoch_step,
+            )
+            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+            if skipped_in_a_row >= max_skipped:
+                raise FloatingPointError(
+                    f"{skipped_in_a_row} updates in a row had no finite gradient ({state.stage}, step {state.step}); "
+                    f"lower {state.stage}.peak_lr (now {schedule.peak_lr}) and resume from an earlier checkpoint"
+                )
+            if schedule.validates(state.step):
+                metrics.log(stage=state.stage, step=state.step, **validate(state))
+            if schedule.saves(state.step):
+                save(state)
+            if state.step % 100 == 0:
+                gc.collect()
+    finally:
+        if collected:
+            gc.enable()
+    return state

@@ -1,0 +1,203 @@
+"""A stage from beginning to end, epoch by epoch; what a resumed run calls as well.
+
+    while steps are left:  plan rows -> open the epoch (grow, search, compile) -> train -> publish a checkpoint
+
+Not here: a single epoch's loop (`loop`), assembling the parts from a configuration (`launch.build`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data.loader import Loader, read_rows
+from data.packing import RowPlan
+from data.references import References
+from data.shards import TokenShards
+from memorybank.bank import BankReader, OnlineReader
+from memorybank.codec import Codec
+from memorybank.store import Generation
+from train.arms import Arm, Bank, Pattern, Reading, text_readings
+from train.checkpoint import Checkpoints
+from train.config import StageConfig
+from train.continual import BankEpochs, Rows
+from train.distributed import Ranks
+from train.engine import Engine
+from train.evaluate import Setting, TextSet, validation_losses
+from train.loop import train_epoch
+from train.metrics import Metrics
+from train.rows import plan_epoch
+from train.schedule import Schedule
+from train.stages import MemoryStage, PlainStage, Reader, Stage, encodes_online, reads_bank
+from train.state import History, RunState
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a stage is made of; assembled by `launch.build`."""
+
+    name: str
+    config: StageConfig
+    schedule: Schedule
+    engine: Engine
+    shards: TokenShards
+    source_weights: Mapping[str, float]
+    references: References
+    codec: Codec
+    epochs: BankEpochs | None
+    window: int
+    overlap_limit: float
+    validation: TextSet
+    checkpoints: Checkpoints
+    metrics: Metrics
+    ranks: Ranks
+    row_tokens: int
+    seed: int
+
+
+def run_stage(parts: Parts, state: RunState, history: History) -> tuple[RunState, History]:
+    """Train a stage from where the run stands to its end.
+
+    Args:
+        parts: Everything the stage needs.
+        state: Position; at step 0 for a new stage.
+        history: What had been read when the state's epoch began.
+
+    Returns:
+        The position at the end, and the history then.
+    """
+    schedule = parts.schedule
+    while True:
+        rows = plan_epoch(
+            parts.shards,
+            parts.name,
+            parts.config,
+            history,
+            source_weights=parts.source_weights,
+            row_tokens=parts.row_tokens,
+            steps_left=schedule.num_steps - state.epoch_step,
+            epoch=state.epoch,
+            seed=parts.seed,
+        )
+        last_step = state.epoch_step + rows.steps
+        if state.step < last_step:
+            state = _train(parts, rows.plan, state, history, last_step)
+        history = history.after(rows.plan, state.cursor)
+        if state.step >= schedule.num_steps:
+            return state, history
+        state = state.next_epoch()
+
+
+def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_step: int) -> RunState:
+    epoch = _open_epoch(parts, plan, state, history)
+    if epoch.generation is not None:
+        state = replace(
+            state,
+            generation=epoch.generation.folder.name,
+            generation_fingerprint=epoch.generation.fingerprint,
+        )
+    config, ranks = parts.config, parts.ranks
+
+    def save(now: RunState) -> None:
+        read = history.after(plan, now.cursor).finished
+        keep = now.step in (parts.schedule.branch_step, parts.schedule.num_steps)
+        parts.checkpoints.save(parts.engine, now, history, read, keep=keep)
+
+    def validate(now: RunState) -> dict[str, Any]:
+        setting = Setting(label=parts.name, reader=epoch.reader, batch_rows=config.micro_rows, ranks=ranks)
+        losses = validation_losses(parts.engine, parts.validation, epoch.readings, setting)
+        return {
+            **{f"validation_{arm.name}": loss for arm, loss in losses.items()},
+            "validation_tokens": parts.validation.tokens_MT1[:, 1:].numel(),
+            "query": None if config.memory is None else config.memory.query.name,
+            "pattern": None if config.memory is None else "training",
+            "overlap_limit": None if config.memory is None else parts.overlap_limit,
+            "generation_age": None if epoch.generation is None else now.step - now.epoch_step,
+        }
+
+    loader = Loader(
+        parts.shards,
+        plan,
+        rows_per_step=config.rows_per_step,
+        micro_rows=config.micro_rows,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        cursor=state.cursor,
+    )
+    with loader as batches:
+        state = train_epoch(
+            parts.engine,
+            epoch.stage,
+            batches,
+            lambda: loader.cursor,
+            parts.schedule,
+            state,
+            last_step=last_step,
+            accumulate=config.rows_per_step // (config.micro_rows * ranks.world_size),
+            metrics=parts.metrics,
+            validate=validate,
+            save=save,
+        )
+    if not parts.schedule.saves(state.step):
+        save(state)  # the edge of a bank epoch: a kill in the next compilation costs no training
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    """An opened epoch: what its rows and its validation read."""
+
+    stage: Stage
+    reader: Reader
+    readings: list[Reading]
+    generation: Generation | None
+
+
+def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) -> _Epoch:
+    """Grow, search and compile; without memory there is nothing to open."""
+    online = OnlineReader(parts.references)
+    memory = parts.config.memory
+    if memory is None or parts.epochs is None:
+        return _Epoch(PlainStage(), online, [Reading(Arm.none)], None)
+    rows = read_rows(parts.shards, plan, tuple(range(plan.num_rows)))
+    neighbours = parts.epochs.neighbours(
+        state.epoch,
+        history,
+        Rows(rows.inputs.numpy(), [plan.documents_of_row(position) for position in rows.positions]),
+        Rows(parts.validation.tokens_MT1[:, :-1].numpy(), parts.validation.row_documents),
+    )
+    ids = neighbours.read_ids(training=reads_bank(memory.source))
+    if state.generation is not None and state.generation_fingerprint is not None:
+        generation = parts.epochs.reopen(state.generation, state.generation_fingerprint)
+    else:
+        generation = parts.epochs.compile(
+            parts.engine, ids, name=f"generation-{state.stage}-{state.epoch:04d}", step=state.epoch_step
+        )
+    report = neighbours.report
+    parts.metrics.log(
+        stage=state.stage,
+        step=state.step,
+        epoch=state.epoch,
+        **{f"bank_{key}": value for key, value in report.items()},
+        bank_compiled=len(ids),
+    )
+    bank = BankReader(generation, parts.codec)
+    stage = MemoryStage(
+        neighbours.training_MC,
+        query=memory.query,
+        window=parts.window,
+        bank=bank if reads_bank(memory.source) else None,
+        online=online if encodes_online(memory.source) else None,
+        online_share=memory.online_share,
+        rows_per_step=parts.config.rows_per_step,
+        seed=parts.seed,
+    )
+    readings = text_readings(
+        neighbours.validation_MC[:, :, None],
+        parts.validation.row_documents,
+        Bank(ids, parts.references.document_of),
+        seed=0,
+        window=parts.window,
+        queries=[memory.query],
+        patterns=[Pattern.training],
+    )
+    return _Epoch(stage, bank, readings, generation)

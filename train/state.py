@@ -1,0 +1,116 @@
+"""Where a run stands: everything a resumed run needs besides weights and optimizer state.
+
+The history says what was read; the rows of an epoch are a pure function of the history at its beginning
+(`rows.plan_epoch`), so a resumed run draws the same rows without having stored them.
+Not here: how it is written to disk (`checkpoint`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.packing import RowPlan
+from train.engine import StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """The position of a run after a whole number of optimizer updates.
+
+    Attributes:
+        stage: "warmup" or "continual".
+        step: Finished updates of the stage.
+        epoch: Number of the epoch in the stage, from 0.
+        epoch_step: Value of `step` when the epoch began.
+        cursor: Rows of the epoch's plan consumed by the whole run.
+        tokens: Targets trained on in this run, both stages.
+        skipped: Updates left out because a gradient was not finite.
+        generation: Name of the bank generation that the epoch reads, None without one.
+        generation_fingerprint: Its fingerprint: a resumed epoch reads exactly this one.
+    """
+
+    stage: str
+    step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    cursor: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    generation: str | None = None
+    generation_fingerprint: str | None = None
+
+    def after(self, result: StepResult, *, cursor: int) -> Self:
+        """The state after one more update."""
+        return replace(
+            self,
+            step=self.step + 1,
+            cursor=cursor,
+            tokens=self.tokens + result.tokens,
+            skipped=self.skipped + result.skipped,
+        )
+
+    def next_epoch(self) -> Self:
+        """The state at the beginning of the epoch that follows."""
+        return replace(
+            self,
+            epoch=self.epoch + 1,
+            epoch_step=self.step,
+            cursor=0,
+            generation=None,
+            generation_fingerprint=None,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What the run had read when its present epoch began, one entry per document.
+
+    Attributes:
+        finished: (documents,) bool: the document's last token lay in a consumed row.
+        drawn: (documents,) uint16: how often the document was drawn in this stage.
+    """
+
+    finished: NDArray[np.bool_]
+    drawn: NDArray[np.uint16]
+
+    @classmethod
+    def empty(cls, num_documents: int) -> Self:
+        """Nothing read yet."""
+        return cls(np.zeros(num_documents, dtype=np.bool_), np.zeros(num_documents, dtype=np.uint16))
+
+    def after(self, plan: RowPlan, cursor: int) -> "History":
+        """The history once `cursor` rows of a plan are consumed."""
+        finished, drawn = self.finished.copy(), self.drawn.copy()
+        finished[plan.finished(cursor)] = True
+        np.add.at(drawn, plan.documents, 1)
+        return History(finished, drawn)
+
+    @classmethod
+    def of_read(cls, read: NDArray[np.bool_]) -> Self:
+        """What a stage starts from that branches off: what was read stays so, nothing is drawn yet."""
+        return cls(read, np.zeros(len(read), dtype=np.uint16))
+
+    def save(self, folder: Path) -> None:
+        """Write two files into a folder that is being published."""
+        np.save(folder / "finished.npy", np.packbits(self.finished))
+        np.save(folder / "drawn.npy", self.drawn)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """The inverse of `save`."""
+        drawn = np.load(folder / "drawn.npy", allow_pickle=False)
+        finished = np.unpackbits(np.load(folder / "finished.npy", allow_pickle=False), count=len(drawn))
+        return cls(finished.astype(np.bool_), drawn)
