@@ -301,4 +301,4 @@ def _kept(x_NRGE: Tensor, index_NGS: Tensor) -> Tensor:
     head = torch.arange(G, device=index_NGS.device)[:, None]
     rows = (reference * R + index_NGS.clamp(min=0)) * G + head
     kept = x_NRGE.flatten(0, 2).index_select(0, rows.flatten())
-    return kept.view(*index_NGS.shape, -1)
+    return kept.view(*index_NGS.shape, x_NRGE.shape[-1])

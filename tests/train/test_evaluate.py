@@ -161,7 +161,7 @@ class Deaf(Ranks):
 def test_ranks_share_the_rows_and_take_equally_many_batches(network, rows):
     calls = []
 
-    class Counting(ModelScorer):
+    class Counting(InferenceEngine):
         def token_losses(self, inputs):
             calls.append(len(inputs.tokens_BT))
             return super().token_losses(inputs)
