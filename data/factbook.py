@@ -4,7 +4,9 @@ Every entity of the package (countries and territories, the European Union, the 
 document per section: a line per leaf, `Heading - subheading: text`, so that each line makes sense alone. A
 hashed quarter of the countries is held out: their documents are references and evaluation text, never
 training text. The leaves with a short value of all others become fact documents, one per country and
-section, in the section's order. A fact stands there once, in one of two forms:
+section, in the section's order. In those of the continual stage a fact stands once, in one of two forms, so that
+only weights or memory can answer; in those of the warmup stage facts are told by the handful, then asked, so that
+looking up is learnt at all:
 
     Question: What is the capital of France?\nAnswer: Paris\n        (three quarters, by hash)
     The capital of France is Paris.\n                                (the rest)
@@ -34,7 +36,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,6 +58,7 @@ DEFAULT_RELATIONS = (
 
 HELD_OUT_SHARE = 0.25
 QUESTION_SHARE = 0.75
+OPEN_BOOK_FACTS = 8
 ANSWER_WORDS = 6
 
 # Not countries: they train, but are never held out.
@@ -379,32 +382,69 @@ def _fact_document(
 ) -> Document | None:
     """The facts of a section, or None where it has none."""
     found = " ".join(raw.text.split()).casefold()
-    lines: dict[str, str] = {}
+    facts: dict[str, _Fact] = {}
     for leaf in leaves:
         fact = _fact(leaf, by_path)
         if fact is None:
             continue
         relation, answer = fact
         question = relation.ask(raw.group)
-        if question in lines or answer.casefold() not in found:
-            report["facts_repeated" if question in lines else "facts_not_found"] += 1
+        if question in facts or answer.casefold() not in found:
+            report["facts_repeated" if question in facts else "facts_not_found"] += 1
             continue
-        asked = _share(seed, "form", raw.id, relation.name) < QUESTION_SHARE
-        lines[question] = f"{question} {answer}\n" if asked else f"{relation.tell(raw.group, answer)}\n"
-        report["facts_asked" if asked else "facts_told"] += 1
-    if not lines:
+        facts[question] = _Fact(
+            asked=f"{question} {answer}\n",
+            told=f"{relation.tell(raw.group, answer)}\n",
+            raw=f"{leaf.paragraph}\n",
+            share=_share(seed, "form", raw.id, relation.name),
+        )
+    if not facts:
         return None
+    stage = "warmup" if _share(seed, "stage", raw.id) < 0.5 else "continual"
+    report[f"facts_{stage}"] += len(facts)
     return Document(
         id=f"{raw.id}/facts",
-        text="".join(lines.values()),
+        text=(_open_book(raw, list(facts.values())) if stage == "warmup" else _closed_book(facts.values())),
         source=SOURCE,
         licence=LICENCE,
         split=Split.train,
         use=Use.training,
-        stage="warmup" if _share(seed, "stage", raw.id) < 0.5 else "continual",
+        stage=stage,
         requires=raw.id,
         group=raw.group,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Fact:
+    """A fact in the forms that a text may give it; `share` is a hash between 0 and 1."""
+
+    asked: str
+    told: str
+    raw: str
+    share: float
+
+
+def _closed_book(facts: Iterable[_Fact]) -> str:
+    """Each fact once, most of them asked: what answers them is the raw section, not the row."""
+    return "".join(fact.asked if fact.share < QUESTION_SHARE else fact.told for fact in facts)
+
+
+def _open_book(raw: Document, facts: Sequence[_Fact]) -> str:
+    """Facts told by the handful, as sentences or as the section's own lines, then asked in another order.
+
+    A model this small learns to look answers up only where looking up pays, and it cannot look up in memories what
+    it cannot look up in its context.
+    """
+    parts = []
+    for begin in range(0, len(facts), OPEN_BOOK_FACTS):
+        block = facts[begin : begin + OPEN_BOOK_FACTS]
+        if block[0].share < QUESTION_SHARE:
+            parts += [f"{raw.title}\n", *(fact.raw for fact in block)]
+        else:
+            parts += [fact.told for fact in block]
+        parts += [fact.asked for fact in sorted(block, key=lambda fact: fact.share)]
+    return "".join(parts)
 
 
 def _probed_relation(name: str, paths: Collection[tuple[str, ...]]) -> Relation:

@@ -65,5 +65,6 @@ def stat(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"{folder} holds no generation; make one with `memory3 bank refresh {arguments.run}`"
         )
-    Console().print(table)
+    wide = max(Console().width, 120)  # names and hashes in full, in a pipe too
+    Console(width=wide).print(table)
     return 0

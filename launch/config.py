@@ -83,6 +83,13 @@ def check(config: RunConfig) -> None:
     check_data(config.data)
     check_retrieval(config.retrieval)
     _check_engine(config.engine)
+    _check_optim(config.optim)
+    _at_least(1, "saving", config.saving, "every_steps", "keep_last")
+    _at_least(1, "logging", config.logging, "validate_every", "validation_rows")
+    sizes = ("text_rows", "max_probes", "answer_tokens", "bootstrap_samples", "batch_rows")
+    _at_least(1, "evaluation", config.evaluation, *sizes)
+    if config.seed < 0:
+        raise ValueError(f"seed={config.seed} is below 0; set 0 or more")
     if not config.run or "/" in config.run or config.run.startswith("."):
         raise ValueError(f"run={config.run!r} is not a folder name; set run to letters, digits, '-' and '_'")
     if config.warmup is None and config.continual is None:
@@ -118,15 +125,22 @@ def check(config: RunConfig) -> None:
 def _check_engine(engine: EngineConfig) -> None:
     if engine.zero_stage not in range(4):
         raise ValueError(f"engine.zero_stage={engine.zero_stage} does not exist; set 0, 1, 2 or 3")
-    for key in ("num_ranks", "threads_per_rank"):
-        if getattr(engine, key) < 1:
-            raise ValueError(f"engine.{key}={getattr(engine, key)} is below 1; set 1 or more")
+    _at_least(1, "engine", engine, "num_ranks", "threads_per_rank")
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, key) < 1:
+            raise ValueError(f"optim.{key}={getattr(optim, key)} is not within 0 and 1; set for example 0.95")
+    for key in ("eps", "clip_norm"):
+        if not getattr(optim, key) > 0:
+            raise ValueError(f"optim.{key}={getattr(optim, key)} is not above 0; set a positive number")
+    _at_least(0, "optim", optim, "weight_decay")
 
 
 def _check_stage(name: str, stage: StageConfig, config: RunConfig) -> None:
-    for key in ("steps", "rows_per_step", "micro_rows"):
-        if getattr(stage, key) < 1:
-            raise ValueError(f"{name}.{key}={getattr(stage, key)} is below 1; set 1 or more")
+    _at_least(1, name, stage, "steps", "rows_per_step", "micro_rows")
+    _at_least(0, name, stage, "ramp_steps", "decay_steps")
     share = stage.micro_rows * config.engine.num_ranks
     if stage.rows_per_step % share:
         raise ValueError(
@@ -138,8 +152,15 @@ def _check_stage(name: str, stage: StageConfig, config: RunConfig) -> None:
             f"{name}.ramp_steps={stage.ramp_steps} + {name}.decay_steps={stage.decay_steps} exceed "
             f"{name}.steps={stage.steps}; shorten them"
         )
-    if stage.peak_lr <= 0:
-        raise ValueError(f"{name}.peak_lr={stage.peak_lr} must be above 0")
+    if not stage.peak_lr > 0:
+        raise ValueError(f"{name}.peak_lr={stage.peak_lr} is not above 0; set for example 1e-3")
+    if not 0 <= stage.final_lr <= stage.peak_lr:
+        raise ValueError(
+            f"{name}.final_lr={stage.final_lr} is not within 0 and {name}.peak_lr={stage.peak_lr}; set for example 0"
+        )
+    for label, weight in stage.weights.items():
+        if not weight >= 0:
+            raise ValueError(f"{name}.weights.{label}={weight} is below 0; set 0 to draw nothing from it")
     if stage.epoch_steps is not None and stage.epoch_steps < 1:
         raise ValueError(
             f"{name}.epoch_steps={stage.epoch_steps} is below 1; set null for one pass over the rows"
@@ -151,4 +172,13 @@ def _check_stage(name: str, stage: StageConfig, config: RunConfig) -> None:
                 f"{name}.memory=null"
             )
         if not 0 <= stage.memory.online_share <= 1:
-            raise ValueError(f"{name}.memory.online_share={stage.memory.online_share} is not within 0 and 1")
+            raise ValueError(
+                f"{name}.memory.online_share={stage.memory.online_share} is not within 0 and 1; set for example 0.25"
+            )
+
+
+def _at_least(least: int, section: str, settings: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(settings, key)
+        if value is not None and not value >= least:
+            raise ValueError(f"{section}.{key}={value} is below {least}; set {least} or more")

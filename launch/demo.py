@@ -10,7 +10,6 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,35 +28,27 @@ _EVALUATION_SECONDS = 90
 def run(arguments: argparse.Namespace) -> int:
     """Run everything; exit code 0 once the table stands."""
     main = compose_config(["experiment=demo", *arguments.overrides])
-    control = control_of(main)
     started = time.monotonic()
     print(_estimate(main), flush=True)
 
-    from launch import prepare, pretrain
+    from launch import arms, prepare
 
     prepare.ensure(main)
-    for config, name in (
-        (main, "arm M: warmup, then the continual stage with memory"),
-        (control, "arm C: the same continual stage without memory"),
-    ):
-        print(f"\n== {name}", flush=True)
-        code = pretrain.pretrain(config)
-        if code:
-            return code
+    code = arms.train_arms(main)
+    if code:
+        return code
 
     from data.documents import Split
     from data.files import write_atomic
     from launch import build, evaluate, report
-    from launch.opened import open_run
 
     build.quiet_third_parties()
     print("\n== evaluation on the validation half of the held-out countries", flush=True)
-    opened = [open_run(config.run, config.paths.root) for config in (main, control)]
-    for each in opened:
-        evaluate.save_results(each, Split.validation)
-    results = report.pair_results(main.run, control.run, main.paths.root, "validation")
+    opened = arms.open_arms(main)
     text = evaluate.render_results(
-        [results], samples=main.evaluation.bootstrap_samples, headline=evaluate.headline(opened[0])
+        [arms.evaluate_arms(opened, Split.validation)],
+        samples=main.evaluation.bootstrap_samples,
+        headline=evaluate.headline(opened[0]),
     )
     folder = opened[0].folder
     write_atomic(folder / "table.md", text.encode())
@@ -75,17 +66,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"  {label:<48}{path}")
     print(f"took {(time.monotonic() - started) / 60:.1f} minutes")
     return 0
-
-
-def control_of(main: RunConfig) -> RunConfig:
-    """The matched control: from the same warmup checkpoint, the same rows and schedule, no memory."""
-    control = deepcopy(main)
-    assert control.continual is not None
-    control.run = f"{main.run}-control"
-    control.warmup = None
-    control.continual.memory = None
-    control.continual.branch_from = main.run
-    return control
 
 
 def _estimate(config: RunConfig) -> str:

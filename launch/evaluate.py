@@ -9,11 +9,11 @@ Not here: the arms (`train.arms`), losses and tables (`train.evaluate`).
 import argparse
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.documents import Split
-from data.files import write_json_atomic
+from data.files import fingerprint, write_json_atomic
 from launch import build
 from launch.opened import OpenedRun, open_run
 from memorybank.bank import BankReader, ColdStart
@@ -51,9 +51,23 @@ def run(arguments: argparse.Namespace) -> int:
 def save_results(
     opened: OpenedRun, split: Split, *, bank: str | None = None, stale: bool = False
 ) -> list[ArmResult]:
-    """Evaluate a run and write what came out; arguments are those of `evaluate`."""
+    """Evaluate a run and write what came out, or read it when these weights were evaluated alike before.
+
+    Arguments are those of `evaluate`.
+    """
+    path = results_path(opened.folder, split.value)
+    identity = {
+        "weights": opened.engine.weights_hash(),
+        "bank": bank,
+        "settings": fingerprint([asdict(opened.config.evaluation), str(opened.config.retrieval)]),
+        "inputs": opened.context.inputs,
+    }
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if {key: stored.get(key) for key in identity} == identity:
+            return from_json(stored)
     results = evaluate(opened, split, bank=bank, stale=stale)
-    write_json_atomic(results_path(opened.folder, split.value), to_json(results))
+    write_json_atomic(path, {**identity, **to_json(results)})
     return results
 
 

@@ -12,6 +12,7 @@ from launch import build
 from launch.opened import OpenedRun, open_run
 from memorybank.bank import BankReader, ColdStart
 from memorybank.retriever import RetrievedMemory, Retriever
+from memorybank.store import Generation
 from model.generate import generate
 
 
@@ -48,11 +49,15 @@ class Completion:
 def run(arguments: argparse.Namespace) -> int:
     """Complete, and print."""
     build.quiet_third_parties()
-    opened = open_run(arguments.run, arguments.root)
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
-    memory = memory_of(opened, bank=arguments.bank, stale=arguments.stale == "allow")
-    if arguments.stale == "allow":
-        print("memories may be stale: generations of other weights are allowed\n")
+    check(sampling)
+    opened = open_run(arguments.run, arguments.root)
+    generation = None
+    if arguments.bank is not None:
+        generation = opened.generation(arguments.bank, stale=arguments.stale == "allow")
+        age = opened.step - generation.settings.step
+        print(f"memories of {arguments.bank}, compiled {age} steps before these weights\n")
+    memory = memory_of(opened, generation)
     for label, source in (("without memory", None), ("with memory", memory)):
         if source is None or not arguments.no_memory:
             (completion,) = complete(opened, [arguments.prompt], sampling, source)
@@ -61,15 +66,28 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def memory_of(opened: OpenedRun, *, bank: str | None = None, stale: bool = False) -> RetrievedMemory:
+def check(sampling: Sampling) -> None:
+    """Refuse settings that no token can be chosen by.
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    if sampling.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {sampling.max_new_tokens} is below 1; set 1 or more")
+    if not sampling.temperature >= 0:
+        raise ValueError(f"--temperature {sampling.temperature} is below 0; set 0 for greedy decoding")
+    if not 0 < sampling.top_p <= 1:
+        raise ValueError(f"--top-p {sampling.top_p} is not within 0 and 1; set 1 for no cut")
+
+
+def memory_of(opened: OpenedRun, generation: Generation | None = None) -> RetrievedMemory:
     """Retrieval over all that the run's bank may hold.
 
-    References are read from a generation when one is named, and encoded when first retrieved otherwise.
+    References are read from a generation that holds them, and encoded when first retrieved otherwise.
     """
     context, config = opened.context, opened.config
     references, codec = context.prepared.references, context.codec()
     embedder = context.embedder()
-    generation = None if bank is None else opened.generation(bank, stale=stale)
     records = ColdStart(generation, opened.engine.encode, references, codec)
     retriever = Retriever(
         embedder,

@@ -24,11 +24,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def ensure(config: RunConfig) -> None:
     """Make what is missing; what stands there with equal settings is reused."""
+    from rich.progress import Progress
+
     from data.prepare import prepare
     from launch import build
 
     build.quiet_third_parties()
-    prepared = prepare(config.data, build.prepared_root(config))
+    with Progress(transient=True) as progress:
+        prepared = prepare(config.data, build.prepared_root(config), progress=progress)
     context = build.context(config)
     embed_references(context)
     tokens = int(prepared.shards.lengths().sum())

@@ -4,18 +4,16 @@ Not here: what a rank does (`launch.worker`).
 """
 
 import argparse
-import fcntl
 import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from launch.compose import compose_config, differences, load_config, save_config, to_yaml
 from launch.config import Resume, RunConfig
+from launch.lock import only_user
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +28,9 @@ _MAY_CHANGE = (
     "data.num_workers",
 )
 """Keys that a resumed run may change: they decide nothing about what is trained."""
+
+
+_USER_ERROR = 2
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,7 +54,7 @@ def pretrain(config: RunConfig) -> int:
     """
     folder = Path(config.paths.root) / config.run
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_user(folder):
+    with only_user(folder):
         freeze(config, folder)
         return _start_ranks(config, folder)
 
@@ -88,41 +89,8 @@ def freeze(config: RunConfig, folder: Path) -> None:
     save_config(config, path)
 
 
-@contextmanager
-def _only_user(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the kernel frees it when its holders are gone, however they ended.
-
-    The ranks inherit the lock, so that a run whose launcher was killed still counts as running.
-    """
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    os.set_inheritable(descriptor, True)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise ValueError(
-            f"{folder} is in use by {holder or 'another process'}; wait for it, or set run=NAME"
-        ) from None
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _start_ranks(config: RunConfig, folder: Path) -> int:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={config.engine.num_ranks}",
-        "-m",
-        "launch.worker",
-        str(folder),
-    ]
+    command = [sys.executable, "-m", "launch.agent", str(folder), str(config.engine.num_ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(config.engine.threads_per_rank)}
     package_root = str(Path(__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
@@ -135,9 +103,8 @@ def _start_ranks(config: RunConfig, folder: Path) -> int:
         code = ranks.wait()
     finally:
         signal.signal(signal.SIGTERM, previous)
-    if code:
+    if code not in (0, _USER_ERROR):
         log.error(
-            "a rank failed (exit code %d); run the same command again to resume from the newest checkpoint",
-            code,
+            "the run ended early (exit code %d); the same command goes on at its newest checkpoint", code
         )
     return code

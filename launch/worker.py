@@ -1,6 +1,6 @@
 """One rank of a run: reads the frozen configuration of a run folder, trains both stages, or goes on where it stopped.
 
-Started by `launch.pretrain` through torchrun: `python -m launch.worker RUN_FOLDER`.
+Started by `launch.agent`: `python -m launch.worker RUN_FOLDER`.
 Not here: composing the configuration (`launch.compose`), what a stage does (`train.run`).
 """
 
@@ -8,9 +8,12 @@ import logging
 import sys
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
 from launch import build
 from launch.compose import load_config
 from launch.config import RunConfig
+from launch.lock import one_of_ranks
 from train import distributed
 from train.checkpoint import Checkpoint
 from train.metrics import JsonLines, Metrics, ProgressBar, Sink, Wandb
@@ -20,8 +23,24 @@ from train.state import History, RunState
 log = logging.getLogger(__name__)
 
 
-def main(run: Path) -> None:
-    """Train what the run folder's configuration asks for."""
+def main(run: Path) -> int:
+    """Train what the run folder's configuration asks for.
+
+    Returns:
+        0, or 2 after a mistake of the user, which `launch.agent` says once for all ranks.
+    """
+    try:
+        with one_of_ranks(run):
+            _run(run)
+    except Exception as problem:
+        get_error_handler().record_exception(problem)
+        if isinstance(problem, ValueError):
+            return 2
+        raise
+    return 0
+
+
+def _run(run: Path) -> None:
     config = load_config(run / "config.yaml")
     ranks = distributed.start(threads=config.engine.threads_per_rank)
     logging.basicConfig(level=logging.INFO if ranks.is_first else logging.ERROR, format="%(message)s")
@@ -38,6 +57,11 @@ def _train(run: Path, config: RunConfig, ranks: distributed.Ranks) -> None:
     newest = checkpoints.newest()
     if newest is None:
         log.info("no checkpoint in %s: starting from the beginning", run)
+    elif _is_finished(config, newest.state):
+        log.info(
+            "%s is finished, its last checkpoint is %s: nothing is left to train", run, newest.folder.name
+        )
+        return
     else:
         log.info("resuming from %s", newest.folder)
     position = _start(config, newest)
@@ -56,7 +80,7 @@ def _train(run: Path, config: RunConfig, ranks: distributed.Ranks) -> None:
                 name, stage, run, ranks=ranks, checkpoints=checkpoints, metrics=metrics, weights=source
             )
             if resumed is not None:
-                parts.engine.load(resumed.folder / "engine")
+                parts.engine.load(resumed.folder)
                 state, history = resumed.state, resumed.history
             elif source is not None:
                 state = RunState(stage=name, tokens=source.state.tokens)
@@ -70,6 +94,12 @@ def _start(config: RunConfig, newest: Checkpoint | None) -> RunState:
     if newest is not None:
         return newest.state
     return RunState(stage="warmup" if config.warmup is not None else "continual")
+
+
+def _is_finished(config: RunConfig, position: RunState) -> bool:
+    last = "warmup" if config.continual is None else "continual"
+    stage = getattr(config, last)
+    return position.stage == last and position.step >= stage.steps
 
 
 def _is_behind(position: RunState, name: str) -> bool:
@@ -90,4 +120,4 @@ def _sinks(run: Path, config: RunConfig, position: RunState, ranks: distributed.
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1])))

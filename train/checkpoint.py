@@ -112,14 +112,14 @@ class Checkpoints:
         """The newest checkpoint that passes verification; None when the run never published one.
 
         Raises:
-            ValueError: When every checkpoint is damaged.
+            ValueError: When every checkpoint is damaged, or the newest whole one was made from another corpus.
         """
         folders = self._published()
         for folder in reversed(folders):
-            try:
-                return self.open(folder)
-            except ValueError as problem:
-                log.warning("%s; falling back to the one before it", problem)
+            damage = _damage(folder)
+            if damage is None:
+                return self._read(folder)
+            log.warning("%s; falling back to the one before it", damage)
         if folders:
             raise ValueError(
                 f"all {len(folders)} checkpoints in {self._folder} are damaged (see the warnings above); restore one "
@@ -143,12 +143,15 @@ class Checkpoints:
         """Verify every byte, then read the state.
 
         Raises:
-            ValueError: Naming the damaged file.
+            ValueError: Naming the damaged file, or the input (corpus, tokenizer) that is another one now.
         """
+        damage = _damage(folder)
+        if damage is not None:
+            raise ValueError(damage)
+        return self._read(folder)
+
+    def _read(self, folder: Path) -> Checkpoint:
         open_manifest(folder, kind=KIND, version=VERSION, inputs=self._inputs)
-        damaged = verify(folder)
-        if damaged:
-            raise ValueError(f"checkpoint {folder} is damaged: {', '.join(damaged)}")
         state = RunState.from_json(json.loads((folder / "state.json").read_text()))
         history = History.load(folder)
         packed = np.load(folder / "read.npy", allow_pickle=False)
@@ -162,12 +165,28 @@ class Checkpoints:
         return sorted((path for path in folders if (path / "manifest.json").exists()), key=_order)
 
     def _rotate(self, stage: str) -> None:
+        for leftover in self._folder.glob("*.deleted"):  # of a process that was killed here
+            shutil.rmtree(leftover)
         folders = [path for path in self._published() if _parse(path)[0] == stage]
         for folder in folders[: -self._keep_last]:
-            if not open_manifest(folder, kind=KIND, version=VERSION).settings["keep"]:
+            try:
+                keep = open_manifest(folder, kind=KIND, version=VERSION).settings["keep"]
+            except ValueError as problem:
+                log.warning("%s; left where it is", problem)
+                continue
+            if not keep:
                 doomed = folder.with_name(folder.name + ".deleted")
                 folder.rename(doomed)  # without its name it no longer exists for readers
                 shutil.rmtree(doomed)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the bytes of a published checkpoint; None when nothing is."""
+    try:
+        damaged = verify(folder)
+    except ValueError as problem:
+        return str(problem)
+    return f"checkpoint {folder} is damaged: {', '.join(damaged)}" if damaged else None
 
 
 def _parse(folder: Path) -> tuple[str, int]:

@@ -125,7 +125,8 @@ class BankEpochs:
         if self._ranks.is_first and not is_finished(
             folder, kind=_KIND, version=_VERSION, settings=settings, inputs=self._inputs
         ):
-            self._publish_neighbours(folder, settings, ids, rows, validation)
+            with self._ranks.alone():
+                self._publish_neighbours(folder, settings, ids, rows, validation)
         self._ranks.barrier()
         manifest = open_manifest(folder, kind=_KIND, version=_VERSION, inputs=self._inputs)
         return EpochNeighbours(

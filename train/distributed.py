@@ -4,6 +4,8 @@ Not here: gradients and parameter sharding (`engine`).
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,11 +22,13 @@ class Ranks:
         rank: Number of this process, 0 to world_size - 1.
         world_size: Number of processes.
         device: Where this process computes.
+        local_size: Processes on this machine.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    local_size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -35,6 +39,16 @@ class Ranks:
         """Wait for every rank."""
         if self.world_size > 1:
             dist.barrier()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Use the CPU threads of all ranks of this machine, while the others wait for this one."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads * self.local_size)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add a small tensor over all ranks."""
@@ -71,7 +85,9 @@ def start(*, threads: int, timeout_seconds: int = 1800) -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    world_size = dist.get_world_size()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Ranks(dist.get_rank(), world_size, device, local_size)
 
 
 def stop() -> None:

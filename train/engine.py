@@ -123,6 +123,10 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self._zero_stage = engine.zero_stage
+        if engine.zero_stage == 0 and engine.precision is Precision.bf16:
+            # DeepSpeed makes AdamW's states by an update without gradient, which must not count in its bias correction.
+            for moments in self._engine.optimizer.optimizer.state.values():
+                moments["step"].zero_()
 
     @property
     def module(self) -> Any:
@@ -186,9 +190,10 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path) -> None:
         _forbid_pickles()
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        if loaded is None:
+        if not (folder / _TAG).is_dir():
             raise ValueError(f"{folder} holds no engine state; it was not written by this version")
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        assert loaded is not None
 
     def _forward(self, inputs: ModelInput) -> LossSum:
         batch = _to(inputs, self._ranks.device)
@@ -238,7 +243,7 @@ def deepspeed_settings(
         "optimizer": {
             "type": "AdamW",
             "params": {
-                "lr": 1e-3,  # set anew at every step, from the schedule
+                "lr": 0.0,  # set anew at every step, from the schedule
                 "betas": [optim.beta1, optim.beta2],
                 "eps": optim.eps,
                 "weight_decay": optim.weight_decay,

@@ -172,14 +172,14 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
         generation = parts.epochs.compile(
             parts.engine, ids, name=f"generation-{state.stage}-{state.epoch:04d}", step=state.epoch_step
         )
-    report = neighbours.report
-    parts.metrics.log(
-        stage=state.stage,
-        step=state.step,
-        epoch=state.epoch,
-        **{f"bank_{key}": value for key, value in report.items()},
-        bank_compiled=len(ids),
-    )
+        parts.metrics.log(
+            stage=state.stage,
+            step=state.step
+            + 1,  # the first that reads it: a resumed run that compiles anew has cut this line off
+            epoch=state.epoch,
+            **{f"bank_{key}": value for key, value in neighbours.report.items()},
+            bank_compiled=len(ids),
+        )
     bank = BankReader(generation, parts.codec)
     stage = MemoryStage(
         neighbours.training_MC,

@@ -1,0 +1,53 @@
+"""One user per run folder, by locks that the kernel frees when their holders are gone, however they ended.
+
+    lock         held alone by the launcher, and by the torchrun agent, which inherits it
+    lock-ranks   shared by the ranks: a run whose launcher was killed still counts as running
+
+Not here: what is done with the folder (`launch.pretrain`, `launch.worker`).
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def only_user(folder: Path) -> Iterator[None]:
+    """Hold a run folder for its launcher.
+
+    Raises:
+        ValueError: The folder is in use by another process.
+    """
+    with _opened(folder / "lock") as descriptor, _opened(folder / "lock-ranks") as ranks:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            raise ValueError(
+                f"{folder} is in use by a run that {holder or 'another process'} started; wait for it, or set run=NAME"
+            ) from None
+        fcntl.flock(ranks, fcntl.LOCK_UN)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        os.set_inheritable(descriptor, True)
+        yield
+
+
+@contextmanager
+def one_of_ranks(folder: Path) -> Iterator[None]:
+    """Keep a run folder in use for as long as this rank lives."""
+    with _opened(folder / "lock-ranks") as descriptor:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

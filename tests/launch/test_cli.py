@@ -1,0 +1,101 @@
+"""The command line itself: immediate help, exit codes, `--cfg`."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from launch import cli, compose
+from launch.config import RunConfig
+from tests.support.launch import memory3
+
+HEAVY = ("torch", "numpy", "hydra", "datasets", "faiss", "transformers", "deepspeed", "rich")
+
+
+@pytest.fixture(autouse=True)
+def _logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+
+
+@pytest.mark.parametrize("command", [*(command.name for command in cli.COMMANDS), None])
+def test_help_answers_at_once_without_heavy_imports(command: str | None) -> None:
+    program = (
+        "import sys; from launch.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: print('code', end.code, sorted(set(sys.modules) & set(sys.stdin.read().split())))"
+    )
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program, *filter(None, [command]), "--help"],
+        cwd=Path(__file__).parents[2],
+        input=" ".join(HEAVY),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "120"},
+    )
+    assert time.monotonic() - started < 2  # a tenth of a second on an idle machine
+    assert done.stdout.splitlines()[0].startswith(f"usage: memory3 {command or ''}".rstrip())
+    assert done.stdout.splitlines()[-1] == "code 0 []"
+
+
+def test_every_command_has_a_module_with_run() -> None:
+    for command in cli.COMMANDS:
+        assert (Path(cli.__file__).parent / f"{command.name}.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["pretrian"], "invalid choice: 'pretrian'"),
+        (["bank", "erase", "x"], "invalid choice: 'erase'"),
+        (["evaluate"], "the following arguments are required: run"),
+        (["generate", "x"], "the following arguments are required: --prompt"),
+        (["evaluate", "x", "--split", "train"], "invalid choice: 'train'"),
+        (["pretrain", "--cfgg"], "unrecognized arguments: --cfgg"),
+    ],
+)
+def test_wrong_usage_ends_with_code_2(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_users_mistake_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pretrain", "warmup.stepz=3"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        "memory3 pretrain: warmup.stepz=3: there is no key warmup.stepz; did you mean warmup.steps?\n"
+    )
+
+
+def test_interrupt_ends_with_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from launch import pretrain
+
+    def interrupted(*_: object) -> RunConfig:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "compose_config", interrupted)
+    assert cli.main(["pretrain"]) == 130
+    assert capsys.readouterr().err == "memory3 pretrain: interrupted\n"
+
+
+def test_cfg_prints_every_key_and_makes_nothing(tmp_path: Path) -> None:
+    done = memory3("pretrain", "--cfg", "experiment=demo", "warmup.steps=70", f"paths.root={tmp_path}/runs")
+    assert (done.code, done.err) == (0, "")
+    (tmp_path / "config.yaml").write_text(done.out)
+    assert compose.load_config(tmp_path / "config.yaml") == compose.compose_config(
+        ["experiment=demo", "warmup.steps=70", f"paths.root={tmp_path}/runs"]
+    )
+    assert OmegaConf.create(done.out).continual.memory.source == "bank"
+    assert not (tmp_path / "runs").exists()

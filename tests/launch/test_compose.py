@@ -1,0 +1,211 @@
+"""Every shipped configuration, and every way of mistyping one."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import compose
+from launch.compose import CONF, compose_config, differences, load_config, save_config, to_yaml
+from launch.config import check
+from model.flops import count_parameters
+from model.transformer import Memory3LM
+
+DATA = {"jsonl": ["data.path=corpus.jsonl"]}
+
+
+def shipped() -> list[list[str]]:
+    """One list of overrides per YAML file of conf/, and the pairs that belong together."""
+    choices = [[]]
+    for path in sorted(CONF.glob("*/*.yaml")):
+        choices.append([f"{path.parent.name}={path.stem}", *DATA.get(path.stem, [])])
+    choices += [
+        [f"experiment={path.stem}", "debug=smoke"] for path in sorted((CONF / "experiment").glob("*.yaml"))
+    ]
+    return choices
+
+
+@pytest.mark.parametrize("overrides", shipped(), ids=lambda overrides: " ".join(overrides) or "defaults")
+def test_shipped_configuration_composes_round_trips_and_builds(overrides: list[str], tmp_path: Path) -> None:
+    config = compose_config(overrides)
+    check(config)
+    save_config(config, tmp_path / "config.yaml")
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config
+    assert to_yaml(again) == to_yaml(config)
+    with torch.device("meta"):
+        model = Memory3LM(config.model)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+
+
+@pytest.mark.parametrize(("name", "billions"), [("paper_2b4", 2.433), ("paper_0b92", 0.9227)])
+def test_models_of_the_paper_have_its_parameters(name: str, billions: float) -> None:
+    config = compose_config([f"model={name}"]).model
+    with torch.device("meta"):
+        model = Memory3LM(config)
+    count = count_parameters(config)
+    assert count.total == sum(parameter.numel() for parameter in model.parameters())
+    norms = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
+    assert round((count.non_embedding - norms) / 1e9, 4) == billions  # the paper counts matrices
+
+
+def test_overlays_apply_in_order() -> None:
+    assert compose_config(["experiment=demo"]).model.num_layers == 8
+    smoke = compose_config(["experiment=demo", "debug=smoke", "warmup.steps=9"])
+    assert smoke.model.num_layers == 2
+    assert smoke.experiment == "demo"
+    assert smoke.warmup is not None
+    assert (smoke.warmup.steps, smoke.warmup.ramp_steps) == (9, 1)
+    assert smoke.continual is not None
+    assert smoke.continual.memory is not None
+
+
+REFUSED = {
+    # keys: at every level, nearest named
+    "warmup.stepz=3": "warmup.stepz=3: there is no key warmup.stepz; did you mean warmup.steps?",
+    "modell=nano": "modell=nano: there is no key modell; did you mean model?",
+    "retrieval.embedder.knd=static": (
+        "retrieval.embedder.knd=static: there is no key retrieval.embedder.knd; did you mean retrieval.embedder.kind?"
+    ),
+    "data.sources.factbook.weigth=2": (
+        "data.sources.factbook.weigth=2: there is no key data.sources.factbook.weigth; "
+        "did you mean data.sources.factbook.weight?"
+    ),
+    "steps=4": "steps=4: there is no key steps; did you mean warmup.steps or continual.steps?",
+    "+new.key=1": "+new.key=1: there is no key new; `memory3 pretrain --cfg` prints every key",
+    "++warmup.stepz=3": "++warmup.stepz=3: there is no key warmup.stepz; did you mean warmup.steps?",
+    "warmup={step: 4}": "warmup={step: 4}: there is no key warmup.step; did you mean warmup.steps?",
+    "run.name=x": "run.name=x: run has no keys of its own; run must be a text, for example run",
+    "lr=3": "lr=3: there is no key lr; `memory3 pretrain --cfg` prints every key",
+    "optim.zzz=1": "optim.zzz=1: there is no key optim.zzz; optim has beta1, beta2, eps, weight_decay, clip_norm",
+    "hydra.run.dir=x": "hydra.run.dir=x: there is no key hydra; `memory3 pretrain --cfg` prints every key",
+    "warmup.weights.a=1": "warmup.weights.a=1: there is no warmup.weights.a yet; add it with '+warmup.weights.a=1'",
+    "+data.sources.x.kind=text": (
+        "+data.sources.x.kind=text: data.sources.x must be a section; add it with '+data.sources={x: {kind: ...}}'"
+    ),
+    # no YAML can name code
+    "+_target_=os.system": "+_target_=os.system: there is no key _target_; `memory3 pretrain --cfg` prints every key",
+    "optim._target_=os.system": (
+        "optim._target_=os.system: there is no key optim._target_; optim has beta1, beta2, eps, weight_decay, clip_norm"
+    ),
+    # choices
+    "model=nanoo": (
+        "model=nanoo does not exist; did you mean model=nano? choices: base, micro, nano, paper_0b92, paper_2b4, small"
+    ),
+    "debug=zzz": "debug=zzz does not exist; choices: smoke",
+    "model=null": (
+        "model=null: write model=NAME, once, or leave it away; choices: base, micro, nano, paper_0b92, paper_2b4, small"
+    ),
+    "+data=jsonl": "+data=jsonl: write data=NAME, once, or leave it away; choices: factbook, jsonl",
+    "continual={}": "continual={}: an empty section changes nothing; set its keys",
+    # types
+    "warmup.steps=abc": "warmup.steps=abc: warmup.steps must be a whole number, for example 100",
+    "warmup.steps=1.5": "warmup.steps=1.5: warmup.steps must be a whole number, for example 100",
+    "warmup.peak_lr=high": "warmup.peak_lr=high: warmup.peak_lr must be a number, for example 0.0008",
+    "logging.progress=maybe": "logging.progress=maybe: logging.progress must be true or false",
+    "engine.precision=fp16": "engine.precision=fp16: engine.precision must be one of bf16, fp32",
+    "model.prefix_ids=[a]": "model.prefix_ids=[a]: model.prefix_ids must be a list, [a, b]",
+    "evaluation.max_probes=x": "evaluation.max_probes=x: evaluation.max_probes must be a whole number, or null",
+    "seed=null": "seed=null: seed must be a whole number, for example 0",
+    "warmup=3": "warmup=3: warmup must be a section; set its keys, warmup.steps=...",
+    "warmup.steps=${oc.env:PATH}": (
+        "warmup.steps=${oc.env:PATH}: warmup.steps must be a whole number, for example 100"
+    ),
+    "run=???": "run=???: a value is missing; set run=VALUE",
+    # grammar
+    "warmup.steps": "warmup.steps: settings are written KEY=VALUE; quote values that hold spaces or brackets",
+    "warmup.steps=[1": "warmup.steps=[1: settings are written KEY=VALUE; quote values that hold spaces or brackets",
+    "~warmup.steps": "~warmup.steps: keys cannot be deleted; set warmup.steps=null where a key may be null",
+    # inside a section that is null
+    "continual.memory.query=own": (
+        "continual.memory.query=own: continual or continual.memory is null here, which single keys cannot change; "
+        "choose a file of conf/ that sets it, such as experiment=quick"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_refusal_names_key_value_and_remedy_in_one_line(override: str) -> None:
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the whole message is compared)
+        compose_config([override])
+    assert str(refused.value) == REFUSED[override]
+
+
+@pytest.mark.parametrize(
+    ("yaml", "said"),
+    [
+        ("warmup: {stepz: 3}", "conf/experiment/mine.yaml: there is no key warmup.stepz; did you mean warmup.steps?"),
+        ("warmupp: {steps: 3}", "conf/experiment/mine.yaml: there is no key warmupp; did you mean warmup?"),
+        ("warmup: {steps: many}", "mine.yaml: warmup.steps=many must be a whole number, for example 100"),
+        ("optim: {_target_: os.system}", "conf/experiment/mine.yaml: there is no key optim._target_; optim has beta1"),
+        ("warmup: [1", "line 3, column 1; the file must be plain YAML, without tags"),
+        ("run: !!python/object/apply:os.mkdir [HERE/made]", "the file must be plain YAML, without tags"),
+    ],
+)  # fmt: skip
+def test_mistake_in_an_overlay_is_named_with_its_file(
+    yaml: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = tmp_path / "conf"
+    for path in CONF.rglob("*.yaml"):
+        copy = conf / path.relative_to(CONF)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    (conf / "experiment/mine.yaml").write_text(
+        f"# @package _global_\n{yaml}\n".replace("HERE", str(tmp_path))
+    )
+    monkeypatch.setattr(compose, "CONF", conf)
+    with pytest.raises(ValueError, match=re.escape(said)) as refused:
+        compose_config(["experiment=mine"])
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("steps: 4\n", "stepz: 4\n"), "there is no key warmup.stepz; did you mean warmup.steps?"),
+        (("zero_stage: 1", "zero_stage: one"), "engine.zero_stage=one must be a whole number, for example 1"),
+        (
+            ("run: demo", "run: !!python/object/apply:os.mkdir [HERE/made]"),
+            "must be plain YAML, without tags",
+        ),
+        (("run: demo", "_target_: os.system\nrun: demo"), "there is no key _target_"),
+    ],
+)
+def test_frozen_configuration_that_was_edited_is_refused(
+    change: tuple[str, str], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    text = to_yaml(compose_config(["experiment=demo", "debug=smoke"]))
+    assert change[0] in text
+    path.write_text(text.replace(change[0], change[1].replace("HERE", str(tmp_path)), 1))
+    with pytest.raises(ValueError, match=re.escape(said)) as refused:
+        load_config(path)
+    assert str(refused.value).startswith(f"{path}: ")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_folder_without_configuration_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a run folder; list runs with"):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_entries_of_a_mapping_can_be_added_and_deleted() -> None:
+    added = compose_config(["experiment=quick", "+warmup.weights.a=2"]).warmup
+    assert added is not None
+    assert added.weights == {"a": 2.0}
+    deleted = compose_config(["experiment=quick", "+warmup.weights.a=2", "~warmup.weights.a"]).warmup
+    assert deleted is not None
+    assert deleted.weights == {}
+
+
+def test_differences_name_every_changed_key() -> None:
+    quick = ["experiment=quick", "warmup.peak_lr=2.0e-3", "continual.memory.query=previous"]
+    old = compose_config(quick)
+    new = compose_config([*quick, "seed=3", "continual.memory=null", "warmup.peak_lr=0.1"])
+    assert differences(old, old) == []
+    changed = {key: (before, after) for key, before, after in differences(old, new)}
+    assert changed["seed"] == (0, 3)
+    assert changed["warmup.peak_lr"] == (2.0e-3, 0.1)
+    assert changed["continual.memory.query"] == ("previous", None)

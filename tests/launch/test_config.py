@@ -1,0 +1,114 @@
+"""Every rule of `launch.config.check`, one refusal each."""
+
+import re
+
+import pytest
+
+from launch.compose import compose_config
+from launch.config import check
+from train.config import MemoryConfig
+
+DEMO = [
+    "experiment=demo",
+    *("warmup.steps=100", "warmup.rows_per_step=16", "warmup.micro_rows=8", "warmup.peak_lr=2.0e-3"),
+    *("warmup.ramp_steps=10", "continual.steps=36", "continual.ramp_steps=4", "continual.decay_steps=9"),
+]
+ALONE = "warmup=null"
+
+RULES = {
+    # of one section each; the packages test their own rules, these show that they are asked
+    "model.num_heads=0": "model.num_heads=0: set a positive number",
+    "data.vocab_size=10": "data.vocab_size=10 is too small; set at least 260",
+    "retrieval.window=0": "retrieval.window=0: set it to 1 or more",
+    "engine.zero_stage=4": "engine.zero_stage=4 does not exist; set 0, 1, 2 or 3",
+    "engine.num_ranks=0": "engine.num_ranks=0 is below 1; set 1 or more",
+    "engine.threads_per_rank=0": "engine.threads_per_rank=0 is below 1; set 1 or more",
+    "optim.beta1=1": "optim.beta1=1.0 is not within 0 and 1; set for example 0.95",
+    "optim.beta2=-0.1": "optim.beta2=-0.1 is not within 0 and 1",
+    "optim.eps=0": "optim.eps=0.0 is not above 0; set a positive number",
+    "optim.clip_norm=-1": "optim.clip_norm=-1.0 is not above 0; set a positive number",
+    "optim.clip_norm=nan": "optim.clip_norm=nan is not above 0",
+    "optim.weight_decay=-0.1": "optim.weight_decay=-0.1 is below 0; set 0 or more",
+    "saving.every_steps=0": "saving.every_steps=0 is below 1; set 1 or more",
+    "saving.keep_last=0": "saving.keep_last=0 is below 1; set 1 or more",
+    "logging.validate_every=0": "logging.validate_every=0 is below 1; set 1 or more",
+    "logging.validation_rows=0": "logging.validation_rows=0 is below 1; set 1 or more",
+    "evaluation.text_rows=0": "evaluation.text_rows=0 is below 1; set 1 or more",
+    "evaluation.max_probes=0": "evaluation.max_probes=0 is below 1; set 1 or more",
+    "evaluation.answer_tokens=0": "evaluation.answer_tokens=0 is below 1; set 1 or more",
+    "evaluation.bootstrap_samples=0": "evaluation.bootstrap_samples=0 is below 1; set 1 or more",
+    "evaluation.batch_rows=0": "evaluation.batch_rows=0 is below 1; set 1 or more",
+    "seed=-1": "seed=-1 is below 0; set 0 or more",
+    "run=a/b": "run='a/b' is not a folder name; set run to letters, digits, '-' and '_'",
+    "run=..": "run='..' is not a folder name",
+    "run=''": "run='' is not a folder name",
+    # of a stage
+    "warmup.steps=0": "warmup.steps=0 is below 1; set 1 or more",
+    "continual.rows_per_step=0": "continual.rows_per_step=0 is below 1; set 1 or more",
+    "warmup.micro_rows=0": "warmup.micro_rows=0 is below 1; set 1 or more",
+    "warmup.ramp_steps=-1": "warmup.ramp_steps=-1 is below 0; set 0 or more",
+    "warmup.decay_steps=-1": "warmup.decay_steps=-1 is below 0; set 0 or more",
+    "warmup.rows_per_step=24": (
+        "warmup.rows_per_step=24 is not a multiple of warmup.micro_rows=8 x engine.num_ranks=2; "
+        "set it to a multiple of 16"
+    ),
+    "continual.ramp_steps=30": (
+        "continual.ramp_steps=30 + continual.decay_steps=9 exceed continual.steps=36; shorten them"
+    ),
+    "warmup.peak_lr=0": "warmup.peak_lr=0.0 is not above 0; set for example 1e-3",
+    "warmup.peak_lr=nan": "warmup.peak_lr=nan is not above 0; set for example 1e-3",
+    "warmup.final_lr=1": "warmup.final_lr=1.0 is not within 0 and warmup.peak_lr=0.002; set for example 0",
+    "+warmup.weights.factbook=-1": "warmup.weights.factbook=-1.0 is below 0; set 0 to draw nothing from it",
+    "continual.epoch_steps=0": "continual.epoch_steps=0 is below 1; set null for one pass over the rows",
+    "continual.memory.online_share=2": (
+        "continual.memory.online_share=2.0 is not within 0 and 1; set for example 0.25"
+    ),
+    # between sections
+    "data.reference_tokens=64": (
+        "data.reference_tokens=64 differs from model.reference_tokens=128; set both alike"
+    ),
+    "model.num_memory_layers=0": "continual.memory is set, but model.num_memory_layers=0; give the model memory layers",
+    "warmup.branch_from=x": "warmup.branch_from is set, but only the continual stage branches; set it to null",
+    "continual.branch_from=x": "continual.branch_from=x and warmup are both set; set warmup=null to",
+    ALONE: (
+        "warmup=null and continual.branch_from=null: the continual stage has nothing to start from; "
+        "set continual.branch_from to the run that was warmed up"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("override", RULES)
+def test_rule_refuses_with_key_value_and_remedy(override: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(RULES[override])) as refused:
+        compose_config([*DEMO, override])
+    assert "\n" not in str(refused.value)
+
+
+def test_nothing_to_train_is_refused() -> None:
+    with pytest.raises(ValueError, match="warmup and continual are both null: nothing would be trained"):
+        compose_config([*DEMO, "warmup=null", "continual=null"])
+
+
+def test_warmup_with_memory_is_refused() -> None:
+    config = compose_config(DEMO)
+    assert config.warmup is not None
+    config.warmup.memory = MemoryConfig()
+    with pytest.raises(ValueError, match=re.escape("warmup reads no memory; set warmup.memory=null")):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["warmup=null", "continual.branch_from=x"],
+        ["continual=null"],
+        ["continual.memory=null"],
+        ["continual.memory=null", "model.num_memory_layers=0"],
+        ["continual.epoch_steps=null"],
+        ["warmup.rows_per_step=48"],
+        ["evaluation.max_probes=null"],
+        ["data.reference_tokens=64", "model.reference_tokens=64"],
+    ],
+)
+def test_what_is_allowed(overrides: list[str]) -> None:
+    compose_config([*DEMO, *overrides])

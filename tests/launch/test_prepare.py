@@ -1,0 +1,64 @@
+"""Input that cannot be used: exit code 2, one line, and what to change."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import corpus_settings, topics, within
+
+GOOD = json.dumps({"id": "a", "title": "a", "text": "A line of text."})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (f"{GOOD}\n{{nonsense\n", "topics.jsonl, line 2 is no JSON: "),
+        (f"{GOOD}\n[1]\n", "topics.jsonl, line 2 is no JSON object but b'[1]"),
+        (
+            f'{GOOD}\n{{"id": "b", "title": "b"}}\n',
+            "topics.jsonl, line 2: a document without text: no text in its field 'text'",
+        ),
+        (
+            f'{GOOD}\n{{"id": "b", "title": "b", "text": " "}}\n',
+            "record topics.jsonl:2: a document without text (field 'text')",
+        ),
+        (f'{GOOD}\n{{"text": "no id"}}\n', "record topics.jsonl:2: a document without id (field 'id')"),
+        ("", "topics.jsonl holds no documents; give a source that does"),
+        (f"{GOOD}\n{GOOD}\n", "two documents have the id 'a'"),
+        (
+            "".join(json.dumps({"id": i, "text": f"Just a few words {i}."}) + "\n" for i in range(9)),
+            "data.vocab_size=640 is larger than the text allows: at most ",
+        ),
+    ],
+    ids=["no-json", "no-object", "no-text", "blank-text", "no-id", "empty", "same-id", "vocabulary"],
+)
+def test_corpus_that_cannot_be_used(content: str, said: str, tmp_path: Path) -> None:
+    corpus = tmp_path / "topics.jsonl"
+    corpus.write_text(content)
+    done = within("prepare", *corpus_settings(tmp_path / "runs", corpus))
+    assert done.code == 2
+    assert said in done.err
+    assert done.err.startswith("memory3 prepare: ")
+    assert done.err.count("\n") == 1
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["data.path=nowhere.jsonl"], "data.sources.documents: nowhere.jsonl does not exist; set data.path"),
+        (["data.vocab_sise=900"], "there is no key data.vocab_sise; did you mean data.vocab_size?"),
+        (["data.sources.documents.text_field=body"], "set text_field to the one that holds the text"),
+        (["data.tokenizer_model=none.model"], "data.tokenizer_model=none.model is no file"),
+        (["retrieval.embedder.kind=folder", "retrieval.embedder.path=nowhere"], "nowhere"),
+    ],
+    ids=["missing-file", "typo", "text-field", "tokenizer", "embedder"],
+)
+def test_setting_that_cannot_be_used(changes: list[str], said: str, tmp_path: Path) -> None:
+    corpus = topics(tmp_path / "topics.jsonl", limit=2000)
+    done = within("prepare", *corpus_settings(tmp_path / "runs", corpus), *changes)
+    assert done.code == 2
+    assert said in done.err
+    assert done.err.splitlines()[-1].startswith("memory3 prepare: ")
+    assert "Traceback" not in done.err

@@ -1,0 +1,128 @@
+"""Run folders: resumed, finished, in use, of another configuration; and what a failing rank says."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launch.lock import one_of_ranks, only_user
+from tests.support.launch import Finished, corpus_settings, memory3, run_settings, topics, trained, within
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A copy of everything that `trained()` made."""
+    return Path(shutil.copytree(trained().root, tmp_path / "runs"))
+
+
+def again(root: Path, *changes: str) -> Finished:
+    """Train run `m` once more, inside this process: for what is refused before ranks start."""
+    return within("pretrain", "--no-prepare", *run_settings(root, "m"), *changes)
+
+
+def test_resumed_run_ends_with_the_same_bytes_and_then_has_nothing_to_do(root: Path) -> None:
+    run = root / "m"
+    for path in (run / "checkpoints/continual-00000004", run / "bank/generation-continual-0001"):
+        shutil.rmtree(path)
+    harmless = ["saving.keep_last=3", "evaluation.text_rows=2", "engine.threads_per_rank=1", "resume=auto"]
+    resumed = memory3("pretrain", "--no-prepare", *run_settings(root, "m"), *harmless)
+    assert resumed.code == 0, resumed.err
+    assert f"resuming from {run}/checkpoints/continual-00000002" in resumed.err
+    for file in ("model.safetensors", "state.json", "read.npy"):
+        mine, theirs = (
+            (folder / "checkpoints/continual-00000004" / file).read_bytes()
+            for folder in (run, trained().main)
+        )
+        assert mine == theirs, file
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [(line["stage"], line["step"]) for line in lines if "loss" in line]
+    assert steps == [(stage, step) for stage in ("warmup", "continual") for step in (1, 2, 3, 4)]
+
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    finished = memory3("pretrain", "--no-prepare", *run_settings(root, "m"), *harmless)
+    assert finished.code == 0, finished.err
+    assert (
+        f"{run} is finished, its last checkpoint is continual-00000004: nothing is left to train"
+        in finished.err
+    )
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+
+
+def test_mistake_that_only_the_ranks_see_is_one_line(root: Path) -> None:
+    for path in (root / "m/checkpoints").rglob("model.safetensors"):
+        path.write_bytes(b"broken")
+    done = memory3("pretrain", "--no-prepare", *run_settings(root, "m"))
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    own = [line for line in done.err.splitlines() if line.startswith("memory3 pretrain: ")]
+    assert len(own) == 1
+    assert "checkpoints are damaged (see the warnings above); restore one from a copy" in own[0]
+    assert done.err.splitlines()[-1] == own[0]
+    assert "falling back" in done.err
+
+
+def test_used_folder_is_refused_while_its_launcher_or_a_rank_lives(root: Path) -> None:
+    with only_user(root / "m"):
+        done = again(root)
+    assert done.code == 2
+    assert done.err.startswith(f"memory3 pretrain: {root}/m is in use by a run that pid ")
+    assert done.err.endswith(" started; wait for it, or set run=NAME\n")
+    with one_of_ranks(root / "m"), one_of_ranks(root / "m"):
+        done = again(root)
+    assert done.code == 2
+    assert "is in use" in done.err
+    with only_user(root / "m"):
+        pass
+
+
+def test_rank_may_join_while_the_launcher_holds_the_folder(tmp_path: Path) -> None:
+    with only_user(tmp_path), one_of_ranks(tmp_path), one_of_ranks(tmp_path):
+        pass
+
+
+def test_changed_configuration_is_refused_with_the_difference(root: Path) -> None:
+    done = again(root, "warmup.peak_lr=0.5", "seed=7", "saving.keep_last=9")
+    assert done.code == 2
+    assert done.err == (
+        f"memory3 pretrain: {root}/m holds a run of another configuration:\n"
+        "  seed: 0 -> 7\n"
+        "  warmup.peak_lr: 0.002 -> 0.5\n"
+        "set run=NAME to a new folder, or give these keys their old values to resume\n"
+    )
+
+
+def test_resume_never_refuses_a_used_folder(root: Path) -> None:
+    done = again(root, "resume=never")
+    assert done.code == 2
+    assert done.err == (
+        f"memory3 pretrain: {root}/m was used before and resume=never; set run=NAME to a new one, or resume=auto\n"
+    )
+
+
+def test_corpus_that_is_not_prepared_is_named_with_the_command(tmp_path: Path) -> None:
+    done = within(
+        "pretrain", "--no-prepare", *corpus_settings(tmp_path / "runs", topics(tmp_path / "topics.jsonl"))
+    )
+    assert done.code == 2
+    assert done.err.startswith(f"memory3 pretrain: {tmp_path}/runs/prepared/jsonl/corpus is not prepared; ")
+    assert "memory3 prepare data=jsonl" in done.err
+
+
+def test_corpus_prepared_with_other_settings_is_refused(root: Path) -> None:
+    done = again(root, "run=new", "data.vocab_size=700")
+    assert done.code == 2
+    assert "tokenizer was prepared with other settings; run: memory3 prepare data=jsonl" in done.err
+
+
+@pytest.mark.parametrize(
+    ("branch_from", "said"),
+    [("nowhere", "nowhere is not a run folder"), ("c", "c has no warmup stage; name the run that has")],
+)
+def test_control_of_a_run_that_was_not_warmed_up_is_refused(root: Path, branch_from: str, said: str) -> None:
+    done = memory3(
+        "pretrain", "--no-prepare", *run_settings(root, "c"), "run=c2", f"continual.branch_from={branch_from}"
+    )
+    assert done.code == 2
+    assert said in done.err.splitlines()[-1]
+    assert "Traceback" not in done.err

@@ -1,0 +1,64 @@
+"""What holds for the repository as a whole."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parents[1]
+TEXTS = {".py", ".yaml", ".yml", ".toml", ".md", ".txt", ".json", ".jsonl", ".sh", ".csv", ".svg", ""}
+
+
+def tracked_files() -> list[Path]:
+    """Files that are committed or could be: neither ignored nor generated."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_import_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), cache_dir=str(tmp_path)) == 0
+
+
+def test_tests_are_no_packages() -> None:
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_packages_are_listed_by_exact_name() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    found = settings["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert set(found) == packages == {"conf", "data", "launch", "memorybank", "model", "train"}
+
+
+@pytest.mark.parametrize("path", ["data/new.py", "model/new.py", "memorybank/new.py", "conf/data/new.yaml"])
+def test_gitignore_hides_no_source(path: str) -> None:
+    ignored = subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT, check=False)
+    if ignored.returncode == 128:
+        pytest.skip("not a git checkout")
+    assert ignored.returncode == 1
+
+
+def test_no_machine_is_named_in_what_is_committed() -> None:
+    machine = re.compile(
+        r"/(?:root|home|work|Users|tmp)/[\w.]+|https?://(?:localhost|127\.|10\.|192\.168\.)|\bnode-\d+\b"
+    )
+    named = []
+    for path in tracked_files():
+        if path.suffix in TEXTS and path != Path(__file__):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            named += [f"{path.relative_to(ROOT)}: {found[0]}" for found in machine.finditer(text)]
+    assert not named
+
+
+def test_configuration_is_yaml_alone() -> None:
+    assert {path.name for path in (ROOT / "conf").rglob("*.py")} == {"__init__.py"}

@@ -1,0 +1,228 @@
+"""What the bank may hold, what rows find in it, and which generation an epoch accepts."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.documents import Split, Use
+from data.loader import read_rows
+from data.packing import RowPlan
+from memorybank.codec import DtypeCodec
+from memorybank.config import EmbedderConfig, EmbedderKind, RetrievalConfig
+from memorybank.embedder import StaticEmbedder
+from memorybank.record import MemoryShape
+from memorybank.search import RowSearch
+from memorybank.store import Generation
+from model.transformer import Memory3LM
+from tests.support.train import continual_config, model_config, prepared
+from train.continual import BankEpochs, EpochNeighbours, Rows
+from train.distributed import Ranks
+from train.engine import InferenceEngine
+from train.rows import held_out_rows, plan_epoch
+from train.state import History
+
+PREPARED = prepared()
+REFERENCES, CORPUS = PREPARED.references, PREPARED.shards.corpus
+DOCUMENTS = [CORPUS.document(number) for number in range(CORPUS.num_documents)]
+INPUTS = {"shards": "s", "references": "r", "tokenizer": "t"}
+CONFIG = model_config(prefix_ids=list(PREPARED.tokenizer.prefix_ids))
+RETRIEVAL = RetrievalConfig(embedder=EmbedderConfig(kind=EmbedderKind.static), candidates=16)
+SECTIONS = [number for number, document in enumerate(DOCUMENTS) if document.use is Use.both]
+
+
+def epochs(run: Path, **changes: Any) -> BankEpochs:
+    settings: dict[str, Any] = {
+        "references": REFERENCES,
+        "search": RowSearch(
+            PREPARED.tokenizer,
+            REFERENCES,
+            StaticEmbedder().embed,
+            RETRIEVAL,
+            chunk_tokens=CONFIG.chunk_tokens,
+        ),
+        "retrieval": RETRIEVAL,
+        "inputs": INPUTS,
+        "model": CONFIG,
+        "codec": DtypeCodec(MemoryShape.of(CONFIG), torch.bfloat16),
+        "ranks": Ranks(0, 1, torch.device("cpu")),
+    }
+    return BankEpochs(run, **(settings | changes))
+
+
+def read(*numbers: int) -> History:
+    history = History.empty(CORPUS.num_documents)
+    history.finished[list(numbers)] = True
+    return history
+
+
+def rows_of(plan: RowPlan) -> Rows:
+    batch = read_rows(PREPARED.shards, plan, tuple(range(plan.num_rows)))
+    return Rows(batch.inputs.numpy(), [plan.documents_of_row(position) for position in batch.positions])
+
+
+@pytest.fixture(scope="module")
+def searched(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, RowPlan, Rows, EpochNeighbours]:
+    """An epoch after most sections were read: its run folder, rows and neighbours."""
+    run = tmp_path_factory.mktemp("run")
+    history = read(*SECTIONS[:-3])
+    plan = plan_epoch(
+        PREPARED.shards,
+        "continual",
+        continual_config(epoch_steps=5),
+        history,
+        source_weights={},
+        row_tokens=128,
+        steps_left=5,
+        epoch=0,
+        seed=0,
+    ).plan
+    return run, plan, validation(), epochs(run).neighbours(0, history, rows_of(plan), validation())
+
+
+def validation() -> Rows:
+    held_out = held_out_rows(PREPARED.shards, Split.validation, num_rows=4, row_tokens=128)
+    return Rows(held_out.tokens_MT1[:, :-1].numpy(), held_out.row_documents)
+
+
+def test_the_bank_grows_with_what_was_finished_and_always_holds_reference_only_documents(
+    tmp_path: Path,
+) -> None:
+    held_out = {number for number, document in enumerate(DOCUMENTS) if document.use is Use.reference}
+    for finished in ((), SECTIONS[:2], SECTIONS):
+        ids = epochs(tmp_path).bank_ids(read(*finished))
+        assert set(REFERENCES.document_of[ids]) == held_out | set(finished)
+        # Whole documents: all of their references.
+        assert len(ids) == np.isin(REFERENCES.document_of, [*held_out, *finished]).sum()
+        assert (np.diff(ids) > 0).all()
+
+
+def test_fact_documents_have_no_references() -> None:
+    facts = {number for number, document in enumerate(DOCUMENTS) if document.use is Use.training}
+    assert not facts & set(REFERENCES.document_of.tolist())
+
+
+def test_rows_never_read_references_of_their_own_documents(
+    searched: tuple[Path, RowPlan, Rows, EpochNeighbours],
+) -> None:
+    _, plan, held_out, found = searched
+    pairs = [(plan.documents_of_row(row), ids) for row, ids in enumerate(found.training_MC)]
+    pairs += list(zip(held_out.documents, found.validation_MC, strict=True))
+    read_ids = 0
+    for documents, ids in pairs:
+        filled = ids[ids >= 0]
+        read_ids += len(filled)
+        assert not set(REFERENCES.document_of[filled]) & set(documents.tolist())
+    assert read_ids > 0.8 * (found.training_MC.size + found.validation_MC.size)
+    assert found.report["refused_own_document"] > 0  # the filter had something to refuse
+
+
+def test_rows_find_only_what_the_bank_may_hold(
+    searched: tuple[Path, RowPlan, Rows, EpochNeighbours],
+) -> None:
+    run, _, _, found = searched
+    allowed = epochs(run).bank_ids(read(*SECTIONS[:-3]))
+    assert set(found.read_ids(training=True)) <= set(allowed)
+    unread = set(SECTIONS[-3:])
+    assert not unread & set(REFERENCES.document_of[found.read_ids(training=True)].tolist())
+
+
+def test_own_documents_may_be_read_only_when_asked_for(tmp_path: Path) -> None:
+    history = read(*SECTIONS)
+    plan = plan_epoch(
+        PREPARED.shards,
+        "continual",
+        continual_config(epoch_steps=1),
+        history,
+        source_weights={},
+        row_tokens=128,
+        steps_left=1,
+        epoch=0,
+        seed=0,
+    ).plan
+    paper = replace(RETRIEVAL, allow_own_document=True, overlap_training=1.0)
+    search = RowSearch(
+        PREPARED.tokenizer, REFERENCES, StaticEmbedder().embed, paper, chunk_tokens=CONFIG.chunk_tokens
+    )
+    found = epochs(tmp_path, retrieval=paper, search=search).neighbours(
+        0, history, rows_of(plan), validation()
+    )
+    own = [
+        set(REFERENCES.document_of[ids[ids >= 0]]) & set(plan.documents_of_row(row).tolist())
+        for row, ids in enumerate(found.training_MC)
+    ]
+    assert any(own)
+
+
+def test_the_distinct_ids_with_and_without_training() -> None:
+    found = EpochNeighbours(np.array([[5, -1], [3, 5]]), np.array([[7, -1]]), {})
+    assert found.read_ids(training=True).tolist() == [3, 5, 7]
+    assert found.read_ids(training=False).tolist() == [7]
+
+
+def test_neighbours_are_searched_once(searched: tuple[Path, RowPlan, Rows, EpochNeighbours]) -> None:
+    run, plan, held_out, found = searched
+    again = epochs(run, search=None).neighbours(0, read(*SECTIONS[:-3]), rows_of(plan), held_out)
+    np.testing.assert_array_equal(again.training_MC, found.training_MC)
+    np.testing.assert_array_equal(again.validation_MC, found.validation_MC)
+    assert again.report == found.report
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Generation]:
+    run = tmp_path_factory.mktemp("run")
+    return run, epochs(run).compile(engine(), np.arange(5), name="generation-continual-0000", step=4)
+
+
+def engine(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return InferenceEngine(Memory3LM(CONFIG).to(torch.bfloat16))
+
+
+def test_a_generation_says_what_it_was_compiled_from(compiled: tuple[Path, Generation]) -> None:
+    run, generation = compiled
+    assert asdict(generation.settings) == {
+        "layout": CONFIG.layout(),
+        "weights": engine().weights_hash(),
+        "lineage": run.name,
+        "step": 4,
+        "references": "r",
+        "tokenizer": "t",
+    }
+
+
+def test_the_generation_that_the_checkpoint_names_is_reopened(compiled: tuple[Path, Generation]) -> None:
+    run, generation = compiled
+    reopened = epochs(run).reopen("generation-continual-0000", generation.fingerprint)
+    assert reopened.fingerprint == generation.fingerprint
+
+
+def test_a_generation_that_the_checkpoint_does_not_name_is_refused(compiled: tuple[Path, Generation]) -> None:
+    run, generation = compiled
+    with pytest.raises(ValueError, match=rf"{generation.fingerprint}, but the checkpoint names 0123"):
+        epochs(run).reopen("generation-continual-0000", "0123")
+    with pytest.raises(ValueError, match=r"there is no generation in .*generation-continual-0007"):
+        epochs(run).reopen("generation-continual-0007", generation.fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("prefix_ids", [1, 2]), ("rope_base", 5e3), ("tokens_kept", 4), ("reference_tokens", 64)],
+)
+def test_another_layout_is_refused_by_name(key: str, value: Any, compiled: tuple[Path, Generation]) -> None:
+    run, generation = compiled
+    other = model_config(**{"prefix_ids": list(PREPARED.tokenizer.prefix_ids), key: value})
+    with pytest.raises(ValueError, match=rf"layout\.({key}|context_start)"):
+        epochs(run, model=other).reopen("generation-continual-0000", generation.fingerprint)
+
+
+def test_other_weights_make_another_generation(compiled: tuple[Path, Generation], tmp_path: Path) -> None:
+    _, generation = compiled
+    other = epochs(tmp_path).compile(engine(1), np.arange(5), name="generation-continual-0000", step=4)
+    assert other.fingerprint != generation.fingerprint
+    assert other.settings.weights != generation.settings.weights

@@ -1,0 +1,98 @@
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.batch import TokenBatch
+from tests.support.train import CountingEngine
+from train.loop import train_epoch
+from train.metrics import JsonLines, Metrics, read_metrics
+from train.schedule import Schedule
+from train.stages import PlainStage
+from train.state import RunState
+
+SCHEDULE = Schedule(
+    num_steps=8, peak_lr=1.0, final_lr=0.0, ramp_steps=2, decay_steps=2, save_every=3, validate_every=4
+)
+
+
+class Trained:
+    """One call of the loop, and what it did."""
+
+    def __init__(self, folder: Path, engine: CountingEngine, *, first: int = 0, last_step: int = 8) -> None:
+        self.validated: list[int] = []
+        self.saved: list[int] = []
+        self.handed_out = 2 * 2 * first
+        self.path = folder / "metrics.jsonl"
+        with Metrics([JsonLines(self.path, stage="warmup", step=first)]) as metrics:
+            self.state = train_epoch(
+                engine,
+                PlainStage(),
+                self.batches(),
+                lambda: self.handed_out,
+                SCHEDULE,
+                RunState("warmup", step=first, cursor=self.handed_out),
+                last_step=last_step,
+                accumulate=2,
+                metrics=metrics,
+                validate=lambda state: self.validated.append(state.step) or {"validation_none": 1.5},
+                save=lambda state: self.saved.append(state.step),
+                max_skipped=3,
+            )
+
+    def batches(self) -> Iterator[TokenBatch]:
+        while True:
+            tokens = torch.full((2, 5), self.handed_out)
+            self.handed_out += 2
+            yield TokenBatch(tokens, (self.handed_out - 2, self.handed_out - 1), None)
+
+
+def test_counts_updates_and_gives_each_its_micro_batches_and_its_rate(tmp_path: Path) -> None:
+    engine = CountingEngine()
+    done = Trained(tmp_path, engine)
+    assert done.state == RunState("warmup", step=8, cursor=32, tokens=8 * 2 * 2 * 4)
+    assert [len(inputs) for inputs in engine.inputs] == [2] * 8
+    first_tokens = [int(micro.tokens_BT[0, 0]) for inputs in engine.inputs for micro in inputs]
+    assert first_tokens == list(range(0, 32, 2))
+    assert engine.rates == [SCHEDULE.learning_rate(step) for step in range(8)]
+
+
+def test_validates_and_saves_when_the_schedule_says_so(tmp_path: Path) -> None:
+    done = Trained(tmp_path, CountingEngine())
+    assert done.validated == [4, 8]
+    assert done.saved == [3, 6, 8]
+
+
+def test_goes_on_from_a_state_and_reports_each_step_once(tmp_path: Path) -> None:
+    Trained(tmp_path, CountingEngine(), last_step=5)
+    done = Trained(tmp_path, CountingEngine(), first=3)
+    lines = read_metrics(done.path)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [line["step"] for line in lines if "validation_none" in line] == [4, 8]
+
+
+def test_a_line_splits_the_step_into_data_and_update(tmp_path: Path) -> None:
+    line = read_metrics(Trained(tmp_path, CountingEngine()).path)[0]
+    assert {"loss", "grad_norm", "lr", "tokens", "tokens_per_second", "generation_age"} <= line.keys()
+    assert line["seconds_data"] >= 0
+    assert line["seconds_update"] >= 0
+
+
+def test_skipped_updates_are_counted_and_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
+    done = Trained(tmp_path, CountingEngine(skips=frozenset({2, 3, 5, 6})))
+    assert done.state.skipped == 4
+    with pytest.raises(FloatingPointError, match=r"3 updates in a row .*warmup, step 4.*warmup.peak_lr"):
+        Trained(tmp_path, CountingEngine(skips=frozenset({2, 3, 4})))
+    assert gc.isenabled()
+
+
+def test_the_collector_rests_during_the_epoch_only(tmp_path: Path) -> None:
+    class Looking(CountingEngine):
+        def train_step(self, inputs: object, *, lr: float) -> object:
+            assert not gc.isenabled()
+            return super().train_step(inputs, lr=lr)
+
+    Trained(tmp_path, Looking())
+    assert gc.isenabled()

@@ -1,0 +1,310 @@
+"""Whole stages on two real ranks: resumed runs end with the same bytes, rows and banks are what they should be.
+
+One spawn trains everything; the tests read what the runs left behind.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.kill_and_resume import differences
+from data.documents import Split
+from memorybank.config import QueryMode
+from memorybank.store import Generation
+from model.transformer import Memory3LM
+from tests.support.spawn import spawn
+from tests.support.train import (
+    continual_config,
+    prepared,
+    prepared_root,
+    resume,
+    resumed_root,
+    run_config,
+    stage_config,
+    train,
+    two_ranks,
+)
+from train.checkpoint import Checkpoint, Checkpoints
+from train.config import LoggingConfig, MemoryConfig, MemorySource, SavingConfig
+from train.distributed import Ranks
+from train.engine import InferenceEngine, ModelInput
+from train.metrics import read_metrics
+from train.rows import held_out_rows, in_bank, plan_epoch
+from train.state import History
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+MIXED = MemoryConfig(source=MemorySource.mixed, online_share=0.5, query=QueryMode.previous)
+
+
+def all_runs(root: Path) -> dict[str, str]:
+    """W: warmup with gradient accumulation. M: continual with a bank. C: its control. X: mixed, with accumulation."""
+    with two_ranks() as ranks:
+        warmup = run_config(root, "w")
+        train(warmup, ranks)
+        arms = {
+            "m": continual_config(branch_from=str(root / "w")),
+            "c": continual_config(branch_from=str(root / "w"), memory=None),
+            "x": continual_config(
+                branch_from=str(root / "w"), memory=MIXED, steps=6, epoch_steps=3, rows_per_step=8
+            ),
+        }
+        configs = {
+            name: run_config(
+                root,
+                name,
+                warmup=None,
+                continual=stage,
+                saving=SavingConfig(every_steps=2 if name == "x" else 4, keep_last=100),
+                logging=LoggingConfig(progress=False, validate_every=4, validation_rows=4),
+            )
+            for name, stage in arms.items()
+        }
+        for config in configs.values():
+            train(config, ranks)
+        resume(warmup, "warmup-10", ranks)
+        for step in (4, 8, 12):  # in the middle of an epoch; at the edge of one; in the middle of the second
+            resume(configs["m"], f"continual-{step}", ranks)
+        resume(configs["x"], "continual-4", ranks)
+        return {"refused": _resume_with_another_generation(configs["m"], ranks)}
+
+
+def _resume_with_another_generation(config: Any, ranks: Ranks) -> str:
+    """What is said when the generation that a checkpoint names was replaced since."""
+    root = Path(config.paths.root)
+    other = root / "m-other"
+    if ranks.is_first:
+        (other / "bank").mkdir(parents=True)
+        (other / "checkpoints").mkdir()
+        (other / "bank" / "generation-continual-0001").symlink_to(root / "m/bank/generation-continual-0000")
+        (other / "checkpoints" / "continual-00000012").symlink_to(root / "m/checkpoints/continual-00000012")
+    ranks.barrier()
+    try:
+        train(replace(config, run="m-other"), ranks)
+    except ValueError as problem:
+        return str(problem)
+    return "accepted"
+
+
+@pytest.fixture(scope="module")
+def root() -> Path:
+    return prepared_root()
+
+
+@pytest.fixture(scope="module")
+def said(root: Path) -> list[dict[str, str]]:
+    return spawn(all_runs, root)
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path, said: list[dict[str, str]]) -> Path:
+    """The folder of all runs, once they are done."""
+    return root
+
+
+def checkpoint(runs: Path, run: str, name: str) -> Checkpoint:
+    opened = prepared(runs)
+    inputs = {
+        "shards": opened.shards.fingerprint,
+        "references": opened.references.fingerprint,
+        "tokenizer": opened.tokenizer.fingerprint,
+    }
+    checkpoints = Checkpoints(runs / run, inputs=inputs, keep_last=1, ranks=ALONE)
+    stage, step = name.split("-")
+    return checkpoints.open(runs / run / "checkpoints" / f"{stage}-{int(step):08d}")
+
+
+def steps(runs: Path, run: str) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(runs / run / "metrics.jsonl") if "loss" in line]
+
+
+RESUMED = [
+    ("w", "warmup-10", "warmup-00000020"),
+    ("m", "continual-4", "continual-00000020"),
+    ("m", "continual-8", "continual-00000020"),
+    ("m", "continual-12", "continual-00000020"),
+    ("x", "continual-4", "continual-00000006"),
+]
+
+
+@pytest.mark.parametrize(("run", "origin", "last"), RESUMED)
+def test_a_resumed_run_ends_with_the_same_bytes(run: str, origin: str, last: str, runs: Path) -> None:
+    """Weights, fp32 masters, AdamW's moments of both ranks, state and history."""
+    resumed = resumed_root(runs, run, origin) / run
+    assert differences(runs / run / "checkpoints" / last, resumed / "checkpoints" / last) == []
+
+
+@pytest.mark.parametrize(("run", "origin", "last"), RESUMED)
+def test_metrics_have_each_step_once_and_alike(run: str, origin: str, last: str, runs: Path) -> None:
+    def lines(root: Path) -> list[dict[str, Any]]:
+        untimed = ("time", "tokens_per_second", "seconds_data", "seconds_update")
+        return [
+            {key: value for key, value in line.items() if key not in untimed}
+            for line in read_metrics(root / run / "metrics.jsonl")
+        ]
+
+    resumed = resumed_root(runs, run, origin)
+    assert lines(resumed) == lines(runs)
+    assert [line["step"] for line in steps(resumed, run)] == list(range(1, int(last[-8:]) + 1))
+
+
+def test_comparing_checkpoints_sees_a_difference(runs: Path) -> None:
+    found = differences(
+        runs / "m" / "checkpoints" / "continual-00000020", runs / "c" / "checkpoints" / "continual-00000020"
+    )
+    assert "model.safetensors" in found
+    assert any("optim_states" in name for name in found)
+
+
+def test_the_loss_falls_in_the_warmup(runs: Path) -> None:
+    losses = [line["loss"] for line in steps(runs, "w")]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_continual_stage_begins_with_the_weights_of_the_warmup(runs: Path) -> None:
+    before = steps(runs, "w")[-1]["loss"]
+    assert steps(runs, "c")[0]["loss"] == pytest.approx(before, abs=0.5)
+    assert steps(runs, "c")[0]["tokens"] == steps(runs, "w")[-1]["tokens"] + 4 * 128
+
+
+def test_the_first_update_of_both_arms_has_the_same_rows_and_weights(runs: Path) -> None:
+    """Nothing but memory tells them apart; a barely trained model hardly notices it."""
+    m, c = steps(runs, "m"), steps(runs, "c")
+    assert m[0]["loss"] != c[0]["loss"]
+    assert m[0]["loss"] == pytest.approx(c[0]["loss"], abs=0.1)
+    assert [line["lr"] for line in m] == [line["lr"] for line in c]
+    assert [line["tokens"] for line in m] == [line["tokens"] for line in c]
+    for name in ("continual-8", "continual-16", "continual-20"):
+        one, other = checkpoint(runs, "m", name), checkpoint(runs, "c", name)
+        np.testing.assert_array_equal(one.history.drawn, other.history.drawn)
+        np.testing.assert_array_equal(one.history.finished, other.history.finished)
+        np.testing.assert_array_equal(one.read, other.read)
+
+
+def test_fact_documents_are_drawn_once_their_section_is_in_the_bank(runs: Path) -> None:
+    corpus = prepared(runs).shards.corpus
+    requires = corpus.table["requires"]
+    drawn_facts = 0
+    for epoch_end, before in (("continual-8", "continual-4"), ("continual-16", "continual-12")):
+        history = checkpoint(runs, "m", before).history
+        bank = in_bank(corpus, history.finished)
+        stage = continual_config()
+        plan = plan_epoch(
+            prepared(runs).shards,
+            "continual",
+            stage,
+            history,
+            source_weights={"factbook": 1.0},
+            row_tokens=128,
+            steps_left=8,
+            epoch=int(epoch_end == "continual-16"),
+            seed=0,
+        ).plan
+        facts = [number for number in set(plan.documents.tolist()) if requires[number] >= 0]
+        drawn_facts += len(facts)
+        assert all(bank[requires[fact]] for fact in facts)
+    assert drawn_facts > 0
+
+
+def test_held_out_documents_are_never_read_as_training_text(runs: Path) -> None:
+    corpus = prepared(runs).shards.corpus
+    held_out = np.concatenate([corpus.select(split=split) for split in (Split.validation, Split.test)])
+    for name in ("continual-8", "continual-16", "continual-20"):
+        found = checkpoint(runs, "m", name)
+        assert not found.history.drawn[held_out].any()
+        assert not found.read[held_out].any()
+        assert found.read.sum() > 0
+
+
+def test_the_bank_of_an_epoch_holds_only_finished_documents_and_reference_only_ones(runs: Path) -> None:
+    opened = prepared(runs)
+    sizes = []
+    for epoch, within in enumerate(("continual-4", "continual-12", "continual-20")):
+        found = checkpoint(runs, "m", within)
+        assert found.state.generation == f"generation-continual-{epoch:04d}"
+        generation = Generation.open(runs / "m" / "bank" / found.state.generation)
+        assert generation.fingerprint == found.state.generation_fingerprint
+        assert generation.settings.step == found.state.epoch_step == epoch * 8
+        allowed = in_bank(opened.shards.corpus, found.history.finished)
+        assert allowed[opened.references.document_of[generation.ids]].all()
+        sizes.append(int(allowed[opened.references.document_of].sum()))
+    assert sizes == [
+        line["bank_references"]
+        for line in read_metrics(runs / "m" / "metrics.jsonl")
+        if "bank_references" in line
+    ]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]  # the bank grows
+
+
+def test_the_history_of_an_epoch_is_what_was_read_when_it_began(runs: Path) -> None:
+    after_warmup = checkpoint(runs, "w", "warmup-20")
+    first = checkpoint(runs, "m", "continual-4")
+    np.testing.assert_array_equal(first.history.finished, after_warmup.read)
+    assert not first.history.drawn.any()
+    edge, second = checkpoint(runs, "m", "continual-8"), checkpoint(runs, "m", "continual-12")
+    np.testing.assert_array_equal(second.history.finished, edge.read)
+    assert second.history.drawn.any()
+
+
+def test_a_generation_is_compiled_by_the_weights_of_the_checkpoint_before_it(runs: Path) -> None:
+    edge = checkpoint(runs, "m", "continual-8")
+    model = Memory3LM(run_config(runs, "m").model).to(torch.bfloat16)
+    model.load_state_dict(edge.weights())
+    generation = Generation.open(runs / "m" / "bank" / "generation-continual-0001")
+    assert generation.settings.weights == InferenceEngine(model).weights_hash()
+    assert generation.settings.lineage == "m"
+
+
+def test_the_age_of_the_generation_is_a_metric(runs: Path) -> None:
+    assert [line["generation_age"] for line in steps(runs, "m")] == [*range(1, 9), *range(1, 9), *range(1, 5)]
+    assert {line["generation_age"] for line in steps(runs, "c")} == {None}
+
+
+def test_a_generation_that_the_checkpoint_does_not_name_is_refused(
+    said: list[dict[str, str]], runs: Path
+) -> None:
+    named = checkpoint(runs, "m", "continual-12").state.generation_fingerprint
+    for rank in said:
+        assert f"but the checkpoint names {named}" in rank["refused"]
+        assert "generation-continual-0001" in rank["refused"]
+
+
+def test_the_validation_loss_is_that_of_validation_rows(runs: Path) -> None:
+    """Computed again here, without ranks, engine and loop: the loop's `validation_none` is no training loss."""
+    found = checkpoint(runs, "w", "warmup-20")
+    model = Memory3LM(run_config(runs, "w").model).to(torch.bfloat16)
+    model.load_state_dict(found.weights())
+    rows = held_out_rows(prepared(runs).shards, Split.validation, num_rows=4, row_tokens=128)
+    nll = InferenceEngine(model).token_losses(ModelInput(rows.tokens_MT1[:, :-1], rows.tokens_MT1[:, 1:]))
+    lines = [line for line in read_metrics(runs / "w" / "metrics.jsonl") if "validation_none" in line]
+    assert [line["step"] for line in lines] == [10, 20]
+    assert lines[-1]["validation_none"] == pytest.approx(nll.mean().item(), abs=2e-3)
+    assert lines[-1]["validation_tokens"] == 4 * 128
+    splits = {prepared(runs).shards.document(int(number)).split for number in np.unique(rows.documents_MT1)}
+    assert splits == {Split.validation}
+
+
+def test_a_validation_says_what_it_read(runs: Path) -> None:
+    line = [line for line in read_metrics(runs / "x" / "metrics.jsonl") if "validation_memory" in line][-1]
+    assert line["query"] == "previous"
+    assert line["pattern"] == "training"
+    assert line["overlap_limit"] == pytest.approx(2 / 3)
+    assert line["generation_age"] == 3
+    assert {"validation_none", "validation_memory", "validation_shuffled"} <= line.keys()
+
+
+def test_only_whole_artefacts_are_left(runs: Path) -> None:
+    assert not [path for path in runs.rglob("*.partial") if path.is_dir()]
+
+
+def test_the_state_is_plain_json(runs: Path) -> None:
+    state = json.loads((runs / "m" / "checkpoints" / "continual-00000012" / "state.json").read_text())
+    assert (state["stage"], state["step"], state["epoch"], state["epoch_step"]) == ("continual", 12, 1, 8)
+    assert state["cursor"] == 4 * 4
+    assert History.load(runs / "m" / "checkpoints" / "continual-00000012").drawn.any()
+    assert stage_config().rows_per_step * 20 * 128 + 12 * 4 * 128 == state["tokens"]
