@@ -14,11 +14,13 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args
 from torch.distributed.run import run as torchrun
 
+WORKER = ["-m", "launch.worker"]
+
 
 def main(folder: str, num_ranks: str) -> int:
     """Run the ranks to their end."""
     logging.disable(logging.CRITICAL)  # torchrun's own words about a failure; ours follow
-    arguments = ["--standalone", f"--nproc-per-node={num_ranks}", "-m", "launch.worker", folder]
+    arguments = ["--standalone", f"--nproc-per-node={num_ranks}", *WORKER, folder]
     try:
         torchrun(parse_args(arguments))  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:

@@ -6,6 +6,7 @@ Not here: composing the configuration (`launch.compose`), what a stage does (`tr
 
 import logging
 import sys
+import time
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -22,6 +23,9 @@ from train.state import History, RunState
 
 log = logging.getLogger(__name__)
 
+_GRACE_SECONDS = 3
+"""A rank that failed because it lost its peers is ended within this time, and only the first cause is shown."""
+
 
 def main(run: Path) -> int:
     """Train what the run folder's configuration asks for.
@@ -32,10 +36,12 @@ def main(run: Path) -> int:
     try:
         with one_of_ranks(run):
             _run(run)
-    except Exception as problem:
+    except ValueError as problem:
         get_error_handler().record_exception(problem)
-        if isinstance(problem, ValueError):
-            return 2
+        return 2
+    except Exception as problem:
+        time.sleep(_GRACE_SECONDS)
+        get_error_handler().record_exception(problem)
         raise
     return 0
 

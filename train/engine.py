@@ -6,10 +6,12 @@ DeepSpeed's JSON is derived from our typed settings. Its checkpoint files are wr
 Not here: which batch comes next (`loop`), the checkpoint's container (`checkpoint`).
 """
 
+import io
 import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -116,12 +118,13 @@ class DeepSpeedEngine:
         )
         if ranks.device.type == "cuda":
             model = model.to(ranks.device)
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=parameter_groups(model, optim.weight_decay),
-            config=settings,
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # what it prints of its memory, and nothing else does
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=parameter_groups(model, optim.weight_decay),
+                config=settings,
+                dist_init_required=False,
+            )
         self._zero_stage = engine.zero_stage
         if engine.zero_stage == 0 and engine.precision is Precision.bf16:
             # DeepSpeed makes AdamW's states by an update without gradient, which must not count in its bias correction.

@@ -172,10 +172,10 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
         generation = parts.epochs.compile(
             parts.engine, ids, name=f"generation-{state.stage}-{state.epoch:04d}", step=state.epoch_step
         )
+        # At the first step that reads it: a resumed run that compiles it anew has cut this line off.
         parts.metrics.log(
             stage=state.stage,
-            step=state.step
-            + 1,  # the first that reads it: a resumed run that compiles anew has cut this line off
+            step=state.step + 1,
             epoch=state.epoch,
             **{f"bank_{key}": value for key, value in neighbours.report.items()},
             bank_compiled=len(ids),
@@ -189,7 +189,7 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
         online=online if encodes_online(memory.source) else None,
         online_share=memory.online_share,
         rows_per_step=parts.config.rows_per_step,
-        seed=parts.seed,
+        seed=parts.seed * 1_000_003 + state.epoch,  # other steps of every epoch
     )
     readings = text_readings(
         neighbours.validation_MC[:, :, None],

@@ -23,7 +23,6 @@ def test_control_of_a_run_without_memory_is_refused() -> None:
         control_of(compose_config(["experiment=demo", "continual.memory=null"]))
 
 
-@pytest.mark.slow
 def test_demo_runs_through_and_can_be_repeated(tmp_path: Path) -> None:
     settings = [
         "debug=smoke",

@@ -1,0 +1,59 @@
+"""What a user sees when a rank fails: the first cause, once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import agent
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+from launch import worker
+
+def fail(run):
+    how = (Path(run) / os.environ["RANK"]).read_text()
+    if how == "wait":
+        time.sleep(60)
+    if how == "kill":
+        os.kill(os.getpid(), 9)
+    if how == "lost":
+        raise RuntimeError("connection closed by peer")
+    raise {"value": ValueError, "bug": ZeroDivisionError}[how]("this is why")
+
+worker._run = fail
+worker._GRACE_SECONDS = 3
+sys.exit(worker.main(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "code", "last", "traceback"),
+    [
+        (("value", "lost"), 2, "memory3 pretrain: rank 0: this is why", False),
+        (("wait", "value"), 2, "memory3 pretrain: rank 1: this is why", False),
+        (("wait", "bug"), 1, "memory3 pretrain: rank 1: ZeroDivisionError: this is why", True),
+        (("wait", "kill"), 137, "memory3 pretrain: rank 1 was ended by SIGKILL", False),
+    ],
+    ids=["peer-lost", "value", "bug", "killed"],
+)
+def test_first_cause_is_said_once(
+    ranks: tuple[str, str], code: int, last: str, traceback: bool, tmp_path: Path
+) -> None:
+    for rank, how in enumerate(ranks):
+        (tmp_path / str(rank)).write_text(how)
+    root = Path(agent.__file__).parents[1]
+    program = tmp_path / "rank.py"
+    program.write_text(RANK)
+    start = f"from launch import agent; agent.WORKER = ['{program}']; import sys; sys.exit(agent.main(*sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", start, str(tmp_path), "2"],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert done.stderr.splitlines()[-1] == last
+    assert ("Traceback" in done.stderr) is traceback
+    assert sum(line.startswith("memory3 pretrain") for line in done.stderr.splitlines()) == 1
