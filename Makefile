@@ -8,8 +8,8 @@ VENV := $(ROOT).venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 RUNS ?= $(ROOT)runs
-# Matrix products of the tests and of two ranks on two cores: one thread each.
-export OMP_NUM_THREADS ?= 1
+# Tests start two ranks on two cores.
+test test-all: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help demo test test-all checks format install clean
 
