@@ -195,7 +195,8 @@ class DeepSpeedEngine:
         _forbid_pickles()
         if not (folder / _TAG).is_dir():
             raise ValueError(f"{folder} holds no engine state; it was not written by this version")
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        with redirect_stdout(io.StringIO()):
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         assert loaded is not None
 
     def _forward(self, inputs: ModelInput) -> LossSum:

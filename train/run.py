@@ -5,6 +5,7 @@
 Not here: a single epoch's loop (`loop`), assembling the parts from a configuration (`launch.build`).
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,8 @@ from train.rows import plan_epoch
 from train.schedule import Schedule
 from train.stages import MemoryStage, PlainStage, Reader, Stage, encodes_online, reads_bank
 from train.state import History, RunState
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +168,17 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
         Rows(rows.inputs.numpy(), [plan.documents_of_row(position) for position in rows.positions]),
         Rows(parts.validation.tokens_MT1[:, :-1].numpy(), parts.validation.row_documents),
     )
-    ids = neighbours.read_ids(training=reads_bank(memory.source))
+    everything = neighbours.read_ids(training=True)
+    if not len(everything):
+        log.warning(
+            "bank epoch %d reads no memory: of %d references none was found by its rows; a longer warmup finishes "
+            "more documents, whose references may then be read",
+            state.epoch,
+            neighbours.report["references"],
+        )
+        return _Epoch(PlainStage(), online, [Reading(Arm.none)], None)
+    validated = neighbours.read_ids(training=False)
+    ids = everything if reads_bank(memory.source) or not len(validated) else validated
     if state.generation is not None and state.generation_fingerprint is not None:
         generation = parts.epochs.reopen(state.generation, state.generation_fingerprint)
     else:
@@ -180,6 +193,15 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
             **{f"bank_{key}": value for key, value in neighbours.report.items()},
             bank_compiled=len(ids),
         )
+    log.info(
+        "bank epoch %d: %s references may be read, %s of %s chunks found one; the generation holds %s, compiled at step %d",
+        state.epoch,
+        f"{neighbours.report['references']:,}",
+        f"{neighbours.report['chunks'] - neighbours.report['empty']:,}",
+        f"{neighbours.report['chunks']:,}",
+        f"{len(generation):,}",
+        generation.settings.step,
+    )
     bank = BankReader(generation, parts.codec)
     stage = MemoryStage(
         neighbours.training_MC,
