@@ -194,13 +194,13 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
             bank_compiled=len(ids),
         )
     log.info(
-        "bank epoch %d: %s references may be read, %s of %s chunks found one; the generation holds %s, compiled at step %d",
+        "bank epoch %d: %s references may be read, %s of %s chunks found one; the generation of step %d holds %s",
         state.epoch,
         f"{neighbours.report['references']:,}",
         f"{neighbours.report['chunks'] - neighbours.report['empty']:,}",
         f"{neighbours.report['chunks']:,}",
-        f"{len(generation):,}",
         generation.settings.step,
+        f"{len(generation):,}",
     )
     bank = BankReader(generation, parts.codec)
     stage = MemoryStage(
