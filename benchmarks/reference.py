@@ -1,6 +1,6 @@
 """The reference experiment: both arms, several seeds, one table.
 
-    python benchmarks/reference.py --seeds 0 1 2 --split test --output benchmarks/results/reference
+    python -m benchmarks.reference --seeds 0 1 2 --split test --output benchmarks/results/reference
 
 Each seed shares one warmup between its arms; split, tokenizer and search vectors are shared by all seeds. The relations
 of the headline are decided on validation probes. Runs that were stopped go on; finished ones are not repeated.
@@ -53,7 +53,7 @@ def main() -> int:
     )
     head = (
         f"# Reference experiment, {arguments.split} half\n\n"
-        f"`python {' '.join(sys.argv)}` at commit {commit.stdout.strip()}; "
+        f"`python -m benchmarks.reference {' '.join(sys.argv[1:])}` at commit {commit.stdout.strip()}; "
         f"minutes per seed: {', '.join(f'{m:.0f}' for m in minutes)}\n\n"
     )
     stem = arguments.output

@@ -5,6 +5,7 @@ Not here: composing the configuration (`launch.compose`), what a stage does (`tr
 """
 
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -53,6 +54,7 @@ def _run(run: Path) -> None:
     try:
         build.quiet_third_parties()
         _train(run, config, ranks)
+        ranks.barrier()  # nobody leaves while a peer still speaks to it
     finally:
         distributed.stop()
 
@@ -126,4 +128,10 @@ def _sinks(run: Path, config: RunConfig, position: RunState, ranks: distributed.
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    code = main(Path(sys.argv[1]))
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is written and closed by now. An ordinary exit also destroys the libraries' globals, and gloo's threads
+    # have been seen to abort a finished rank there ("terminate called without an active exception").
+    os._exit(code)
