@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from memorybank.cost import CODECS, EMBEDDERS, Hardware
+
 _OVERRIDES = """\
 settings are given in Hydra's grammar:
   experiment=demo model=micro    choose files of conf/ (groups: model, data, experiment, debug)
@@ -33,6 +35,9 @@ COMMANDS = (
     Command("bank", "refresh, or look at, the memory bank of a run", ""),
     Command("evaluate", "held-out text and fact probes, with memory, without, and with shuffled memory", ""),
     Command("generate", "complete a prompt with a run's model, with and without memory", ""),
+    Command(
+        "cost", "what memory costs a model: operations, bytes and times, before a bank is written", _OVERRIDES
+    ),
     Command("report", "one table from the evaluations of several runs and seeds", ""),
     Command(
         "demo", "the whole story on the World Factbook, in a quarter of an hour on two cores", _OVERRIDES
@@ -119,8 +124,39 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
             action="store_true",
             help="fail when the corpus is not prepared, instead of preparing it",
         )
-    if name in ("prepare", "pretrain", "demo"):
+    if name == "cost":
+        _add_cost_arguments(sub)
+    if name in ("prepare", "pretrain", "demo", "cost"):
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings (see below)")
+
+
+def _add_cost_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--references", default="1e6", metavar="N", help="references of the bank (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--codec",
+        choices=list(CODECS),
+        default="bfloat16",
+        help="how memories are stored (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--embedder", choices=list(EMBEDDERS), help="what embeds queries (default: retrieval.embedder.kind)"
+    )
+    rates = Hardware()
+    for name, rate, doc in (
+        ("disk", rates.disk_gb_per_second, "GB/s of the drive with the bank"),
+        ("bus", rates.bus_gb_per_second, "GB/s from host to device"),
+        ("memory", rates.memory_gb_per_second, "GB/s of host memory, which a search reads"),
+        ("tflops", rates.device_tflops, "TFLOP/s that the device sustains"),
+    ):
+        sub.add_argument(
+            f"--{name}", type=float, default=rate, metavar="X", help=f"{doc} (default: %(default)s)"
+        )
+    sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    sub.add_argument(
+        "--picture", metavar="FILE.png", help="draw costs, storage and times (the paper's Figure 4)"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
