@@ -1,6 +1,6 @@
 """`memory3 bank`: compile a run's whole bank with its newest weights, or describe its generations.
 
-Not here: how a generation is written and read (`memorybank`).
+Not here: how a generation is written and read (`memorybank`), the audit (`launch.audit`).
 """
 
 import argparse
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launch import build
+from launch import audit, build
 from launch.opened import open_run
 from memorybank.store import Generation
 
@@ -22,6 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
     match arguments.action:
         case "refresh":
             return refresh(arguments)
+        case "audit":
+            return audit.run(arguments)
         case _:
             return stat(arguments)
 

@@ -32,7 +32,7 @@ class Command:
 COMMANDS = (
     Command("prepare", "corpus -> tokenizer -> token shards -> references -> search vectors", _OVERRIDES),
     Command("pretrain", "train: the warmup stage, then the continual stage with its memory bank", _OVERRIDES),
-    Command("bank", "refresh, or look at, the memory bank of a run", ""),
+    Command("bank", "refresh, look at, or audit the memory bank of a run", ""),
     Command("evaluate", "held-out text and fact probes, with memory, without, and with shuffled memory", ""),
     Command("generate", "complete a prompt with a run's model, with and without memory", ""),
     Command(
@@ -68,9 +68,11 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
     if name == "bank":
         sub.add_argument(
             "action",
-            choices=["refresh", "stat"],
-            help="refresh: compile all that may be read with the newest weights; stat: describe",
+            choices=["refresh", "stat", "audit"],
+            help="refresh: compile all that may be read with the newest weights; stat: describe; audit: how much of "
+            "what rows read repeats the rows themselves, and what gain comes from it",
         )
+        _add_audit_arguments(sub)
     if name in ("bank", "evaluate", "generate"):
         sub.add_argument("run", help="run folder, or its name below --root")
         sub.add_argument(
@@ -128,6 +130,23 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         _add_cost_arguments(sub)
     if name in ("prepare", "pretrain", "demo", "cost"):
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings (see below)")
+
+
+def _add_audit_arguments(sub: argparse.ArgumentParser) -> None:
+    audit = sub.add_argument_group("audit")
+    audit.add_argument(
+        "--split",
+        choices=["validation", "test", "train"],
+        default="validation",
+        help="held-out rows, or rows of the last bank epoch (default: %(default)s)",
+    )
+    audit.add_argument("--rows", type=int, metavar="N", help="rows (default: evaluation.text_rows)")
+    audit.add_argument(
+        "--query",
+        choices=["own", "previous"],
+        help="whose text a chunk's references were found with (default: continual.memory.query)",
+    )
+    audit.add_argument("--output", metavar="FILE.json", help="write the results there as well")
 
 
 def _add_cost_arguments(sub: argparse.ArgumentParser) -> None:

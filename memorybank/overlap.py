@@ -4,12 +4,14 @@
 
 where LCS is the longest common token subsequence, not necessarily contiguous, whose matches in the text
 span at most 2|r| positions: ``|i_N - i_1| <= 2|r|``. `overlap` is this definition, slow and plain;
-`exceeds` answers the only question that retrieval asks, and agrees with it (property test).
+`exceeds` answers the only question that retrieval asks, and `num_exceeded` the one that an audit asks; both
+agree with it (property tests).
 
 Not here: which references are compared with which text (neighbours.py), and title lines, which the
 caller leaves out of the reference's tokens.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,6 +63,11 @@ def exceeds(text: Tokens, reference: Tokens, limit: float) -> bool:
             if LCSseq.similarity(t[first : first + window], r, score_cutoff=needed):
                 return True
     return False
+
+
+def num_exceeded(text: Tokens, reference: Tokens, limits: Sequence[float]) -> int:
+    """Return how many of the limits, which ascend, ``overlap(text, reference)`` exceeds."""
+    return bisect_left(limits, True, key=lambda limit: not exceeds(text, reference, limit))
 
 
 def _window(num_reference: int) -> int:

@@ -218,7 +218,7 @@ def evaluate_text(
     names = [rows.names[number] for number in documents.tolist()]
     results = []
     for reading in readings:
-        nll_MT = _losses(scorer, tokens_MT, targets_MT, reading.ids_MCK, setting)
+        nll_MT = target_losses(scorer, tokens_MT, targets_MT, reading.ids_MCK, setting)
         sums = np.bincount(of.ravel(), weights=nll_MT.ravel())
         items = zip(names, sums.tolist(), counts.tolist(), strict=True)
         results.append(_result(reading, setting, tuple(TextItem(*item) for item in items)))
@@ -230,6 +230,19 @@ def validation_losses(
 ) -> dict[Arm, float]:
     """Return the mean loss of each arm: validation inside the loop, in one query mode and pattern."""
     return {result.arm: result.loss for result in evaluate_text(scorer, rows, readings, setting)}
+
+
+def target_losses(
+    scorer: Scorer, tokens_MT: Tensor, targets_MT: Tensor, ids_MCK: Ids | None, setting: Setting
+) -> Floats:
+    """Return the loss of every target, (M, T) nats, the same on every rank; None reads nothing."""
+    nll_MT = torch.zeros(tokens_MT.shape, dtype=torch.float64)
+    for part, counts in _dealt(len(tokens_MT), setting):
+        inputs = ModelInput(tokens_MT[part], targets_MT[part], _memory(ids_MCK, part, setting.reader))
+        nll_BT = scorer.token_losses(inputs)
+        if counts:
+            nll_MT[part] = nll_BT.double().cpu()
+    return setting.ranks.sum(nll_MT).numpy()
 
 
 def evaluate_probes(
@@ -499,19 +512,6 @@ def _result(
     )
 
 
-def _losses(
-    scorer: Scorer, tokens_MT: Tensor, targets_MT: Tensor, ids_MCK: Ids | None, setting: Setting
-) -> Floats:
-    """Return the loss of every target, (M, T), the same on every rank."""
-    nll_MT = torch.zeros(tokens_MT.shape, dtype=torch.float64)
-    for part, counts in _dealt(len(tokens_MT), setting):
-        inputs = ModelInput(tokens_MT[part], targets_MT[part], _memory(ids_MCK, part, setting.reader))
-        nll_BT = scorer.token_losses(inputs)
-        if counts:
-            nll_MT[part] = nll_BT.double().cpu()
-    return setting.ranks.sum(nll_MT).numpy()
-
-
 def _answer_losses(
     model: Memory3LM,
     prompts: Sequence[list[int]],
@@ -524,7 +524,9 @@ def _answer_losses(
     if ids_MCK is not None:
         num_chunks = -(-tokens_MT.shape[1] // model.config.chunk_tokens)
         ids_MCK = np.repeat(ids_MCK, num_chunks, axis=1)
-    losses: Floats = _losses(InferenceEngine(model), tokens_MT, targets_MT, ids_MCK, setting).sum(axis=1)
+    losses: Floats = target_losses(InferenceEngine(model), tokens_MT, targets_MT, ids_MCK, setting).sum(
+        axis=1
+    )
     return losses
 
 

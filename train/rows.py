@@ -132,6 +132,11 @@ def held_out_rows(shards: TokenShards, split: Split, *, num_rows: int, row_token
             f"tokens; set data.{split.value}_fraction higher and prepare again"
         )
     plan = pack(documents, lengths, row_tokens, seed=0)
+    return text_of(shards, plan, num_rows=num_rows)
+
+
+def text_of(shards: TokenShards, plan: RowPlan, *, num_rows: int) -> TextSet:
+    """The first rows of a plan, as many as there are up to `num_rows`, with the documents of their tokens."""
     batch = read_rows(shards, plan, tuple(range(min(num_rows, plan.num_rows))), documents=True)
     assert batch.documents_BT1 is not None
     numbers = batch.documents_BT1.numpy()
