@@ -55,12 +55,14 @@ class FilterAudit:
         filter: What was refused.
         refused_own_document: Candidates refused because the row holds a token of their document.
         refused_overlap: Candidates refused because the row overlaps them by more than the limit.
+        exhausted: References that chunks looked for when no candidate was left.
         audit: What was read, and what it gained.
     """
 
     filter: str
     refused_own_document: int
     refused_overlap: int
+    exhausted: int
     audit: Audit
 
 
@@ -196,7 +198,7 @@ def audit_filters(opened: OpenedRun, rows: RowSet, query: QueryMode) -> list[Fil
     own = "" if retrieval.allow_own_document else "no document of the row, "
     filters = (f"as configured: {own}overlap ≤ {rows.limit:.2f}", "off")
     return [
-        FilterAudit(filter, each.refused_own_document, each.refused_overlap, result)
+        FilterAudit(filter, each.refused_own_document, each.refused_overlap, each.exhausted, result)
         for filter, each, result in zip(filters, found, audits, strict=True)
     ]
 
@@ -213,9 +215,10 @@ def _table(found: FilterAudit) -> Table:
         "95 % over rows",
         title=f"filter {found.filter}",
         caption=(
-            f"{result.empty / result.slots:.1%} of {result.slots:,} slots are empty; better candidates refused: "
-            f"{found.refused_own_document:,} of the row's own documents, {found.refused_overlap:,} for their overlap. "
-            "A chunk counts where the largest overlap among its references lies."
+            f"{result.empty / result.slots:.1%} of {result.slots:,} slots are empty; {found.exhausted:,} times no "
+            f"candidate was left. Refused: {found.refused_own_document:,} of the row's own documents, "
+            f"{found.refused_overlap:,} for their overlap. A chunk counts where "
+            "the largest overlap among its references lies."
         ),
         title_justify="left",
         caption_justify="left",

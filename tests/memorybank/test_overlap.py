@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memorybank.overlap import exceeds, overlap
+from memorybank.overlap import exceeds, num_exceeded, overlap
 
 tokens = st.lists(st.integers(0, 5), max_size=14)
 
@@ -34,6 +34,17 @@ def test_matches_further_apart_than_twice_the_reference_do_not_count(gap: int, e
 @given(text=st.lists(st.integers(0, 5), max_size=40), reference=tokens, limit=st.floats(-0.1, 1.1))
 def test_fast_filter_equals_the_definition(text: list[int], reference: list[int], limit: float) -> None:
     assert exceeds(text, reference, limit) == (overlap(text, reference) > limit)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.lists(st.integers(0, 5), max_size=40),
+    reference=tokens,
+    limits=st.lists(st.floats(0, 1), max_size=5).map(sorted),
+)
+def test_limits_exceeded_are_counted(text: list[int], reference: list[int], limits: list[float]) -> None:
+    found = overlap(text, reference)
+    assert num_exceeded(text, reference, limits) == sum(found > limit for limit in limits)
 
 
 @settings(max_examples=200, deadline=None)
