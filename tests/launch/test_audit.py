@@ -55,7 +55,9 @@ def test_trained_rows_read_what_the_last_bank_epoch_read(root: Path) -> None:
     configured, off = found["audits"]
     assert (found["pattern"], found["rows"]) == ("training", 8)
     assert configured["filter"].endswith("overlap ≤ 0.90")
-    trained_on = np.load(root / "m/neighbours/continual-0001/training.npy")[:8]
+    epoch = root / "m/neighbours/continual-0001"
+    assert found["references"] == json.loads((epoch / "manifest.json").read_text())["extra"]["references"]
+    trained_on = np.load(epoch / "training.npy")[:8]
     assert configured["exhausted"] == (trained_on < 0).sum()
     assert configured["audit"]["empty"] == (window_slots(trained_on, QueryMode.own) < 0).sum()
     assert off["refused_own_document"] == off["refused_overlap"] == 0
