@@ -62,7 +62,12 @@ def explain(problem: Exception, overrides: Sequence[str], conf: Path) -> str:
     if isinstance(problem, YAMLError):
         return f"{' '.join(str(problem).split())}; the file must be plain YAML, without tags"
     text = str(problem) + ("" if problem.__cause__ is None else f"\n{problem.__cause__}")
-    return _of_group(text, overrides, conf) or _of_key(text, overrides) or " ".join(text.split())
+    return (
+        _of_group(text, overrides, conf)
+        or _of_present_key(text, overrides)
+        or _of_key(text, overrides)
+        or " ".join(text.split())
+    )
 
 
 def _of_group(text: str, overrides: Sequence[str], conf: Path) -> str | None:
@@ -82,6 +87,15 @@ def _of_group(text: str, overrides: Sequence[str], conf: Path) -> str | None:
             listed = ", ".join(_choices(conf / group))
             return f"{override}: write {group}=NAME, once, or leave it away; choices: {listed}"
     return None
+
+
+def _of_present_key(text: str, overrides: Sequence[str]) -> str | None:
+    """`+key=...` where the key is there already."""
+    present = re.search(r"An item is already at '([^']+)'", text)
+    override = present and _override_of(present[1], [each for each in overrides if each.startswith("+")])
+    if not override:
+        return None
+    return f"{override}: {_name(override)} exists; drop the +: '{override.lstrip('+')}'"
 
 
 def _of_key(text: str, overrides: Sequence[str]) -> str | None:

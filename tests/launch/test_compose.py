@@ -113,6 +113,10 @@ REFUSED = {
         "warmup.steps=${oc.env:PATH}: warmup.steps must be a whole number, for example 100"
     ),
     "run=???": "run=???: a value is missing; set run=VALUE",
+    # + in front of what is there
+    "+warmup.steps=5": "+warmup.steps=5: warmup.steps exists; drop the +: 'warmup.steps=5'",
+    "+run=x": "+run=x: run exists; drop the +: 'run=x'",
+    "+warmup=null": "+warmup=null: warmup exists; drop the +: 'warmup=null'",
     # grammar
     "warmup.steps": "warmup.steps: settings are written KEY=VALUE; quote values that hold spaces or brackets",
     "warmup.steps=[1": "warmup.steps=[1: settings are written KEY=VALUE; quote values that hold spaces or brackets",
