@@ -47,7 +47,7 @@ def main() -> int:
         opened = arms.open_arms(base)
         results.append(arms.evaluate_arms(opened, Split(arguments.split)))
         minutes.append((time.monotonic() - started) / 60)
-    text = evaluate.render_results(results, samples=10_000, headline=evaluate.headline(opened[0]))
+    text = evaluate.render_results(results, samples=10_000, headline=evaluate.headline(opened[0].context))
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )

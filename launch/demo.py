@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     text = evaluate.render_results(
         [arms.evaluate_arms(opened, Split.validation)],
         samples=main.evaluation.bootstrap_samples,
-        headline=evaluate.headline(opened[0]),
+        headline=evaluate.headline(opened[0].context),
     )
     folder = opened[0].folder
     write_atomic(folder / "table.md", text.encode())

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     split = Split(arguments.split)
     results = save_results(opened, split, bank=arguments.bank, stale=arguments.stale == "allow")
     samples = opened.config.evaluation.bootstrap_samples
-    print(render_results([results], samples=samples, headline=headline(opened)))
+    print(render_results([results], samples=samples, headline=headline(opened.context)))
     print(f"results: {results_path(opened.folder, arguments.split)}")
     return 0
 
@@ -71,9 +71,9 @@ def save_results(
     return results
 
 
-def headline(opened: OpenedRun) -> list[str]:
+def headline(context: build.Context) -> list[str]:
     """The relations of the headline: decided on validation probes and the whole bank, as `memory3 prepare` shows."""
-    return [name for name, (_, _, five) in opened.context.hit_shares().items() if five >= HIT_LIMIT]
+    return [name for name, (_, _, five) in context.hit_shares().items() if five >= HIT_LIMIT]
 
 
 def results_path(folder: Path, split: str) -> Path:

@@ -103,10 +103,15 @@ def open_run(run: str, root: str) -> OpenedRun:
         ValueError: There is no such run, or it has no checkpoint that passes verification.
     """
     folder = build.run_folder(run, root)
-    config = load_config(folder / "config.yaml")
-    config.paths.root = root
-    context = build.context(config)
+    context = run_context(run, root)
     checkpoint = context.checkpoints(folder).newest()
     if checkpoint is None:
         raise ValueError(f"{folder} has no checkpoint yet; train it with `memory3 pretrain` first")
-    return OpenedRun(folder, config, context, checkpoint, context.inference_engine(checkpoint))
+    return OpenedRun(folder, context.config, context, checkpoint, context.inference_engine(checkpoint))
+
+
+def run_context(run: str, root: str) -> build.Context:
+    """What a run, by folder or name, was made from: its frozen configuration and its prepared corpus."""
+    config = load_config(build.run_folder(run, root) / "config.yaml")
+    config.paths.root = root
+    return build.context(config)

@@ -7,8 +7,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.build import run_folder
-from launch.evaluate import read_results, render_results
+from launch.build import quiet_third_parties, run_folder
+from launch.evaluate import headline, read_results, render_results
+from launch.opened import run_context
 from train.evaluate import ArmResult
 from train.metrics import read_metrics
 
@@ -17,8 +18,10 @@ _SMOOTH = 10
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table of one or more seeds, each `M` or `M=C`."""
-    seeds = [pair_results(*_pair(text), arguments.root, arguments.split) for text in arguments.runs]
-    print(render_results(seeds))
+    quiet_third_parties()
+    pairs = [_pair(text) for text in arguments.runs]
+    seeds = [pair_results(*pair, arguments.root, arguments.split) for pair in pairs]
+    print(render_results(seeds, headline=headline(run_context(pairs[0][0], arguments.root))))
     return 0
 
 
