@@ -50,6 +50,18 @@ class MemoryKeys:
     """Q; the last chunk of a row may be shorter."""
 
 
+class AttentionShares(NamedTuple):
+    """Where attention goes, float32: means over query heads, which together are one.
+
+    Of one layer; ``Memory3LM.attention_shares`` stacks those of the memory layers in front.
+    """
+
+    prefix_BT: Tensor
+    memory_BTK: Tensor
+    """On each slot of the token's chunk."""
+    context_BT: Tensor
+
+
 class AttentionFunction(Protocol):
     """Attend from every token of B rows."""
 
@@ -158,12 +170,17 @@ def reference_attention(
 
 
 @torch.no_grad()
-def memory_share(
+def attention_shares(
     q_BTHE: Tensor, k_BTGE: Tensor, *, prefix: PrefixKeys | None, memory: MemoryKeys | None
-) -> Tensor:
-    """Return the share of attention that memories receive: float32 scalar, mean over tokens and heads."""
-    _, on_memory, _ = _weights(q_BTHE, k_BTGE, prefix, memory, None)
-    return on_memory.sum(-1).mean().float()
+) -> AttentionShares:
+    """Return where the attention of every token goes; dense, like ``reference_attention``."""
+    on_prefix, on_memory, on_context = _weights(q_BTHE, k_BTGE, prefix, memory, None)
+    places = 0 if memory is None else memory.slots_BCK.shape[2]
+    on_slots = on_memory.reshape(*on_memory.shape[:-1], places, -1) if places else on_memory.unsqueeze(-1)
+    prefix_BT, memory_BTK, context_BT = (
+        part.sum(-1).float().mean(1) for part in (on_prefix, on_slots, on_context)
+    )
+    return AttentionShares(prefix_BT, memory_BTK, context_BT)
 
 
 def _weights(

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import AttentionFunction, MemoryKeys, PrefixKeys, fast_attention, memory_share
+from model.attention import (
+    AttentionFunction,
+    AttentionShares,
+    MemoryKeys,
+    PrefixKeys,
+    attention_shares,
+    fast_attention,
+)
 from model.config import ModelConfig
 from model.init import initialise
 from model.layers import FeedForward, RMSNorm
@@ -174,23 +181,24 @@ class Memory3LM(nn.Module):
         return keys
 
     @torch.no_grad()
-    def memory_attention_share(
+    def attention_shares(
         self, tokens_BT: Tensor, memory: MemoryBatch | ReferenceBatch | None
-    ) -> Tensor:
-        """Return the share of attention that memories receive at each memory layer, float32 (L,).
+    ) -> AttentionShares:
+        """Return where attention goes at the memory layers: ``AttentionShares`` with L in front.
 
-        Mean over tokens and query heads; what is missing to one goes to prefix and context. Dense: for
-        evaluation on a few rows.
+        Dense: for a few rows.
         """
-        shares = []
+        shares: list[AttentionShares] = []
 
         def recording(q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor, **reads: Any) -> Tensor:
-            if reads.get("memory") is not None:
-                shares.append(memory_share(q_BTHE, k_BTGE, prefix=reads["prefix"], memory=reads["memory"]))
+            if len(shares) < self.config.num_memory_layers:
+                shares.append(
+                    attention_shares(q_BTHE, k_BTGE, prefix=reads["prefix"], memory=reads["memory"])
+                )
             return self.attention(q_BTHE, k_BTGE, v_BTGE, **reads)
 
         self._rows(tokens_BT, memory, None, recording)
-        return torch.stack(shares) if shares else torch.zeros(self.config.num_memory_layers)
+        return AttentionShares(*(torch.stack(part) for part in zip(*shares, strict=True)))
 
     def rotation(self, start: int, tokens: int) -> Rotation:
         """Return the turns of `tokens` positions from `start` on."""

@@ -32,7 +32,8 @@ from train.state import History
 log = logging.getLogger(__name__)
 
 Ids = NDArray[np.int64]
-_KIND, _VERSION = "neighbours", 1
+Scores = NDArray[np.float32]
+_KIND, _VERSION = "neighbours", 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,13 @@ class EpochNeighbours:
 
     Attributes:
         training_MC: One reference per chunk of the epoch's rows, -1 is empty.
+        scores_MC: Their retrieval scores, -inf where empty.
         validation_MC: The same for the validation rows.
         report: Counts of references searched, slots filled and candidates refused.
     """
 
     training_MC: Ids
+    scores_MC: Scores
     validation_MC: Ids
     report: dict[str, int]
 
@@ -131,6 +134,7 @@ class BankEpochs:
         manifest = open_manifest(folder, kind=_KIND, version=_VERSION, inputs=self._inputs)
         return EpochNeighbours(
             np.load(folder / "training.npy", allow_pickle=False),
+            np.load(folder / "scores.npy", allow_pickle=False),
             np.load(folder / "validation.npy", allow_pickle=False),
             dict(manifest.extra),
         )
@@ -198,4 +202,5 @@ class BankEpochs:
             folder, kind=_KIND, version=_VERSION, settings=settings, inputs=self._inputs, extra=report
         ) as work:
             np.save(work / "training.npy", training.ids_MCk[:, :, 0])
+            np.save(work / "scores.npy", training.scores_MCk[:, :, 0])
             np.save(work / "validation.npy", found[1].ids_MCk[:, :, 0])

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from model.attention import AttentionShares
 from model.loss import LossSum
 from model.memory import ExplicitMemory, MemoryBatch, ReferenceBatch
 from model.transformer import Memory3LM
@@ -67,6 +68,10 @@ class Inference(Protocol):
 
     def token_losses(self, inputs: ModelInput) -> Tensor:
         """Next-token loss of every target, (B, T) float32, without gradient."""
+        ...
+
+    def attention_shares(self, inputs: ModelInput) -> AttentionShares:
+        """Where attention goes at the memory layers (`Memory3LM.attention_shares`): for a few rows, no gradient."""
         ...
 
     def encode(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor | None = None) -> ExplicitMemory:
@@ -165,6 +170,12 @@ class DeepSpeedEngine:
         )
         return losses
 
+    def attention_shares(self, inputs: ModelInput) -> AttentionShares:
+        self._engine.eval()
+        batch = _to(inputs, self._ranks.device)
+        shares: AttentionShares = self.module.attention_shares(batch.tokens_BT, batch.memory)
+        return shares
+
     @torch.no_grad()
     def encode(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor | None = None) -> ExplicitMemory:
         self._engine.eval()
@@ -218,6 +229,10 @@ class InferenceEngine:
         losses = self.model(batch.tokens_BT, targets_BT=batch.targets_BT, memory=batch.memory, per_token=True)
         assert isinstance(losses, Tensor)
         return losses
+
+    def attention_shares(self, inputs: ModelInput) -> AttentionShares:
+        batch = _to(inputs, self.device)
+        return self.model.attention_shares(batch.tokens_BT, batch.memory)
 
     @torch.no_grad()
     def encode(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor | None = None) -> ExplicitMemory:

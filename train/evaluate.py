@@ -32,7 +32,7 @@ from model.memory import MemoryBatch, ReferenceBatch
 from model.transformer import Memory3LM
 from train.arms import Arm, Ids, Pattern, Reading, fold, hits
 from train.distributed import Ranks
-from train.engine import InferenceEngine, ModelInput
+from train.engine import Inference, InferenceEngine, ModelInput
 from train.stages import Reader
 from train.statistics import Floats, Interval, group_sums, mean_interval, paired_interval
 
@@ -243,6 +243,26 @@ def target_losses(
         if counts:
             nll_MT[part] = nll_BT.double().cpu()
     return setting.ranks.sum(nll_MT).numpy()
+
+
+def memory_attention(
+    engine: Inference, rows: TextSet, readings: Sequence[Reading], setting: Setting
+) -> list[float]:
+    """Return the share of attention that memories receive at each memory layer, in the memory arm.
+
+    Mean over the tokens and heads of the first rows, one batch of them per rank (a collective); empty without
+    a memory arm.
+    """
+    for reading in readings:
+        if reading.arm is Arm.memory:
+            part, counts = next(_dealt(len(rows.tokens_MT1), setting))
+            tokens_BT, targets_BT = rows.tokens_MT1[part, :-1], rows.tokens_MT1[part, 1:]
+            inputs = ModelInput(tokens_BT, targets_BT, _memory(reading.ids_MCK, part, setting.reader))
+            share_LB = engine.attention_shares(inputs).memory_BTK.sum(-1).mean(-1).double().cpu()
+            totals = torch.cat([share_LB.sum(1), torch.tensor([len(tokens_BT)])]) * counts
+            totals = setting.ranks.sum(totals)
+            return (totals[:-1] / totals[-1]).tolist()
+    return []
 
 
 def evaluate_probes(

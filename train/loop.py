@@ -7,6 +7,7 @@ Not here: how an epoch is opened (`continual`), how a run is put together (`laun
 import gc
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from data.batch import TokenBatch
@@ -67,6 +68,7 @@ def train_epoch(
             result = engine.train_step(inputs, lr=lr)
             state = state.after(result, cursor=cursor())
             ended = time.perf_counter()
+            reads = stage.reads(state.cursor)
             metrics.log(
                 stage=state.stage,
                 step=state.step,
@@ -82,6 +84,7 @@ def train_epoch(
                 seconds_update=ended - fetched,
                 generation=state.generation,
                 generation_age=None if state.generation is None else state.step - state.epoch_step,
+                **({} if reads is None else asdict(reads)),
             )
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             if skipped_in_a_row >= max_skipped:

@@ -23,7 +23,7 @@ from train.config import StageConfig
 from train.continual import BankEpochs, Rows
 from train.distributed import Ranks
 from train.engine import Engine
-from train.evaluate import Setting, TextSet, validation_losses
+from train.evaluate import Setting, TextSet, memory_attention, validation_losses
 from train.loop import train_epoch
 from train.metrics import Metrics
 from train.rows import plan_epoch
@@ -108,8 +108,11 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
     def validate(now: RunState) -> dict[str, Any]:
         setting = Setting(label=parts.name, reader=epoch.reader, batch_rows=config.micro_rows, ranks=ranks)
         losses = validation_losses(parts.engine, parts.validation, epoch.readings, setting)
+        attention = memory_attention(parts.engine, parts.validation, epoch.readings, setting)
         return {
             **{f"validation_{arm.name}": loss for arm, loss in losses.items()},
+            "memory_attention": sum(attention) / len(attention) if attention else None,
+            "memory_attention_layers": attention,
             "validation_tokens": parts.validation.tokens_MT1[:, 1:].numel(),
             "query": None if config.memory is None else config.memory.query.name,
             "pattern": None if config.memory is None else "training",
@@ -205,6 +208,7 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
     bank = BankReader(generation, parts.codec)
     stage = MemoryStage(
         neighbours.training_MC,
+        neighbours.scores_MC,
         query=memory.query,
         window=parts.window,
         bank=bank if reads_bank(memory.source) else None,

@@ -3,6 +3,7 @@
 Not here: which rows come (`rows`), which references a chunk found (`continual`), the update (`engine`).
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,10 +18,30 @@ from train.config import MemorySource
 from train.engine import ModelInput
 
 Ids = NDArray[np.int64]
+Scores = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What the chunks of a step's rows read, over all ranks.
+
+    Attributes:
+        empty_slots: Share of the slots that hold nothing.
+        distinct_references: References read, each counted once.
+        retrieval_score: Mean score of the references that the chunks found; None when they found none.
+    """
+
+    empty_slots: float
+    distinct_references: int
+    retrieval_score: float | None
 
 
 class Stage(Protocol):
     """What the loop asks of a stage."""
+
+    def reads(self, cursor: int) -> Reads | None:
+        """What the step reads that ends at this cursor; None: its rows read no memory."""
+        ...
 
     def model_input(self, batch: TokenBatch) -> ModelInput:
         """Attach to a batch what its chunks read."""
@@ -38,6 +59,9 @@ class Reader(Protocol):
 class PlainStage:
     """Rows alone: warmup, and the control arm."""
 
+    def reads(self, cursor: int) -> None:
+        return None
+
     def model_input(self, batch: TokenBatch) -> ModelInput:
         return ModelInput(batch.inputs, batch.targets)
 
@@ -47,6 +71,7 @@ class MemoryStage:
 
     Args:
         neighbours_MC: The reference that each chunk of each planned row found; -1 is empty.
+        scores_MC: Their scores.
         query: Whether a chunk reads what its own text found.
         window: Chunks whose references a chunk reads.
         bank: Reads compiled memories; None when every step is online.
@@ -59,6 +84,7 @@ class MemoryStage:
     def __init__(
         self,
         neighbours_MC: Ids,
+        scores_MC: Scores,
         *,
         query: QueryMode,
         window: int,
@@ -70,6 +96,7 @@ class MemoryStage:
     ) -> None:
         assert bank is not None or online is not None
         self._neighbours_MC = neighbours_MC
+        self._scores_MC = scores_MC
         self._query = query
         self._window = window
         self._bank = bank
@@ -83,6 +110,17 @@ class MemoryStage:
         reader = self._reader(batch.positions[0] // self._rows_per_step)
         memory = reader.batch(window_slots(ids_BC, self._query, window=self._window))
         return ModelInput(batch.inputs, batch.targets, memory)
+
+    def reads(self, cursor: int) -> Reads:
+        step = slice(cursor - self._rows_per_step, cursor)
+        found_BC = self._neighbours_MC[step]
+        ids_BCK = window_slots(found_BC, self._query, window=self._window)
+        scores = self._scores_MC[step][found_BC >= 0]
+        return Reads(
+            empty_slots=float((ids_BCK < 0).mean()),
+            distinct_references=len(np.unique(ids_BCK[ids_BCK >= 0])),
+            retrieval_score=float(scores.mean()) if len(scores) else None,
+        )
 
     def _reader(self, epoch_step: int) -> Reader:
         if self._bank is None or self._online is None:

@@ -1,5 +1,6 @@
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from model.attention import (
     AttentionFunction,
     MemoryKeys,
     PrefixKeys,
+    attention_shares,
     blocked_attention,
-    memory_share,
     merged_attention,
     reference_attention,
 )
@@ -202,9 +203,22 @@ def test_documents_keep_attention_inside_them(attention: Callable[..., Tensor]) 
     torch.testing.assert_close(both, torch.cat(parts, dim=1), rtol=1e-12, atol=1e-12)
 
 
-def test_the_share_of_memory_lies_between_none_and_all() -> None:
+def test_the_shares_of_attention_are_what_values_of_one_measure() -> None:
+    """Where every value is one, what is read from a part is the attention on it."""
     problem = Problem()
-    q, k, _ = problem.context
-    assert 0 < memory_share(q, k, prefix=problem.prefix, memory=problem.memory) < 1
+    q, k, v = problem.context
+    prefix, memory = problem.prefix, problem.memory
+    shares = attention_shares(q, k, prefix=prefix, memory=memory)
+    on_memory = replace(memory, v_NGSE=torch.ones_like(memory.v_NGSE))
+    read = reference_attention(
+        q,
+        k,
+        torch.zeros_like(v),
+        prefix=prefix._replace(v_PGE=torch.zeros_like(prefix.v_PGE)),
+        memory=on_memory,
+    )
+    torch.testing.assert_close(shares.memory_BTK.sum(-1), read[..., 0].mean(2).float())
+    total = shares.prefix_BT + shares.memory_BTK.sum(-1) + shares.context_BT
+    torch.testing.assert_close(total, torch.ones_like(total))
     empty = Problem(filled=False)
-    assert memory_share(*empty.context[:2], prefix=None, memory=empty.memory) == 0
+    assert not attention_shares(*empty.context[:2], prefix=None, memory=empty.memory).memory_BTK.any()

@@ -171,13 +171,17 @@ def test_documents_do_not_see_each_other_but_memory_and_prefix() -> None:
     assert not torch.allclose(before, model(rows, documents_BT=documents))
 
 
-def test_attention_shares_are_measured_per_memory_layer() -> None:
+def test_attention_shares_are_measured_at_every_memory_layer() -> None:
     model = tiny_model()
     rows, references = random_tokens(2, 32), random_references(2, 4)
-    shares = model.memory_attention_share(rows, references)
-    assert shares.shape == (2,)
-    assert ((shares > 0) & (shares < 1)).all()
-    assert not model.memory_attention_share(rows, None).any()
+    prefix, memory, context = model.attention_shares(rows, references)
+    assert memory.shape == (2, 2, 32, 2)
+    torch.testing.assert_close(prefix + memory.sum(-1) + context, torch.ones(2, 2, 32))
+    filled = (references.slots_BCK >= 0).repeat_interleave(8, dim=1)
+    assert (memory[:, filled] > 0).all()
+    assert not memory[:, ~filled].any()
+    assert (prefix > 0).all()
+    assert model.attention_shares(rows, None).memory_BTK.shape == (2, 2, 32, 0)
 
 
 @pytest.mark.parametrize(

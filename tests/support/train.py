@@ -206,6 +206,9 @@ class CountingEngine(Engine):
     def token_losses(self, inputs: ModelInput) -> Tensor:
         return torch.ones(inputs.targets_BT.shape)
 
+    def attention_shares(self, inputs: ModelInput) -> Any:
+        raise NotImplementedError
+
     def encode(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor | None = None) -> Any:
         raise NotImplementedError
 

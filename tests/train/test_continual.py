@@ -59,6 +59,21 @@ def read(*numbers: int) -> History:
     return history
 
 
+def planned(history: History, *, steps: int) -> RowPlan:
+    """The rows of a first bank epoch of so many steps."""
+    return plan_epoch(
+        PREPARED.shards,
+        "continual",
+        continual_config(epoch_steps=steps),
+        history,
+        source_weights={},
+        row_tokens=128,
+        steps_left=steps,
+        epoch=0,
+        seed=0,
+    ).plan
+
+
 def rows_of(plan: RowPlan) -> Rows:
     batch = read_rows(PREPARED.shards, plan, tuple(range(plan.num_rows)))
     return Rows(batch.inputs.numpy(), [plan.documents_of_row(position) for position in batch.positions])
@@ -71,17 +86,7 @@ def searched(
     """An epoch after most sections were read: its run folder, rows and neighbours."""
     run = tmp_path_factory.mktemp("run")
     history = read(*SECTIONS[:-3])
-    plan = plan_epoch(
-        PREPARED.shards,
-        "continual",
-        continual_config(epoch_steps=5),
-        history,
-        source_weights={},
-        row_tokens=128,
-        steps_left=5,
-        epoch=0,
-        seed=0,
-    ).plan
+    plan = planned(history, steps=5)
     return run, plan, validation(), epochs(run).neighbours(0, history, rows_of(plan), validation())
 
 
@@ -134,17 +139,7 @@ def test_rows_find_only_what_the_bank_may_hold(
 
 def test_own_documents_may_be_read_only_when_asked_for(tmp_path: Path) -> None:
     history = read(*SECTIONS)
-    plan = plan_epoch(
-        PREPARED.shards,
-        "continual",
-        continual_config(epoch_steps=1),
-        history,
-        source_weights={},
-        row_tokens=128,
-        steps_left=1,
-        epoch=0,
-        seed=0,
-    ).plan
+    plan = planned(history, steps=1)
     paper = replace(RETRIEVAL, allow_own_document=True, overlap_training=1.0)
     search = RowSearch(
         PREPARED.tokenizer, REFERENCES, StaticEmbedder().embed, paper, chunk_tokens=CONFIG.chunk_tokens
@@ -160,15 +155,30 @@ def test_own_documents_may_be_read_only_when_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_distinct_ids_with_and_without_training() -> None:
-    found = EpochNeighbours(np.array([[5, -1], [3, 5]]), np.array([[7, -1]]), {})
+    found = EpochNeighbours(
+        np.array([[5, -1], [3, 5]]), np.zeros((2, 2), np.float32), np.array([[7, -1]]), {}
+    )
     assert found.read_ids(training=True).tolist() == [3, 5, 7]
     assert found.read_ids(training=False).tolist() == [7]
+
+
+def test_neighbours_keep_their_scores(searched: tuple[Path, RowPlan, Rows, EpochNeighbours]) -> None:
+    """The cosine of chunk and reference; empty slots have none."""
+    _, plan, _, found = searched
+    tokens_MT, embedder = rows_of(plan).tokens_MT, StaticEmbedder()
+    assert np.isneginf(found.scores_MC[found.training_MC < 0]).all()
+    for row, chunk in np.argwhere(found.training_MC >= 0)[::7]:
+        begin = chunk * CONFIG.chunk_tokens
+        text = PREPARED.tokenizer.decode(tokens_MT[row, begin : begin + CONFIG.chunk_tokens].tolist())
+        pair = embedder.embed([text, REFERENCES.text(int(found.training_MC[row, chunk]))])
+        assert found.scores_MC[row, chunk] == pytest.approx(float(pair[0] @ pair[1]), abs=1e-5)
 
 
 def test_neighbours_are_searched_once(searched: tuple[Path, RowPlan, Rows, EpochNeighbours]) -> None:
     run, plan, held_out, found = searched
     again = epochs(run, search=None).neighbours(0, read(*SECTIONS[:-3]), rows_of(plan), held_out)
     np.testing.assert_array_equal(again.training_MC, found.training_MC)
+    np.testing.assert_array_equal(again.scores_MC, found.scores_MC)
     np.testing.assert_array_equal(again.validation_MC, found.validation_MC)
     assert again.report == found.report
 

@@ -26,6 +26,7 @@ from train.evaluate import (
     evaluate_text,
     from_json,
     headline_relations,
+    memory_attention,
     relation_table,
     render,
     table,
@@ -186,6 +187,19 @@ def test_validation_losses(network, rows):
     assert losses == {result.arm: result.loss for result in results}
     first = results[0]
     assert first.loss == pytest.approx(sum(i.loss for i in first.items) / (ROWS * TOKENS))
+
+
+def test_memory_attention_is_the_share_at_each_layer_over_one_batch_of_rows(network, rows):
+    setting = Setting(label="", reader=Encoded(network, REFERENCES), batch_rows=2)
+    ids = some_ids(ROWS, 3)
+    found = memory_attention(
+        InferenceEngine(network), rows, [Reading(Arm.none), memory_reading(ids)], setting
+    )
+    memory = Encoded(network, REFERENCES).batch(ids[:2])
+    by_hand = network.attention_shares(rows.tokens_MT1[:2, :-1], memory).memory_BTK.sum(-1).mean((1, 2))
+    assert found == pytest.approx(by_hand.tolist())
+    assert all(0 < share < 1 for share in found)
+    assert memory_attention(InferenceEngine(network), rows, [Reading(Arm.none)], setting) == []
 
 
 # --- probes

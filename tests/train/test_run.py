@@ -296,6 +296,19 @@ def test_a_validation_says_what_it_read(runs: Path) -> None:
     assert line["overlap_limit"] == pytest.approx(2 / 3)
     assert line["generation_age"] == 3
     assert {"validation_none", "validation_memory", "validation_shuffled"} <= line.keys()
+    assert len(line["memory_attention_layers"]) == 1
+    assert 0 < line["memory_attention"] == line["memory_attention_layers"][0] < 1
+
+
+def test_every_step_with_memory_says_what_it_read(runs: Path) -> None:
+    for run, memory in (("m", True), ("x", True), ("c", False)):
+        lines = [line for line in read_metrics(runs / run / "metrics.jsonl") if "loss" in line]
+        read = [line for line in lines if "empty_slots" in line]
+        assert len(read) == (len(lines) if memory else 0)
+        for line in read:
+            assert 0 < line["empty_slots"] < 1
+            assert 1 <= line["distinct_references"] <= 8 * 4
+            assert 0 < line["retrieval_score"] < 1
 
 
 def test_only_whole_artefacts_are_left(runs: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from data.batch import TokenBatch
 from memorybank.config import QueryMode
 from train.config import MemorySource
-from train.stages import MemoryStage, PlainStage, encodes_online, is_online, reads_bank
+from train.stages import MemoryStage, PlainStage, Reads, encodes_online, is_online, reads_bank
 
 NEIGHBOURS_MC = np.arange(40).reshape(10, 4)  # the chunks of row r found 4r .. 4r+3
 
@@ -34,7 +34,8 @@ def stage(**changes: Any) -> MemoryStage:
         "rows_per_step": 2,
         "seed": 0,
     }
-    return MemoryStage(NEIGHBOURS_MC, **(settings | changes))
+    scores_MC = np.where(NEIGHBOURS_MC < 0, -np.inf, NEIGHBOURS_MC / 100).astype(np.float32)
+    return MemoryStage(NEIGHBOURS_MC, scores_MC, **(settings | changes))
 
 
 def batch(*positions: int) -> TokenBatch:
@@ -61,6 +62,21 @@ def test_previous_reads_only_what_chunks_before_it_found() -> None:
     bank = Recorder("bank")
     stage(bank=bank, query=QueryMode.previous).model_input(batch(7))
     assert bank.asked[0].tolist() == [[[-1, -1], [-1, 28], [28, 29], [29, 30]]]
+
+
+def test_the_reads_of_a_step_cover_the_rows_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PlainStage().reads(4) is None
+    # Rows 2 and 3 hold 8 .. 15, each read once by its chunk and, but for the last of a row, once by the next.
+    assert stage().reads(4) == Reads(2 / 16, 8, pytest.approx(0.115))
+    previous = stage(query=QueryMode.previous).reads(4)
+    assert previous == Reads(6 / 16, 6, pytest.approx(0.115))
+    shared = NEIGHBOURS_MC.copy()
+    shared[2], shared[3] = [8, 8, -1, 9], -1
+    monkeypatch.setitem(globals(), "NEIGHBOURS_MC", shared)
+    # The second 8 is read once by its chunk; the row after has found nothing.
+    assert stage().reads(4) == Reads(12 / 16, 2, pytest.approx(0.25 / 3))
+    shared[2] = -1
+    assert stage().reads(4) == Reads(1.0, 0, None)
 
 
 def test_all_micro_batches_of_a_mixed_step_read_from_the_same_place_on_every_rank() -> None:
