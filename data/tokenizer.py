@@ -11,6 +11,7 @@ import io
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -146,11 +147,30 @@ class Tokenizer:
         piece: str = self._model.id_to_piece(int(token))
         return piece
 
+    def split(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token, for display: together they are `decode(ids)`.
+
+        Of a character spelt in bytes the first byte has it all. Bytes that spell no character are decoded apart.
+        """
+        text = self.decode(ids)
+        ends = np.cumsum(self._characters[list(ids)]).tolist()
+        if not len(ids) or ends[-1] != len(text):
+            return [self.decode([token]) for token in ids]
+        return [text[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+
     def characters(self) -> NDArray[np.int64]:
         """For each token, how many characters of text end in it, shape (vocab_size,): their sum is len(text).
 
         Of a character spelt in bytes the first byte counts it.
         """
+        return self._characters
+
+    def begins_word(self) -> NDArray[np.bool_]:
+        """Which tokens begin with a space, and so begin a word, shape (vocab_size,)."""
+        return np.array([self.piece(token).startswith(_SPACE) for token in range(self.vocab_size)])
+
+    @cached_property
+    def _characters(self) -> NDArray[np.int64]:
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for token in range(self.vocab_size):
             if self._model.is_byte(token):
@@ -158,11 +178,8 @@ class Tokenizer:
                 counts[token] = byte & 0xC0 != 0x80
             elif not self._model.is_control(token) and not self._model.is_unknown(token):
                 counts[token] = len(self.piece(token))
+        counts.flags.writeable = False
         return counts
-
-    def begins_word(self) -> NDArray[np.bool_]:
-        """Which tokens begin with a space, and so begin a word, shape (vocab_size,)."""
-        return np.array([self.piece(token).startswith(_SPACE) for token in range(self.vocab_size)])
 
     def _encode_signs(self, text: str) -> list[int]:
         first, *others = text.split(_SPACE)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launch import audit, build
+from launch import audit, build, inspect
 from launch.opened import open_run
 from memorybank.store import Generation
 
@@ -24,6 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
             return refresh(arguments)
         case "audit":
             return audit.run(arguments)
+        case "inspect":
+            return inspect.run(arguments)
         case _:
             return stat(arguments)
 

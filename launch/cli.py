@@ -68,11 +68,13 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
     if name == "bank":
         sub.add_argument(
             "action",
-            choices=["refresh", "stat", "audit"],
+            choices=["refresh", "stat", "audit", "inspect"],
             help="refresh: compile all that may be read with the newest weights; stat: describe; audit: how much of "
-            "what rows read repeats the rows themselves, and what gain comes from it",
+            "what rows read repeats the rows themselves, and what gain comes from it; inspect: what a text reads, what "
+            "was kept of it, and whether it helped",
         )
         _add_audit_arguments(sub)
+        _add_inspect_arguments(sub)
     if name in ("bank", "evaluate", "generate"):
         sub.add_argument("run", help="run folder, or its name below --root")
         sub.add_argument(
@@ -85,7 +87,7 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
             default="validation",
             help="held-out part (default: %(default)s)",
         )
-    if name in ("evaluate", "generate"):
+    if name in ("bank", "evaluate", "generate"):
         sub.add_argument(
             "--bank", help="generation below the run's bank/ to read (default: compile what is read)"
         )
@@ -144,7 +146,9 @@ def _add_audit_arguments(sub: argparse.ArgumentParser) -> None:
     audit.add_argument(
         "--query",
         choices=["own", "previous"],
-        help="whose text a chunk's references were found with (default: continual.memory.query)",
+        help="whose text a chunk's references were found with (default: continual.memory.query); for inspect: whose "
+        "text searches for a chunk of --text, its own, which has seen the tokens it predicts, or that of the chunk "
+        "before it (default: previous)",
     )
     audit.add_argument("--output", metavar="FILE.json", help="write the results there as well")
 
@@ -176,6 +180,17 @@ def _add_cost_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--picture", metavar="FILE.png", help="draw costs, storage and times (the paper's Figure 4)"
     )
+
+
+def _add_inspect_arguments(sub: argparse.ArgumentParser) -> None:
+    inspect = sub.add_argument_group("inspect")
+    inspect.add_argument("--text", help="text to look into, read as `evaluate` reads")
+    inspect.add_argument("--prompt", help="prompt to complete and look into, read as `generate` reads")
+    inspect.add_argument(
+        "--max-new-tokens", type=int, default=64, help="length of the completion (default: %(default)s)"
+    )
+    inspect.add_argument("--html", metavar="FILE", help="write one self-contained page, too")
+    inspect.add_argument("--details", action="store_true", help="list what each head of each layer kept")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

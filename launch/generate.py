@@ -39,10 +39,12 @@ class Completion:
 
     Attributes:
         text: The completion, without the prompt.
+        row: Tokens of `<s>`, prompt and completion.
         references: The references of each retrieval, in the order of time.
     """
 
     text: str
+    row: list[int]
     references: list[list[Citation]]
 
 
@@ -95,6 +97,7 @@ def memory_of(opened: OpenedRun, generation: Generation | None = None) -> Retrie
         references,
         k=config.retrieval.fresh,
         candidates=config.retrieval.candidates,
+        limit=config.retrieval.overlap_evaluation,  # for callers that give tokens to compare with
     )
     return RetrievedMemory(
         retriever, context.prepared.tokenizer, BankReader(records, codec), device=opened.engine.device
@@ -130,6 +133,7 @@ def complete(
     return [
         Completion(
             tokenizer.decode(tokens),
+            [*rows[row], *tokens],
             [[references.describe(number) for number in ids] for ids in read.get(row, [])],
         )
         for row, tokens in enumerate(completions)

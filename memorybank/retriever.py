@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 from memorybank.bank import BankReader
 from memorybank.embedder import Embedder
 from memorybank.index import SearchIndex
-from memorybank.neighbours import find
+from memorybank.neighbours import Neighbours, find
 from model.memory import MemoryBatch
 
 Ids = NDArray[np.int64]
@@ -50,7 +50,19 @@ class Retriever:
         tokens: Sequence[Sequence[int]] | None = None,
         exclude_documents: Sequence[Ids] | None = None,
     ) -> Ids:
-        """Return the references found, (n, k), best first; -1 = none left.
+        """Return the references found, (n, k), best first; -1 = none left. Arguments: see `neighbours`."""
+        found = self.neighbours(texts, k=k, tokens=tokens, exclude_documents=exclude_documents)
+        return found.ids_MCk[:, 0]
+
+    def neighbours(
+        self,
+        texts: Sequence[str],
+        *,
+        k: int | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
+        exclude_documents: Sequence[Ids] | None = None,
+    ) -> Neighbours:
+        """Return what was found with its scores, and what was refused, one row of one chunk per text.
 
         Args:
             texts: one query each; an empty one finds nothing.
@@ -59,7 +71,7 @@ class Retriever:
             exclude_documents: for each text, documents whose references are refused.
         """
         none = [np.zeros(0, np.int64)] * len(texts)
-        found = find(
+        return find(
             self._embedder.embed(texts)[:, None, :],
             none if exclude_documents is None else exclude_documents,
             tokens,
@@ -69,7 +81,6 @@ class Retriever:
             candidates=self._candidates,
             limit=self._limit,
         )
-        return found.ids_MCk[:, 0]
 
 
 class RetrievedMemory:
@@ -84,9 +95,9 @@ class RetrievedMemory:
         device: torch.device | str = "cpu",
     ) -> None:
         """Search with `retriever` and read from `reader` (a generation, or a cold start)."""
-        self._retriever = retriever
+        self.retriever = retriever
         self._tokenizer = tokenizer
-        self._reader = reader
+        self.reader = reader
         self._device = device
         self.references_read: dict[int, list[list[int]]] = {}
         """For each row of the batch, the references of each of its queries, in the order of time."""
@@ -94,9 +105,9 @@ class RetrievedMemory:
     def read(self, rows: Sequence[int], chunks: Sequence[Sequence[int]]) -> MemoryBatch | None:
         """Return the memories that the chunks' texts retrieve, slots (B, 1, K); None when none found any."""
         texts = [self._tokenizer.decode(list(chunk)) for chunk in chunks]
-        ids_BK = self._retriever.search(texts)
+        ids_BK = self.retriever.search(texts)
         for row, ids_K in zip(rows, ids_BK, strict=True):
             self.references_read.setdefault(row, []).append(ids_K[ids_K >= 0].tolist())
         if (ids_BK < 0).all():
             return None
-        return self._reader.batch(ids_BK[:, None, :], self._device)
+        return self.reader.batch(ids_BK[:, None, :], self._device)

@@ -152,3 +152,19 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         Tokenizer(tmp_path / "z.model")
     with pytest.raises(ValueError, match=r"missing\.model is no sentencepiece model"):
         Tokenizer(tmp_path / "missing.model")
+
+
+@given(text=text_of_any_kind)
+def test_the_texts_of_the_tokens_are_the_text(tokenizer: Tokenizer, llama_like: Tokenizer, text: str) -> None:
+    for model in (tokenizer, llama_like):
+        ids = model.encode(text)
+        parts = model.split([model.bos_id, *ids])
+        assert len(parts) == 1 + len(ids)
+        assert parts[0] == ""
+        assert "".join(parts) == text
+
+
+def test_bytes_that_spell_no_character_are_decoded_apart(tokenizer: Tokenizer) -> None:
+    (*whole, last) = tokenizer.encode("\U0001f600")
+    assert tokenizer.split([*tokenizer.encode("a"), last, whole[0]]) == ["a", "\ufffd", "\ufffd"]
+    assert tokenizer.split([]) == []

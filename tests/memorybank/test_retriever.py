@@ -74,3 +74,15 @@ def test_generation_reads_what_each_chunk_retrieves_warm_and_cold_alike(
     for row, prompt in enumerate(prompts):
         expected = retriever.search([tokenizer().decode(prompt[:64])])[0].tolist()
         assert read[0][row][0] == expected
+
+
+def test_neighbours_say_what_was_refused_and_how_near_the_others_are(passages: References) -> None:
+    strict = Retriever(embedder(), index_of(passages), passages, k=2, limit=2 / 3)
+    text, tokens = passages.text(17), passages.content_tokens(17)
+    found = strict.neighbours([text, "", text], tokens=[tokens, tokens, []])
+    assert found.refused_overlap_MC[:, 0].tolist() == [1, 0, 0]
+    assert found.ids_MCk[1, 0].tolist() == [-1, -1]
+    assert found.ids_MCk[2, 0, 0] == 17
+    assert found.scores_MCk[2, 0, 0] == pytest.approx(1, abs=1e-4)
+    query, best = embedder().embed([text, passages.text(int(found.ids_MCk[0, 0, 0]))])
+    assert found.scores_MCk[0, 0, 0] == pytest.approx(float(query @ best), abs=1e-4)
