@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.tokenizer import Tokenizer, train
@@ -59,6 +59,7 @@ text_of_any_kind = st.text(
 )
 
 
+@settings(deadline=None)  # a loaded machine is slow, not wrong
 @given(text=text_of_any_kind)
 def test_round_trip_is_exact(tokenizer: Tokenizer, llama_like: Tokenizer, text: str) -> None:
     for model in (tokenizer, llama_like):
@@ -154,6 +155,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         Tokenizer(tmp_path / "missing.model")
 
 
+@settings(deadline=None)  # a loaded machine is slow, not wrong
 @given(text=text_of_any_kind)
 def test_the_texts_of_the_tokens_are_the_text(tokenizer: Tokenizer, llama_like: Tokenizer, text: str) -> None:
     for model in (tokenizer, llama_like):
