@@ -218,7 +218,9 @@ def ordered(scores: Vectors, ids: Ids) -> Found:
 def merged(one: Found, other: Found) -> Found:
     """Return the best of two results for the same queries, as many as each has."""
     k = one[0].shape[1]
-    scores, ids = ordered(*(np.concatenate(pair, axis=1) for pair in zip(one, other, strict=True)))
+    scores, ids = ordered(
+        np.concatenate([one[0], other[0]], axis=1), np.concatenate([one[1], other[1]], axis=1)
+    )
     return scores[:, :k], ids[:, :k]
 
 

@@ -132,7 +132,7 @@ def plan_index(
         code_bytes=code_bytes,
         training_vectors=min(training, num_vectors),
         rerank=4 if coded else 1,
-        shard_vectors=max(_SHARD_BYTES // (code_bytes + _ID_BYTES), 1),
+        shard_vectors=min(_SHARD_BYTES // (code_bytes + _ID_BYTES), num_vectors),
     )
 
 
