@@ -209,7 +209,8 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for r in results:
         lines.append(
-            f"| {r['kind']} `{r['factory']}` | {r['lists_read'] or '-'} | {r['recall_at_5']:.4f} | {r['recall_at_64']:.4f} "
+            f"| {r['kind']} `{r['factory']}` | {r['lists_read'] or '-'} | {r['recall_at_5']:.4f} "
+            f"| {r['recall_at_64']:.4f} "
             f"| {r['build_cpu_seconds']:.1f} | {r['disk_bytes'] / 1e6:.1f} | {r['queries_per_cpu_second_alone']:,.0f} "
             f"| {r['queries_per_cpu_second_1024']:,.0f} | {r['build_peak_bytes'] / 1e6:.0f} "
             f"({r['planned_build_bytes'] / 1e6:.0f}) | {r['search_peak_bytes'] / 1e6:.0f} |"
