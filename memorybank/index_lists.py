@@ -5,9 +5,9 @@
     lists.bin         list after list: its codes, then its ids (int64); faiss maps it as it is
     shard-NNNNN.bin   while building: sizes (as above), then codes, then ids, both in the order of the lists
 
-Invariants: within a list vectors stand in the order of their ids, so that the bytes do not depend on how the
-build was cut or interrupted; coding holds one shard in memory and merging one range of lists; a search touches
-no byte that was not checked.
+Invariants: within a list vectors stand in the order of their ids, and shards are cut at fixed places, so that the
+bytes do not depend on interruptions (nor on the cut, but where two centroids are equally near to the last bit);
+coding holds one shard in memory and merging one range of lists; a search touches no byte that was not checked.
 
 Not here: which lists there are (index_plan.py), the artefact around these files (index_store.py).
 """
