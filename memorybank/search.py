@@ -80,7 +80,7 @@ class RowSearch:
         self,
         rows_MT: NDArray[np.integer],
         row_documents: Sequence[Ids],
-        index: ExactIndex,
+        index: SearchIndex,
         *,
         k: int,
         limit: float | None,
