@@ -67,6 +67,8 @@ class Context:
             self.vectors(embedder).vectors,
             self.config.retrieval,
             chunk_tokens=self.config.model.chunk_tokens,
+            folder=prepared_folder(self.config) / "indexes",
+            embedder=embedder.name,
         )
 
     def hit_shares(self) -> dict[str, tuple[int, float, float]]:

@@ -1,13 +1,16 @@
 """What a user may choose about retrieval: plain dataclasses, which are also the Hydra schema.
 
 Invariants: nothing heavy is imported here (``--help`` reads this module), and every cross-field rule
-lives in `check_embedder` and `check_retrieval`.
+lives in `check_embedder`, `check_index` and `check_retrieval`.
 
 Not here: the shape of a memory (model/config.py) and the schedule of generations (train/config.py).
 """
 
+import logging
 from dataclasses import dataclass, field
 from enum import Enum
+
+log = logging.getLogger(__name__)
 
 
 class EmbedderKind(Enum):
@@ -25,6 +28,15 @@ class QueryMode(Enum):
     previous = "previous"
 
 
+class IndexKind(Enum):
+    """How references are searched; auto chooses by their number."""
+
+    auto = "auto"
+    exact = "exact"
+    ivf_flat = "ivf_flat"
+    ivf_pq = "ivf_pq"
+
+
 @dataclass(kw_only=True, slots=True)
 class EmbedderConfig:
     """The network, or table, that turns text into search vectors."""
@@ -38,11 +50,25 @@ class EmbedderConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class IndexConfig:
+    """The index over the references' search vectors."""
+
+    kind: IndexKind = IndexKind.auto
+    """auto: exact up to 250,000 references, ivf_flat (whole vectors in lists) to 1e7, ivf_pq (codes) beyond."""
+    recall: float = 0.95
+    """Share of the exact five best that the index has to find; it reads as many lists as that takes."""
+    code_bytes: int | None = None
+    """Bytes of a vector in kind `ivf_pq`; the default holds four of its numbers in each."""
+
+
+@dataclass(kw_only=True, slots=True)
 class RetrievalConfig:
     """How references are found, and which of them may be read."""
 
     embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
     """Text to search vectors."""
+    index: IndexConfig = field(default_factory=IndexConfig)
+    """Search vectors to references."""
     candidates: int = 64
     """References searched per chunk before filtering."""
     fresh: int = 5
@@ -71,9 +97,28 @@ def check_embedder(config: EmbedderConfig, *, key: str = "retrieval.embedder") -
         raise ValueError(f"{key}.batch_size={config.batch_size}: set it to 1 or more")
 
 
+def check_index(config: IndexConfig, *, key: str = "retrieval.index") -> None:
+    """Raise ValueError, naming the key below `key`, when the settings cannot be used; warn of a low recall."""
+    if not 0 < config.recall <= 1:
+        raise ValueError(f"{key}.recall={config.recall}: set it to a share between 0 and 1 (0.95)")
+    if config.recall < 0.95:
+        log.warning(
+            "%s.recall=%s is below 0.95: references that an exact search finds will be missed",
+            key,
+            config.recall,
+        )
+    if config.code_bytes is not None and config.code_bytes < 1:
+        raise ValueError(f"{key}.code_bytes={config.code_bytes}: set it to 1 or more, or leave it out")
+    if config.code_bytes is not None and config.kind not in (IndexKind.auto, IndexKind.ivf_pq):
+        raise ValueError(
+            f"{key}.code_bytes={config.code_bytes} is not read by {key}.kind={config.kind.name}: leave it out"
+        )
+
+
 def check_retrieval(config: RetrievalConfig, *, key: str = "retrieval") -> None:
     """Raise ValueError, naming the key below `key`, when the settings cannot be used."""
     check_embedder(config.embedder, key=f"{key}.embedder")
+    check_index(config.index, key=f"{key}.index")
     for name in ("fresh", "window"):
         if getattr(config, name) < 1:
             raise ValueError(f"{key}.{name}={getattr(config, name)}: set it to 1 or more")

@@ -1,18 +1,23 @@
 """Neighbours of whole sets of rows: chunks -> text -> search vectors -> index -> filters.
 
-Search vectors do not depend on the model's weights, so all of this is known before anything is compiled.
+Search vectors do not depend on the model's weights, so all of this is known before anything is compiled, and an
+index depends on the references alone, not on the run or on what was indexed before.
 Not here: the filters (`neighbours`), retrieval while generating (`retriever`).
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.references import References
 from data.tokenizer import Tokenizer
-from memorybank.config import RetrievalConfig
-from memorybank.index import ExactIndex
+from memorybank.config import IndexKind, RetrievalConfig
+from memorybank.index import ExactIndex, SearchIndex
+from memorybank.index_plan import plan_index
+from memorybank.index_store import build_index, open_index
 from memorybank.neighbours import Neighbours, find
 
 Ids = NDArray[np.int64]
@@ -26,8 +31,10 @@ class RowSearch:
         tokenizer: Turns chunks back into text.
         references: What is searched.
         embed: Texts to unit vectors, usually `VectorCache.vectors`.
-        retrieval: Candidates and filters.
+        retrieval: Candidates, filters and the kind of index.
         chunk_tokens: Tokens of a chunk.
+        folder: Where indexes that are too large for an exact search are published.
+        embedder: The name of what `embed` embeds with.
     """
 
     def __init__(
@@ -38,25 +45,42 @@ class RowSearch:
         retrieval: RetrievalConfig,
         *,
         chunk_tokens: int,
+        folder: Path,
+        embedder: str,
     ) -> None:
         self._tokenizer = tokenizer
         self._references = references
         self._embed = embed
         self._retrieval = retrieval
         self._chunk_tokens = chunk_tokens
+        self._folder = folder
+        self._embedder = embedder
 
-    def index(self, ids: Ids) -> ExactIndex:
-        """An index over some references."""
+    def index(self, ids: Ids) -> SearchIndex:
+        """An index over some references, ids ascending, of the kind that suits their number.
+
+        One with lists is published, and opened again by whoever needs the same. Its recall is measured with what
+        training asks with: chunks of the documents, taken from a sample of the references.
+        """
         vectors_NX = self._embed([self._references.text(int(id)) for id in ids])
-        index = ExactIndex(vectors_NX.shape[1])
-        index.add(ids, vectors_NX)
-        return index
+        config = self._retrieval.index
+        plan = plan_index(len(ids), vectors_NX.shape[1], config)
+        if plan.kind is IndexKind.exact:
+            index = ExactIndex(plan.size)
+            index.add(ids, vectors_NX)
+            return index
+        chosen = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
+        folder = self._folder / f"{plan.kind.name}-{self._embedder}-{chosen}"
+        inputs = {"references": self._references.fingerprint, "embedder": self._embedder}
+        blocks = [(ids, vectors_NX)]
+        build_index(folder, blocks, plan, queries=self._queries(ids), inputs=inputs, recall=config.recall)
+        return open_index(folder, blocks, inputs=inputs)
 
     def neighbours(
         self,
         rows_MT: NDArray[np.integer],
         row_documents: Sequence[Ids],
-        index: ExactIndex,
+        index: SearchIndex,
         *,
         k: int,
         limit: float | None,
@@ -89,3 +113,9 @@ class RowSearch:
             limit=limit,
             allow_own_document=self._retrieval.allow_own_document,
         )
+
+    def _queries(self, ids: Ids) -> NDArray[np.float32]:
+        """Search vectors of chunks within a thousand references."""
+        sample = ids[:: max(1, len(ids) // 1000)][:1000]
+        chunks = [self._references.content_tokens(int(id))[-self._chunk_tokens :] for id in sample]
+        return self._embed([self._tokenizer.decode(chunk) for chunk in chunks])

@@ -124,6 +124,7 @@ class BankEpochs:
             "overlap_training": self._retrieval.overlap_training,
             "overlap_evaluation": self._retrieval.overlap_evaluation,
             "allow_own_document": self._retrieval.allow_own_document,
+            "index": asdict(self._retrieval.index) | {"kind": self._retrieval.index.kind.name},
         }
         if self._ranks.is_first and not is_finished(
             folder, kind=_KIND, version=_VERSION, settings=settings, inputs=self._inputs

@@ -1,6 +1,13 @@
 import pytest
 
-from memorybank.config import EmbedderConfig, EmbedderKind, RetrievalConfig, check_retrieval
+from memorybank.config import (
+    EmbedderConfig,
+    EmbedderKind,
+    IndexConfig,
+    IndexKind,
+    RetrievalConfig,
+    check_retrieval,
+)
 
 
 def test_defaults_are_fit_for_use() -> None:
@@ -17,8 +24,21 @@ def test_defaults_are_fit_for_use() -> None:
         (RetrievalConfig(embedder=EmbedderConfig(kind=EmbedderKind.folder)), r"embedder\.path is missing"),
         (RetrievalConfig(embedder=EmbedderConfig(path="x")), r"embedder\.path=x.*kind=folder"),
         (RetrievalConfig(embedder=EmbedderConfig(batch_size=0)), r"embedder\.batch_size=0"),
+        (RetrievalConfig(index=IndexConfig(recall=95)), r"retrieval\.index\.recall=95"),
+        (RetrievalConfig(index=IndexConfig(code_bytes=0)), r"index\.code_bytes=0"),
+        (
+            RetrievalConfig(index=IndexConfig(kind=IndexKind.exact, code_bytes=8)),
+            r"index\.code_bytes=8 is not read by retrieval\.index\.kind=exact",
+        ),
     ],
 )
 def test_each_rule_names_its_key(config: RetrievalConfig, key: str) -> None:
     with pytest.raises(ValueError, match=key):
         check_retrieval(config)
+
+
+def test_a_recall_below_the_target_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    check_retrieval(RetrievalConfig())
+    assert not caplog.records
+    check_retrieval(RetrievalConfig(index=IndexConfig(recall=0.9)))
+    assert "retrieval.index.recall=0.9 is below 0.95" in caplog.text

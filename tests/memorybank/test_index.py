@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from memorybank.index import ExactIndex
+from memorybank.index import Blocks, ExactIndex, search_spans
 
 
 def unit(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
@@ -43,3 +45,35 @@ def test_equal_scores_are_ordered_by_id() -> None:
 def test_vectors_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match="another embedder"):
         ExactIndex(4).add(np.array([0]), np.ones((1, 5), np.float32))
+
+
+def test_blocks_are_searched_in_spans_as_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors, ids = unit(rng, 300, 16), np.cumsum(rng.integers(1, 9, 300))
+    vectors[250:] = vectors[:50]  # equal scores, apart
+    vectors.tofile(tmp_path / "vectors.bin")
+    mapped = np.memmap(tmp_path / "vectors.bin", np.float32, "r").reshape(300, 16)
+    blocks = Blocks([(ids[:7], mapped[:7]), (ids[7:200], mapped[7:200]), (ids[200:], mapped[200:])])
+    index = ExactIndex(16)
+    index.add(ids, vectors)
+    queries = unit(rng, 40, 16)
+    expected = index.search(queries, 300)
+    for rows in (1, 64, 1000):
+        scores, found = search_spans(blocks.spans(rows=rows), queries, 300)
+        np.testing.assert_allclose(scores, expected[0], atol=1e-6)
+        assert (np.sort(found) == ids).all()
+    assert max(len(span) for span, _ in blocks.spans(5, 290, rows=64)) == 64
+    assert np.concatenate([span for span, _ in blocks.spans(5, 290, rows=64)]).tolist() == ids[5:290].tolist()
+    removed = ids[::3]
+    assert not np.isin(search_spans(blocks.spans(), queries, 100, removed=removed)[1], removed).any()
+
+
+def test_blocks_give_vectors_by_id() -> None:
+    vectors = unit(np.random.default_rng(0), 20, 4).astype(np.float16)
+    blocks = Blocks([(np.arange(10), vectors[:10]), (np.arange(50, 60), vectors[10:])])
+    wanted = np.array([55, 3, 59, 3, 0])
+    assert (blocks.of(wanted) == vectors[[15, 3, 19, 3, 0]].astype(np.float32)).all()
+    assert blocks.has(np.array([-1, 9, 10, 49, 50, 60])).tolist() == [False, True, False, False, True, False]
+    assert [blocks.begin_after(id) for id in (-1, 4, 9, 30, 50, 59)] == [0, 5, 10, 10, 11, 20]
+    with pytest.raises(ValueError, match=r"2 of 3 ids have no search vector \(first: 10\)"):
+        blocks.of(np.array([9, 10, 49]))

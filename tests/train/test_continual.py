@@ -43,6 +43,8 @@ def epochs(run: Path, **changes: Any) -> BankEpochs:
             StaticEmbedder().embed,
             RETRIEVAL,
             chunk_tokens=CONFIG.chunk_tokens,
+            folder=run / "indexes",
+            embedder="static",
         ),
         "retrieval": RETRIEVAL,
         "inputs": INPUTS,
@@ -142,7 +144,13 @@ def test_own_documents_may_be_read_only_when_asked_for(tmp_path: Path) -> None:
     plan = planned(history, steps=1)
     paper = replace(RETRIEVAL, allow_own_document=True, overlap_training=1.0)
     search = RowSearch(
-        PREPARED.tokenizer, REFERENCES, StaticEmbedder().embed, paper, chunk_tokens=CONFIG.chunk_tokens
+        PREPARED.tokenizer,
+        REFERENCES,
+        StaticEmbedder().embed,
+        paper,
+        chunk_tokens=CONFIG.chunk_tokens,
+        folder=tmp_path / "indexes",
+        embedder="static",
     )
     found = epochs(tmp_path, retrieval=paper, search=search).neighbours(
         0, history, rows_of(plan), validation()
