@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from memorybank.config import CodecKind
+
 _OVERRIDES = """\
 settings are given in Hydra's grammar:
   experiment=demo model=micro    choose files of conf/ (groups: model, data, experiment, debug)
@@ -65,6 +67,16 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
             "action",
             choices=["refresh", "stat"],
             help="refresh: compile all that may be read with the newest weights; stat: describe",
+        )
+        sub.add_argument(
+            "--codec",
+            choices=[kind.name for kind in CodecKind],
+            help="how refresh keeps keys and values (default: the run's codec.kind); readers find out by themselves",
+        )
+        sub.add_argument(
+            "--separate",
+            action="store_true",
+            help="with a quantiser as --codec: one for keys and one for values",
         )
     if name in ("bank", "evaluate", "generate"):
         sub.add_argument("run", help="run folder, or its name below --root")

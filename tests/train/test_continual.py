@@ -11,10 +11,8 @@ import torch
 from data.documents import Split, Use
 from data.loader import read_rows
 from data.packing import RowPlan
-from memorybank.codec import DtypeCodec
-from memorybank.config import EmbedderConfig, EmbedderKind, RetrievalConfig
+from memorybank.config import CodecConfig, EmbedderConfig, EmbedderKind, RetrievalConfig
 from memorybank.embedder import StaticEmbedder
-from memorybank.record import MemoryShape
 from memorybank.search import RowSearch
 from memorybank.store import Generation
 from model.transformer import Memory3LM
@@ -47,7 +45,8 @@ def epochs(run: Path, **changes: Any) -> BankEpochs:
         "retrieval": RETRIEVAL,
         "inputs": INPUTS,
         "model": CONFIG,
-        "codec": DtypeCodec(MemoryShape.of(CONFIG), torch.bfloat16),
+        "codec": CodecConfig(),
+        "dtype": torch.bfloat16,
         "ranks": Ranks(0, 1, torch.device("cpu")),
     }
     return BankEpochs(run, **(settings | changes))
@@ -176,7 +175,7 @@ def test_neighbours_are_searched_once(searched: tuple[Path, RowPlan, Rows, Epoch
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Generation]:
     run = tmp_path_factory.mktemp("run")
-    return run, epochs(run).compile(engine(), np.arange(5), name="generation-continual-0000", step=4)
+    return run, epochs(run).compile(engine(), np.arange(5), read(), name="generation-continual-0000", step=4)
 
 
 def engine(seed: int = 0) -> Any:
@@ -223,6 +222,8 @@ def test_another_layout_is_refused_by_name(key: str, value: Any, compiled: tuple
 
 def test_other_weights_make_another_generation(compiled: tuple[Path, Generation], tmp_path: Path) -> None:
     _, generation = compiled
-    other = epochs(tmp_path).compile(engine(1), np.arange(5), name="generation-continual-0000", step=4)
+    other = epochs(tmp_path).compile(
+        engine(1), np.arange(5), read(), name="generation-continual-0000", step=4
+    )
     assert other.fingerprint != generation.fingerprint
     assert other.settings.weights != generation.settings.weights
