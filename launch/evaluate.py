@@ -131,7 +131,7 @@ def evaluate(
     """
     config = opened.config
     reads_memory = config.continual is not None and config.continual.memory is not None
-    held_out = _held_out(opened, split)
+    held_out = held_out_of(opened, split)
     text, facts = held_out.text_readings, held_out.probe_readings
     if not reads_memory:
         text = [reading for reading in text if reading.arm is Arm.none]
@@ -178,7 +178,8 @@ def evaluate(
     ]
 
 
-def _held_out(opened: OpenedRun, split: Split) -> HeldOut:
+def held_out_of(opened: OpenedRun, split: Split) -> HeldOut:
+    """Held-out text and probes of a split, and the references that each arm reads."""
     config, context = opened.config, opened.context
     references, retrieval = context.prepared.references, config.retrieval
     embedder = context.embedder()

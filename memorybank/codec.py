@@ -122,6 +122,8 @@ class Codec:
         self._coders = (keys, values or keys)
         self.name = name or keys.name
         """Identifies the bytes' meaning: a generation is read with the codec of this name only."""
+        self.vector_bytes = keys.vector_bytes
+        """Bytes of a key, and of a value."""
         self.memory_bytes = shape.memory_bytes(keys.vector_bytes)
         """Bytes of a memory's keys and values: what the paper counts."""
         self.record_bytes = shape.record_bytes(keys.vector_bytes)

@@ -75,21 +75,27 @@ def named(name: str, shape: MemoryShape, bank: Path) -> Codec:
     for codec in fixed:
         if codec.name == name:
             return codec
-    fitted = [
-        path.parent for path in sorted(bank.glob(f"codec-*/{MANIFEST}")) if path.parent.suffix != ".partial"
-    ]
-    names = {}
-    for folder in fitted:
-        names[folder.name] = quantizer.codec_name(
-            open_manifest(folder, kind=quantizer.KIND, version=quantizer.VERSION)
+    return quantizer.open_codec(folder_of(name, bank), shape)
+
+
+def folder_of(name: str, bank: Path) -> Path:
+    """Return the folder of the quantiser of this name.
+
+    Raises:
+        ValueError: there is none below `bank`.
+    """
+    found = {}
+    for path in sorted(bank.glob(f"codec-*/{MANIFEST}")):
+        if path.parent.suffix != ".partial":
+            manifest = open_manifest(path.parent, kind=quantizer.KIND, version=quantizer.VERSION)
+            found[quantizer.codec_name(manifest)] = path.parent
+    if name not in found:
+        raise ValueError(
+            f"{bank}: memories were written with the codec {name}, which is not there (found: "
+            f"{', '.join(found) or 'none'}); restore its folder, or compile the memories anew with "
+            "`memory3 bank refresh`"
         )
-        if names[folder.name] == name:
-            return quantizer.open_codec(folder, shape)
-    found = ", ".join(f"{stated} in {folder}" for folder, stated in names.items()) or "none"
-    raise ValueError(
-        f"{bank}: memories were written with the codec {name}, and it is not there (found: {found}); restore its "
-        "folder, or compile the memories anew with `memory3 bank refresh`"
-    )
+    return found[name]
 
 
 def obtain(

@@ -21,6 +21,7 @@ Not here: which quantiser a bank has, and the sample it is trained on (codecs.py
 """
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ KIND, VERSION = "codec", 1
 ADVISED_PER_CENTROID = 39
 """Training vectors per centroid below which faiss warns."""
 _SCORES_AT_ONCE = 1 << 24  # 64 MiB of float32
-_OPQ_ROUNDS, _OPQ_VECTORS = 20, 1 << 14
+_ROUNDS, _OPQ_ROUNDS, _OPQ_VECTORS = 10, 20, 1 << 14
 
 
 def factory(kind: CodecKind, head_size: int) -> str:
@@ -70,11 +71,12 @@ def train(name: str, vectors_ME: NDArray[np.float32]) -> Any:
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.index_factory(vectors_ME.shape[1], name)
     rotation, *quantizers = _parts(index)
-    # Learning the rotation with faiss's own 50 rounds on 65,536 vectors takes longer than all the rest.
+    # faiss's own 25 rounds of k-means, and 50 for the rotation on 65,536 vectors, take several times as long.
     rotation.niter, rotation.max_train_points = _OPQ_ROUNDS, _OPQ_VECTORS
     rotation.pq = parts = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
     for quantizer in (parts, *quantizers):
-        quantizer.cp.min_points_per_centroid = 1  # too few of them is for `fit` to say, once
+        quantizer.cp.niter = _ROUNDS
+        quantizer.cp.min_points_per_centroid = 1  # too few of them is for `training_vectors` to say, once
     index.train(np.ascontiguousarray(vectors_ME))
     rotation.pq = None  # was ours, and goes
     return index
@@ -202,9 +204,12 @@ def fit(
         held_out: memories of other references.
         inputs: hashes of what the memories were made from.
     """
-    name = factory(kind, shape.head_size)
+    name, started = factory(kind, shape.head_size), time.process_time()
     coders = {part: ProductQuantizer.of_faiss(name, train(name, some)) for part, some in vectors.items()}
-    extra: dict[str, Any] = {"num_vectors": min(map(len, vectors.values()))}
+    extra: dict[str, Any] = {
+        "num_vectors": min(map(len, vectors.values())),
+        "cpu_seconds": time.process_time() - started,
+    }
     if len(held_out.index_NLGS):
         keys, values = relative_errors(Codec(shape, *coders.values(), name=name), held_out)
         extra |= {"held_out_error_keys": keys, "held_out_error_values": values}
