@@ -30,6 +30,13 @@ SHAPE = MemoryShape(num_layers=2, num_kv_heads=2, tokens_kept=4, head_size=16)
 PAPER = MemoryShape(num_layers=22, num_kv_heads=8, tokens_kept=8, head_size=80)
 
 
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train with few rounds."""
+    monkeypatch.setattr(quantizer, "_ROUNDS", 3)
+    monkeypatch.setattr(quantizer, "_OPQ_ROUNDS", 3)
+
+
 def vectors(n: int, size: int, seed: int = 0) -> NDArray[np.float32]:
     rng = np.random.default_rng(seed)
     mixing = np.random.default_rng(99).standard_normal((size // 2, size))
