@@ -93,7 +93,8 @@ def test_a_generation_is_written_and_read_through_its_quantiser(
     again = codecs.named(generation.codec, SHAPE, bank)
     batch = BankReader(generation, again).batch(ids.reshape(2, 5, 3))
     tokens_NR, lengths_N, titles_N = (torch.from_numpy(part) for part in passages.tokens(ids))
-    live = model().encode(tokens_NR, lengths_N, titles_N)
+    with torch.no_grad():
+        live = model().encode(tokens_NR, lengths_N, titles_N)
     assert torch.equal(batch.pool.index_NLGS, live.index_NLGS)
     keys, values = relative_errors(again, live)
     difference = batch.pool.k_NLGSE - live.k_NLGSE.float()

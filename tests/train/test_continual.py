@@ -11,7 +11,7 @@ import torch
 from data.documents import Split, Use
 from data.loader import read_rows
 from data.packing import RowPlan
-from memorybank.config import CodecConfig, EmbedderConfig, EmbedderKind, RetrievalConfig
+from memorybank.config import CodecConfig, CodecKind, EmbedderConfig, EmbedderKind, RetrievalConfig
 from memorybank.embedder import StaticEmbedder
 from memorybank.search import RowSearch
 from memorybank.store import Generation
@@ -227,3 +227,26 @@ def test_other_weights_make_another_generation(compiled: tuple[Path, Generation]
     )
     assert other.fingerprint != generation.fingerprint
     assert other.settings.weights != generation.settings.weights
+
+
+def test_an_epoch_is_compiled_and_read_with_the_codec_that_was_asked_for(
+    compiled: tuple[Path, Generation], tmp_path: Path
+) -> None:
+    _, exact = compiled
+    bank = epochs(tmp_path, codec=CodecConfig(kind=CodecKind.int8))
+    generation = bank.compile(engine(), np.arange(5), read(), name="generation-continual-0000", step=4)
+    assert generation.codec == "int8"
+    assert generation.record_bytes < exact.record_bytes
+    ids = np.arange(5).reshape(1, 1, 5)
+    # A run that was restarted with another codec still reads what was written with this one.
+    read_back = epochs(tmp_path).reader(generation).batch(ids).pool
+    before = epochs(tmp_path).reader(exact).batch(ids).pool
+    assert torch.equal(read_back.index_NLGS, before.index_NLGS)
+    difference = read_back.k_NLGSE - before.k_NLGSE.float()
+    assert 0 < difference.abs().max() < before.k_NLGSE.abs().max() / 127
+
+
+def test_too_few_references_for_the_quantiser_are_refused_with_the_number_needed(tmp_path: Path) -> None:
+    bank = epochs(tmp_path, codec=CodecConfig(kind=CodecKind.residual2x14_pq8x10))
+    with pytest.raises(ValueError, match=r"needs 16,384 vectors .* references; the .* sampled ones give"):
+        bank.compile(engine(), np.arange(5), read(), name="generation-continual-0000", step=4)
