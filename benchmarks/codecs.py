@@ -346,13 +346,16 @@ def _render_speeds(speeds: dict[str, float]) -> str:
     vectors = PAPER_REFERENCES * 2 * PAPER.num_kept
     slow, fast = (vectors / speeds[f"encode, {by}"] / 3600 for by in ("faiss", "torch"))
     flops = 2 * (2 * 2**14 * 40 + 8 * 2**10 * 10 + 80 * 80)
+    traffic = 2 * 4 * (2 * 2**14 + 8 * 2**10)
     return (
         "The paper's codec at head size 80, vectors per CPU-second, one thread: "
         + ", ".join(f"{label} {speed:,.0f}" for label, speed in speeds.items())
         + f". Its {vectors:.3g} vectors would take {slow:,.0f} CPU-hours to encode with faiss and {fast:,.0f} with "
         f"torch. Computed, not measured: {flops / 1e6:.1f} MFLOP a vector, {flops * 2 * PAPER.num_kept / 1e9:.1f} "
         f"GFLOP a memory beside the 308 GFLOP of compiling it; {flops * vectors / 1e18:.2f} EFLOP in all, "
-        f"{flops * vectors / 30e12 / 3600:.0f} hours of one H100 at 30 TFLOP/s of float32 (half of what it can).\n"
+        f"{flops * vectors / 30e12 / 3600:.0f} hours of one H100 at 30 TFLOP/s of float32 "
+        f"(half of what it can), and {traffic * vectors / 3.35e12 / 3600:.0f} hours of its memory at 3.35 TB/s for "
+        f"writing and reading {traffic / 1e3:.0f} KB of scores a vector.\n"
     )
 
 
