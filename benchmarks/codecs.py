@@ -312,8 +312,8 @@ def _render(rows: Sequence[Measured], baseline: Losses, without: Losses, opened:
                 f"{row.paper_record_bytes * PAPER_REFERENCES / 2**40:.2f}",
                 f"{row.fitted_vectors:,}" if row.fitted_vectors else "–",
                 f"{row.fit_cpu_seconds:.0f}" if row.fitted_vectors else "–",
-                f"{np.mean(row.error_keys):.2%}",
-                f"{np.mean(row.error_values):.2%}",
+                _percent(float(np.mean(row.error_keys))),
+                _percent(float(np.mean(row.error_values))),
                 f"{row.encoded_per_second:,.0f}",
                 f"{row.decoded_per_second:,.0f}",
                 _interval(row.text),
@@ -328,7 +328,10 @@ def _render(rows: Sequence[Measured], baseline: Losses, without: Losses, opened:
         [
             [
                 row.codec,
-                *(f"{row.error_keys[layer]:.2%} / {row.error_values[layer]:.2%}" for layer in layers),
+                *(
+                    f"{_percent(row.error_keys[layer])} / {_percent(row.error_values[layer])}"
+                    for layer in layers
+                ),
             ]
             for row in rows
         ],
@@ -362,6 +365,10 @@ def _render_speeds(speeds: dict[str, float]) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
 
 
 def _interval(interval: Interval | None) -> str:
