@@ -11,6 +11,7 @@ from rich.table import Table
 
 from launch import audit, build, inspect
 from launch.opened import open_run
+from memorybank.config import CodecConfig, CodecKind
 from memorybank.store import Generation
 
 REFRESHED = "generation-refreshed"
@@ -34,6 +35,14 @@ def refresh(arguments: argparse.Namespace) -> int:
     """Compile every reference that may be read, with the newest weights."""
     opened = open_run(arguments.run, arguments.root)
     ids = opened.bank_ids
+    chosen = None
+    if arguments.separate and arguments.codec is None:
+        raise ValueError(
+            "--separate says nothing without --codec; name a quantiser: --codec pq16x8 --separate"
+        )
+    if arguments.codec is not None:
+        chosen = CodecConfig(kind=CodecKind[arguments.codec], separate=arguments.separate)
+    codec = opened.codec(chosen)
     with Progress(
         TextColumn("compiling"),
         BarColumn(),
@@ -42,8 +51,13 @@ def refresh(arguments: argparse.Namespace) -> int:
         TimeRemainingColumn(),
     ) as progress:
         task = progress.add_task("", total=len(ids))
-        generation = opened.compile(ids, REFRESHED, progress=lambda done: progress.advance(task, done))
-    print(f"{generation.folder}: {len(generation):,} memories of {generation.record_bytes:,} bytes")
+        generation = opened.compile(
+            ids, REFRESHED, codec=codec, progress=lambda done: progress.advance(task, done)
+        )
+    print(
+        f"{generation.folder}: {len(generation):,} memories of {generation.record_bytes:,} bytes "
+        f"({codec.memory_bytes:,} of keys and values), codec {codec.name}"
+    )
     return 0
 
 

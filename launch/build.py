@@ -16,9 +16,7 @@ from data.prepare import Prepared, open_prepared
 from launch.compose import load_config
 from launch.config import RunConfig
 from memorybank import embedder as embedders
-from memorybank.codec import Codec, DtypeCodec
 from memorybank.embedder import Embedder, VectorCache
-from memorybank.record import MemoryShape
 from memorybank.search import RowSearch
 from model.transformer import Memory3LM
 from train.checkpoint import Checkpoint, Checkpoints
@@ -91,9 +89,10 @@ class Context:
         )
         return found.hit_shares()
 
-    def codec(self) -> Codec:
-        bf16 = self.config.engine.precision is Precision.bf16
-        return DtypeCodec(MemoryShape.of(self.config.model), torch.bfloat16 if bf16 else torch.float32)
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type the model computes in."""
+        return torch.bfloat16 if self.config.engine.precision is Precision.bf16 else torch.float32
 
     def model(self) -> Memory3LM:
         """A model with fresh weights, the same for the same seed."""
@@ -106,9 +105,7 @@ class Context:
         )
 
     def inference_engine(self, checkpoint: Checkpoint) -> InferenceEngine:
-        model = self.model().to(
-            torch.bfloat16 if self.config.engine.precision is Precision.bf16 else torch.float32
-        )
+        model = self.model().to(self.dtype)
         model.load_state_dict(checkpoint.weights())
         return InferenceEngine(model.to(_device()))
 
@@ -148,7 +145,6 @@ class Context:
             micro_rows=stage.micro_rows,
             ranks=ranks,
         )
-        codec = self.codec()
         epochs = None
         if stage.memory is not None:
             epochs = BankEpochs(
@@ -158,7 +154,8 @@ class Context:
                 retrieval=config.retrieval,
                 inputs=self.inputs,
                 model=config.model,
-                codec=codec,
+                codec=config.codec,
+                dtype=self.dtype,
                 ranks=ranks,
             )
         return Parts(
@@ -171,7 +168,6 @@ class Context:
             shards=self.prepared.shards,
             source_weights={label: source.weight for label, source in config.data.sources.items()},
             references=self.prepared.references,
-            codec=codec,
             epochs=epochs,
             window=config.retrieval.window,
             overlap_limit=config.retrieval.overlap_evaluation,

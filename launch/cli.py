@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from memorybank.config import CodecKind
 from memorybank.cost import CODECS, EMBEDDERS, Hardware
 
 _OVERRIDES = """\
@@ -75,6 +76,16 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         )
         _add_audit_arguments(sub)
         _add_inspect_arguments(sub)
+        sub.add_argument(
+            "--codec",
+            choices=[kind.name for kind in CodecKind],
+            help="how refresh keeps keys and values (default: the run's codec.kind); readers find out by themselves",
+        )
+        sub.add_argument(
+            "--separate",
+            action="store_true",
+            help="with a quantiser as --codec: one for keys and one for values",
+        )
     if name in ("bank", "evaluate", "generate"):
         sub.add_argument("run", help="run folder, or its name below --root")
         sub.add_argument(

@@ -10,7 +10,8 @@ from enum import Enum
 
 from data.config import DataConfig
 from data.config import check as check_data
-from memorybank.config import RetrievalConfig, check_retrieval
+from memorybank.config import CodecConfig, RetrievalConfig, check_codec, check_retrieval
+from memorybank.record import MemoryShape
 from model.config import ModelConfig
 from train.config import (
     EngineConfig,
@@ -57,6 +58,8 @@ class RunConfig:
     """Corpus, tokenizer and references."""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     """Embedder, candidates and filters."""
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    """How memories become bytes."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """AdamW."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -82,6 +85,7 @@ def check(config: RunConfig) -> None:
     config.model.check()
     check_data(config.data)
     check_retrieval(config.retrieval)
+    check_codec(config.codec, MemoryShape.of(config.model).head_size)
     _check_engine(config.engine)
     _check_optim(config.optim)
     _at_least(1, "saving", config.saving, "every_steps", "keep_last")

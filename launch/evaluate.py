@@ -16,7 +16,7 @@ from data.documents import Split
 from data.files import fingerprint, write_json_atomic
 from launch import build
 from launch.opened import OpenedRun, open_run
-from memorybank.bank import BankReader, ColdStart
+from memorybank.bank import BankReader, OnlineReader
 from memorybank.store import Generation
 from train.arms import Arm, Bank, Reading, probe_readings, reference_ids, text_readings
 from train.evaluate import (
@@ -131,7 +131,7 @@ def evaluate(
     """
     config = opened.config
     reads_memory = config.continual is not None and config.continual.memory is not None
-    held_out = _held_out(opened, split)
+    held_out = held_out_of(opened, split)
     text, facts = held_out.text_readings, held_out.probe_readings
     if not reads_memory:
         text = [reading for reading in text if reading.arm is Arm.none]
@@ -145,17 +145,19 @@ def evaluate(
     elif reads_memory:
         ids = reference_ids([*text, *facts])
         generation = opened.compile(ids, f"generation-evaluation-{split.value}")
-    records = generation or ColdStart(
-        None, opened.engine.encode, context.prepared.references, context.codec()
+    references = context.prepared.references
+    reader = (
+        OnlineReader(references)  # of a control, which reads nothing
+        if generation is None
+        else BankReader(generation, opened.codec_of(generation))
     )
     setting = Setting(
         label="M" if reads_memory else "C",
-        reader=BankReader(records, context.codec()),
+        reader=reader,
         overlap_limit=config.retrieval.overlap_evaluation,
         age_steps=None if generation is None else opened.step - generation.settings.step,
         batch_rows=config.evaluation.batch_rows,
     )
-    references = context.prepared.references
 
     def reference_tokens(number: int) -> list[int]:
         tokens_NR, lengths_N, _ = references.tokens([number])
@@ -176,7 +178,8 @@ def evaluate(
     ]
 
 
-def _held_out(opened: OpenedRun, split: Split) -> HeldOut:
+def held_out_of(opened: OpenedRun, split: Split) -> HeldOut:
+    """Held-out text and probes of a split, and the references that each arm reads."""
     config, context = opened.config, opened.context
     references, retrieval = context.prepared.references, config.retrieval
     embedder = context.embedder()

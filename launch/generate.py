@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from data.references import Citation
 from launch import build
 from launch.opened import OpenedRun, open_run
-from memorybank.bank import BankReader, ColdStart
 from memorybank.retriever import RetrievedMemory, Retriever
 from memorybank.store import Generation
 from model.generate import generate
@@ -88,19 +87,17 @@ def memory_of(opened: OpenedRun, generation: Generation | None = None) -> Retrie
     References are read from a generation that holds them, and encoded when first retrieved otherwise.
     """
     context, config = opened.context, opened.config
-    references, codec = context.prepared.references, context.codec()
     embedder = context.embedder()
-    records = ColdStart(generation, opened.engine.encode, references, codec)
     retriever = Retriever(
         embedder,
         context.search(embedder).index(opened.bank_ids),
-        references,
+        context.prepared.references,
         k=config.retrieval.fresh,
         candidates=config.retrieval.candidates,
         limit=config.retrieval.overlap_evaluation,  # for callers that give tokens to compare with
     )
     return RetrievedMemory(
-        retriever, context.prepared.tokenizer, BankReader(records, codec), device=opened.engine.device
+        retriever, context.prepared.tokenizer, opened.reader(generation), device=opened.engine.device
     )
 
 

@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 from launch import build
 from launch.compose import load_config
 from launch.config import RunConfig
+from memorybank import codecs
+from memorybank.bank import BankReader, ColdStart
+from memorybank.codec import Codec
+from memorybank.config import CodecConfig, check_codec
+from memorybank.record import MemoryShape
 from memorybank.store import Generation, GenerationSettings
 from memorybank.writer import compile_generation
 from train.checkpoint import Checkpoint
@@ -53,28 +58,77 @@ class OpenedRun:
         """Steps of the checkpoint's stage."""
         return self.checkpoint.state.step
 
-    def compile(self, ids: Ids, name: str, *, progress: Callable[[int], None] | None = None) -> Generation:
-        """A generation of these weights; one that stands there already is reused."""
-        context = self.context
-        settings = GenerationSettings(
+    @property
+    def bank(self) -> Path:
+        """Folder of its generations and of their codecs."""
+        return self.folder / "bank"
+
+    @property
+    def shape(self) -> MemoryShape:
+        """The shape of its memories."""
+        return MemoryShape.of(self.config.model)
+
+    @property
+    def settings(self) -> GenerationSettings:
+        """What a generation of these weights is made from."""
+        return GenerationSettings(
             layout=self.config.model.layout(),
             weights=self.engine.weights_hash(),
             lineage=self.config.run,
             step=self.step,
-            references=context.inputs["references"],
-            tokenizer=context.inputs["tokenizer"],
+            references=self.context.inputs["references"],
+            tokenizer=self.context.inputs["tokenizer"],
         )
-        folder = self.folder / "bank" / name
+
+    def codec(self, config: CodecConfig | None = None) -> Codec:
+        """The codec that these weights write with, the run's own by default; a quantiser is fitted when first needed.
+
+        Raises:
+            ValueError: It does not suit the model, or there are too few references to fit it.
+        """
+        config = config or self.config.codec
+        check_codec(config, self.shape.head_size)
+        return codecs.obtain(
+            config,
+            self.shape,
+            self.context.dtype,
+            self.bank,
+            encode=self.engine.encode,
+            references=self.context.prepared.references,
+            ids=self.bank_ids,
+            settings=self.settings,
+        )
+
+    def compile(
+        self,
+        ids: Ids,
+        name: str,
+        *,
+        codec: Codec | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Generation:
+        """A generation of these weights, with the run's codec by default; one that stands there already is reused."""
+        codec, settings = codec or self.codec(), self.settings
         compile_generation(
             self.engine.encode,
-            context.prepared.references,
+            self.context.prepared.references,
             ids,
-            context.codec(),
-            folder,
+            codec,
+            self.bank / name,
             settings=settings,
             progress=progress,
         )
-        return Generation.open(folder, expect=asdict(settings))
+        return Generation.open(self.bank / name, expect=asdict(settings) | {"codec": codec.name})
+
+    def codec_of(self, generation: Generation) -> Codec:
+        """The codec that a generation of this run was written with."""
+        return codecs.named(generation.codec, self.shape, self.bank)
+
+    def reader(self, generation: Generation | None) -> BankReader:
+        """Memories of a generation where it has them; others are encoded when first read (cold start)."""
+        codec = self.codec() if generation is None else self.codec_of(generation)
+        references = self.context.prepared.references
+        return BankReader(ColdStart(generation, self.engine.encode, references, codec), codec)
 
     def generation(self, name: str, *, stale: bool) -> Generation:
         """A generation of this run by name.
@@ -93,7 +147,7 @@ class OpenedRun:
         }
         if not stale:
             expected["weights"] = self.engine.weights_hash()
-        return Generation.open(self.folder / "bank" / name, expect=expected)
+        return Generation.open(self.bank / name, expect=expected)
 
 
 def open_run(run: str, root: str) -> OpenedRun:

@@ -1,7 +1,7 @@
-"""What a user may choose about retrieval: plain dataclasses, which are also the Hydra schema.
+"""What a user may choose about retrieval and the bank's bytes: plain dataclasses, which are also the Hydra schema.
 
 Invariants: nothing heavy is imported here (``--help`` reads this module), and every cross-field rule
-lives in `check_embedder`, `check_index` and `check_retrieval`.
+lives in `check_embedder`, `check_index`, `check_retrieval` and `check_codec`.
 
 Not here: the shape of a memory (model/config.py) and the schedule of generations (train/config.py).
 """
@@ -35,6 +35,45 @@ class IndexKind(Enum):
     exact = "exact"
     ivf_flat = "ivf_flat"
     ivf_pq = "ivf_pq"
+
+
+class CodecKind(Enum):
+    """How keys and values are kept in the bank; bytes for a vector of E numbers, E = 80 in the paper."""
+
+    model = "model"
+    """The type the model computes in, 2 E bytes in bfloat16: memories are read as they were written."""
+    float16 = "float16"
+    """2 E bytes."""
+    float8 = "float8"
+    """E bytes: float8_e4m3fn, without scale."""
+    int8 = "int8"
+    """E + 2 bytes: one scale per vector."""
+    int4 = "int4"
+    """E / 2 + 2 bytes: one scale per vector."""
+    pq16x8 = "pq16x8"
+    """16 bytes: a product quantiser that 256 vectors can train."""
+    residual2x8_pq8x8 = "residual2x8_pq8x8"
+    """10 bytes: two stages; 256 vectors can train it."""
+    residual2x14_pq8x10 = "residual2x14_pq8x10"
+    """14 bytes: the paper's quantiser, which needs 16,384 vectors, and should get 638,976."""
+
+
+STAGES: dict[CodecKind, list[tuple[int, int]]] = {
+    CodecKind.pq16x8: [(16, 8)],
+    CodecKind.residual2x8_pq8x8: [(2, 8), (8, 8)],
+    CodecKind.residual2x14_pq8x10: [(2, 14), (8, 10)],
+}
+"""The stages of the quantisers: into how many parts a vector is cut, and the bits of a part's code."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CodecConfig:
+    """How memories become bytes."""
+
+    kind: CodecKind = CodecKind.model
+    """model, float16, float8, int8, int4, pq16x8, residual2x8_pq8x8, or residual2x14_pq8x10 (the paper)."""
+    separate: bool = False
+    """Whether keys and values have a quantiser each, instead of one for both (the paper, it seems)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -130,3 +169,20 @@ def check_retrieval(config: RetrievalConfig, *, key: str = "retrieval") -> None:
     for name in ("overlap_training", "overlap_evaluation"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{key}.{name}={getattr(config, name)}: set it to a share between 0 and 1")
+
+
+def check_codec(config: CodecConfig, head_size: int, *, key: str = "codec") -> None:
+    """Raise ValueError, naming the key below `key`, when vectors of `head_size` numbers cannot be kept so."""
+    if config.kind not in STAGES:
+        if config.separate:
+            raise ValueError(
+                f"{key}.separate=true, but {key}.kind={config.kind.name} learns nothing from keys or values: "
+                f"set {key}.separate=false, or {key}.kind to {', '.join(kind.name for kind in STAGES)}"
+            )
+        return
+    parts = max(parts for parts, _ in STAGES[config.kind])
+    if head_size % parts:
+        raise ValueError(
+            f"{key}.kind={config.kind.name} cuts vectors into {parts} parts, and model.head_size={head_size} is "
+            f"no multiple of {parts}: set {key}.kind=int8 or int4"
+        )

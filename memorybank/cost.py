@@ -12,23 +12,30 @@ Not here: operations of the model (`model.flops`), the codecs themselves (`codec
 (`launch.cost`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import log2, sqrt
 
+from memorybank.config import STAGES
 from memorybank.record import MemoryShape, record_bytes
 from model.config import ModelConfig
 from model.flops import knowledge_cost, text_token_flops
 
+
+def _code_bytes(stages: Sequence[tuple[int, int]], size: int) -> int:
+    """Return the bytes of a quantiser's code, whole bytes for each stage; the vector's size plays no part."""
+    return sum(-(-parts * bits // 8) for parts, bits in stages)
+
+
 CODECS: Mapping[str, Callable[[int], int]] = {
     "bfloat16": lambda size: 2 * size,
     "float16": lambda size: 2 * size,
+    "float8": lambda size: size,
     "int8": lambda size: size + 2,
     "int4": lambda size: -(-size // 2) + 2,
-    "pq": lambda size: 14,
-}
-"""Bytes of one vector of so many numbers. int8 and int4 carry a scale of two bytes; pq is the paper's quantiser,
-whose 2 x 14 and 8 x 10 bits do not depend on the size (section 3.3)."""
+} | {kind.name: partial(_code_bytes, stages) for kind, stages in STAGES.items()}
+"""Bytes of one vector of so many numbers, as codec.py and quantizer.py write it (a test compares)."""
 
 
 @dataclass(frozen=True, slots=True)

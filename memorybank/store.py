@@ -27,7 +27,7 @@ from torch import Tensor
 
 from data.files import Manifest, open_manifest
 
-KIND, VERSION = "generation", 1
+KIND, VERSION = "generation", 2
 IDS = "ids.npy"
 
 Ids = NDArray[np.int64]

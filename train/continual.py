@@ -14,12 +14,15 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from data.files import is_finished, open_manifest, publishing
 from data.references import References
-from memorybank.codec import Codec
-from memorybank.config import RetrievalConfig
+from memorybank import codecs
+from memorybank.bank import BankReader
+from memorybank.config import CodecConfig, RetrievalConfig
+from memorybank.record import MemoryShape
 from memorybank.search import RowSearch
 from memorybank.store import Generation, GenerationSettings
 from memorybank.writer import compile_generation
@@ -82,7 +85,8 @@ class BankEpochs:
         retrieval: The filters' limits.
         inputs: Fingerprints of what neighbours and generations are made from.
         model: Its layout decides the meaning of a record.
-        codec: Memories to records.
+        codec: Memories to records; a quantiser is trained anew in every epoch, on what the bank then may hold.
+        dtype: The type the model computes in.
         ranks: All processes compile.
     """
 
@@ -95,7 +99,8 @@ class BankEpochs:
         retrieval: RetrievalConfig,
         inputs: dict[str, str],
         model: ModelConfig,
-        codec: Codec,
+        codec: CodecConfig,
+        dtype: torch.dtype,
         ranks: Ranks,
     ) -> None:
         self._run = run
@@ -105,6 +110,8 @@ class BankEpochs:
         self._inputs = inputs
         self._model = model
         self._codec = codec
+        self._dtype = dtype
+        self._shape = MemoryShape.of(model)
         self._ranks = ranks
 
     def bank_ids(self, history: History) -> Ids:
@@ -140,9 +147,17 @@ class BankEpochs:
             dict(manifest.extra),
         )
 
-    def compile(self, engine: Engine, ids: Ids, *, name: str, step: int) -> Generation:
-        """Compile references with the current weights; a collective. A finished generation is opened again."""
-        folder = self._run / "bank" / name
+    def compile(self, engine: Engine, ids: Ids, history: History, *, name: str, step: int) -> Generation:
+        """Compile references with the current weights; a collective. A finished generation is opened again.
+
+        Args:
+            engine: The weights.
+            ids: What the epoch will read.
+            history: Decides what the bank may hold, of which a quantiser's training sample is drawn.
+            name: Of the generation.
+            step: Of the weights.
+        """
+        bank = self._run / "bank"
         settings = GenerationSettings(
             layout=self._model.layout(),
             weights=engine.weights_hash(),
@@ -151,18 +166,35 @@ class BankEpochs:
             references=self._inputs["references"],
             tokenizer=self._inputs["tokenizer"],
         )
+        codec = codecs.obtain(
+            self._codec,
+            self._shape,
+            self._dtype,
+            bank,
+            encode=engine.encode,
+            references=self._references,
+            ids=self.bank_ids(history),
+            settings=settings,
+            is_first=self._ranks.is_first,
+            barrier=self._ranks.barrier,
+            alone=self._ranks.alone,
+        )
         compile_generation(
             engine.encode,
             self._references,
             ids,
-            self._codec,
-            folder,
+            codec,
+            bank / name,
             settings=settings,
             rank=self._ranks.rank,
             world_size=self._ranks.world_size,
             barrier=self._ranks.barrier,
         )
-        return Generation.open(folder, expect=asdict(settings))
+        return Generation.open(bank / name, expect=asdict(settings) | {"codec": codec.name})
+
+    def reader(self, generation: Generation) -> BankReader:
+        """Read a generation with the codec that it states."""
+        return BankReader(generation, codecs.named(generation.codec, self._shape, self._run / "bank"))
 
     def reopen(self, name: str, fingerprint: str) -> Generation:
         """The generation that a checkpoint names, and no other.

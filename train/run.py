@@ -14,8 +14,7 @@ from data.loader import Loader, read_rows
 from data.packing import RowPlan
 from data.references import References
 from data.shards import TokenShards
-from memorybank.bank import BankReader, OnlineReader
-from memorybank.codec import Codec
+from memorybank.bank import OnlineReader
 from memorybank.store import Generation
 from train.arms import Arm, Bank, Pattern, Reading, text_readings
 from train.checkpoint import Checkpoints
@@ -45,7 +44,6 @@ class Parts:
     shards: TokenShards
     source_weights: Mapping[str, float]
     references: References
-    codec: Codec
     epochs: BankEpochs | None
     window: int
     overlap_limit: float
@@ -186,7 +184,11 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
         generation = parts.epochs.reopen(state.generation, state.generation_fingerprint)
     else:
         generation = parts.epochs.compile(
-            parts.engine, ids, name=f"generation-{state.stage}-{state.epoch:04d}", step=state.epoch_step
+            parts.engine,
+            ids,
+            history,
+            name=f"generation-{state.stage}-{state.epoch:04d}",
+            step=state.epoch_step,
         )
         # At the first step that reads it: a resumed run that compiles it anew has cut this line off.
         parts.metrics.log(
@@ -205,7 +207,7 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
         generation.settings.step,
         f"{len(generation):,}",
     )
-    bank = BankReader(generation, parts.codec)
+    bank = parts.epochs.reader(generation)
     stage = MemoryStage(
         neighbours.training_MC,
         neighbours.scores_MC,

@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from launch.opened import open_run
+from memorybank import quantizer
 from memorybank.store import Generation
 from tests.support.launch import trained, within
 
@@ -45,3 +47,41 @@ def test_run_without_a_bank_is_refused_with_the_command() -> None:
     assert done.err == (
         f"memory3 bank: {trained().control}/bank holds no generation; make one with `memory3 bank refresh c`\n"
     )
+
+
+def test_refresh_with_a_quantiser_is_read_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantizer, "_ROUNDS", 2)
+    monkeypatch.setattr(quantizer, "_OPQ_ROUNDS", 1)
+    root = shutil.copytree(trained().root, tmp_path / "runs")
+    done = within("bank", "refresh", "m", "--root", str(root), "--codec", "residual2x8_pq8x8", "--separate")
+    assert done.code == 0, done.err
+    # 8 entries, each of two vectors of 10 bytes and one kept token.
+    generation = Generation.open(root / "m/bank/generation-refreshed")
+    assert generation.record_bytes == 8 * (2 * 10 + 1)
+    assert "memories of 168 bytes (160 of keys and values), codec OPQ16_64,Residual2x8,PQ8x8:" in done.out
+    reading = ("--bank", "generation-refreshed", "--max-new-tokens", "4")
+    done = within("generate", "m", "--root", str(root), "--prompt", "The import statement", *reading)
+    assert done.code == 0, done.err
+    (folder,) = (root / "m/bank").glob("codec-residual2x8_pq8x8-separate-*")
+    shutil.rmtree(folder)
+    done = within("generate", "m", "--root", str(root), "--prompt", "The import statement", *reading)
+    assert done.code == 2
+    assert f"written with the codec {generation.codec}, which is not there (found: none)" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--codec", "residual2x14_pq8x10"],
+            "codec.kind=residual2x14_pq8x10 needs 16,384 vectors to be trained",
+        ),
+        (["--separate"], "--separate says nothing without --codec"),
+        (["--codec", "int8", "--separate"], "codec.kind=int8 learns nothing from keys or values"),
+    ],
+)
+def test_codecs_that_cannot_be_had_are_refused(options: list[str], message: str) -> None:
+    done = within("bank", "refresh", "m", "--root", str(trained().root), *options)
+    assert done.code == 2
+    assert message in done.err
+    assert not list((trained().main / "bank").glob("codec-*"))

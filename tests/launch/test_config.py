@@ -42,6 +42,9 @@ RULES = {
     "run=a/b": "run='a/b' is not a folder name; set run to letters, digits, '-' and '_'",
     "run=..": "run='..' is not a folder name",
     "run=''": "run='' is not a folder name",
+    "codec.separate=true": (
+        "codec.separate=true, but codec.kind=model learns nothing from keys or values: set codec.separate=false"
+    ),
     # of a stage
     "warmup.steps=0": "warmup.steps=0 is below 1; set 1 or more",
     "continual.rows_per_step=0": "continual.rows_per_step=0 is below 1; set 1 or more",
@@ -112,3 +115,17 @@ def test_warmup_with_memory_is_refused() -> None:
 )
 def test_what_is_allowed(overrides: list[str]) -> None:
     compose_config([*DEMO, *overrides])
+
+
+def test_a_quantiser_that_cannot_cut_the_heads_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=re.escape("codec.kind=pq16x8 cuts vectors into 16 parts, and model.head_")
+    ):
+        compose_config([*DEMO, "codec.kind=pq16x8", "model.head_size=72"])
+    assert compose_config([*DEMO, "codec.kind=residual2x14_pq8x10", "codec.separate=true"]).codec.separate
+
+
+def test_references_longer_than_a_byte_counts_are_refused() -> None:
+    long = ["model.reference_tokens=256", "data.reference_tokens=256"]
+    with pytest.raises(ValueError, match=re.escape("model.reference_tokens=256: records keep positions")):
+        compose_config([*DEMO, *long])

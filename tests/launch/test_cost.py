@@ -27,21 +27,29 @@ def test_tables_show_the_papers_figures() -> None:
     assert "from 0.494 to 13,400 uses" in done.out
     assert rows["all layers, heads and tokens"] == ["72,089,600", "7.17 PiB", "1"]
     assert rows["8 of 128 tokens"] == ["450,560", "45.9 TiB", "160"]
-    assert rows["pq"] == ["39,424", "4.02 TiB", "1,829"]
+    assert rows["residual2x14_pq8x10"] == ["39,424", "4.02 TiB", "1,829"]
     assert rows["search, exact"][:2] == ["229 G", "427 GiB"]
     assert rows["the model"] == ["34.5 EFLOP", "2.66 days"]
 
 
 def test_json_holds_the_same_numbers_and_nothing_else_is_printed(tmp_path: Path) -> None:
     picture = tmp_path / "cost.png"
-    done = within("cost", *PAPER, "--json", "--codec", "pq", "--disk", "7", "--picture", str(picture))
+    done = within(
+        "cost", *PAPER, "--json", "--codec", "residual2x14_pq8x10", "--disk", "7", "--picture", str(picture)
+    )
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert found["knowledge"]["explicit_write"] == pytest.approx(0.308e12, rel=1e-3)
     assert found["best_uses"] == pytest.approx([0.494, 13_400], rel=1e-3)
-    assert (found["references"], found["codec"], found["embedder"]) == (112_000_000, "pq", "bge-m3")
+    assert (found["references"], found["codec"], found["embedder"]) == (
+        112_000_000,
+        "residual2x14_pq8x10",
+        "bge-m3",
+    )
     assert found["hardware"]["disk_gb_per_second"] == 7
-    assert {stored["name"]: stored["bytes_per_reference"] for stored in found["codecs"]}["pq"] == 39_424
+    assert {stored["name"]: stored["bytes_per_reference"] for stored in found["codecs"]}[
+        "residual2x14_pq8x10"
+    ] == 39_424
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -45,8 +45,8 @@ def test_the_papers_storage_to_three_digits() -> None:
     assert (everything / layers, layers / heads, heads / memory) == (2, 5, 16)
     assert three(everything * REFERENCES / 2**50) == 7.17
     assert three(memory * REFERENCES / 2**40) == 45.9
-    assert three(memory_bytes(PAPER, "pq") * REFERENCES / 2**40) == 4.02
-    assert (memory, memory_bytes(PAPER, "pq")) == (450_560, 39_424)
+    assert three(memory_bytes(PAPER, "residual2x14_pq8x10") * REFERENCES / 2**40) == 4.02
+    assert (memory, memory_bytes(PAPER, "residual2x14_pq8x10")) == (450_560, 39_424)
 
 
 @pytest.mark.parametrize("config", [PAPER, ModelConfig(), ModelConfig(head_size=80, tokens_kept=3)])
@@ -112,7 +112,12 @@ def test_embedders_have_the_sizes_of_their_files() -> None:
 
 
 def test_writing_a_bank_is_writing_each_reference() -> None:
-    cost = writing(PAPER, references=10, codec="pq", hardware=Hardware(disk_gb_per_second=1, device_tflops=1))
+    cost = writing(
+        PAPER,
+        references=10,
+        codec="residual2x14_pq8x10",
+        hardware=Hardware(disk_gb_per_second=1, device_tflops=1),
+    )
     assert cost.flops == 10 * knowledge_cost(PAPER).explicit_write
     assert cost.bytes == 10 * (39_424 + 2_816)
     assert (cost.compute_seconds, cost.disk_seconds) == (cost.flops / 1e12, cost.bytes / 1e9)

@@ -1,23 +1,16 @@
+import pytest
 import torch
 
-from memorybank.codec import DtypeCodec
-from memorybank.record import MemoryShape, record_bytes
+from memorybank.codec import Codec, Floats
+from memorybank.record import MemoryShape
 from model.config import ModelConfig
 from model.memory import ExplicitMemory
 
 
-def test_the_paper_s_memory_takes_the_paper_s_bytes() -> None:
-    """225,280 numbers, 450,560 bytes in bfloat16 (paper, section 3.1), and where the kept tokens stood."""
-    paper = ModelConfig(
-        num_layers=44,
-        width=3200,
-        num_heads=40,
-        num_kv_heads=8,
-        head_size=80,
-        ffn_width=3200,
-        num_memory_layers=22,
-    )
-    assert record_bytes(paper) == 450_560 + 2 * 22 * 8 * 8
+def test_positions_that_do_not_fit_a_byte_are_refused() -> None:
+    assert MemoryShape.of(ModelConfig(reference_tokens=255)).num_kept == 64
+    with pytest.raises(ValueError, match=r"model\.reference_tokens=256: .*set at most 255"):
+        MemoryShape.of(ModelConfig(reference_tokens=256))
 
 
 def test_bytes_stand_where_the_docstring_draws_them() -> None:
@@ -25,10 +18,10 @@ def test_bytes_stand_where_the_docstring_draws_them() -> None:
     memory = ExplicitMemory(
         k_NLGSE=torch.arange(8, dtype=torch.bfloat16).view(1, 2, 1, 2, 2),
         v_NLGSE=torch.arange(8, 16, dtype=torch.bfloat16).view(1, 2, 1, 2, 2),
-        index_NLGS=torch.tensor([5, -1, 0, 127]).view(1, 2, 1, 2),
+        index_NLGS=torch.tensor([5, -1, 0, 254]).view(1, 2, 1, 2),
     )
-    (record,) = DtypeCodec(shape).encode(memory)
+    (record,) = Codec(shape, Floats(torch.bfloat16, 2)).encode(memory)
     assert record[:16].view(torch.bfloat16).tolist() == list(range(8))
     assert record[16:32].view(torch.bfloat16).tolist() == list(range(8, 16))
-    assert record[32:].view(torch.int16).tolist() == [5, -1, 0, 127]
-    assert len(record) == shape.record_bytes(2)
+    assert record[32:].tolist() == [5, 255, 0, 254]
+    assert len(record) == shape.record_bytes(4) == shape.memory_bytes(4) + 4

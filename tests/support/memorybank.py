@@ -16,7 +16,9 @@ from data.factbook import load
 from data.prepare import Prepared, prepare
 from data.references import References
 from data.tokenizer import Tokenizer
-from memorybank.codec import DtypeCodec
+from memorybank import codecs
+from memorybank.codec import Codec
+from memorybank.config import CodecKind
 from memorybank.embedder import StaticEmbedder
 from memorybank.index import ExactIndex
 from memorybank.record import MemoryShape
@@ -90,9 +92,9 @@ def model(dtype: torch.dtype = torch.bfloat16, *, seed: int = 0) -> Memory3LM:
     return Memory3LM(model_config()).to(dtype).eval()
 
 
-def codec(dtype: torch.dtype = torch.bfloat16) -> DtypeCodec:
+def codec(dtype: torch.dtype = torch.bfloat16) -> Codec:
     """Return the codec of `model`'s memories."""
-    return DtypeCodec(MemoryShape.of(model_config()), dtype)
+    return codecs.of_kind(CodecKind.model, MemoryShape.of(model_config()), dtype)
 
 
 def settings(**changes: object) -> GenerationSettings:

@@ -11,10 +11,8 @@ import torch
 from data.documents import Split, Use
 from data.loader import read_rows
 from data.packing import RowPlan
-from memorybank.codec import DtypeCodec
-from memorybank.config import EmbedderConfig, EmbedderKind, RetrievalConfig
+from memorybank.config import CodecConfig, CodecKind, EmbedderConfig, EmbedderKind, RetrievalConfig
 from memorybank.embedder import StaticEmbedder
-from memorybank.record import MemoryShape
 from memorybank.search import RowSearch
 from memorybank.store import Generation
 from model.transformer import Memory3LM
@@ -49,7 +47,8 @@ def epochs(run: Path, **changes: Any) -> BankEpochs:
         "retrieval": RETRIEVAL,
         "inputs": INPUTS,
         "model": CONFIG,
-        "codec": DtypeCodec(MemoryShape.of(CONFIG), torch.bfloat16),
+        "codec": CodecConfig(),
+        "dtype": torch.bfloat16,
         "ranks": Ranks(0, 1, torch.device("cpu")),
     }
     return BankEpochs(run, **(settings | changes))
@@ -194,7 +193,7 @@ def test_neighbours_are_searched_once(searched: tuple[Path, RowPlan, Rows, Epoch
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Generation]:
     run = tmp_path_factory.mktemp("run")
-    return run, epochs(run).compile(engine(), np.arange(5), name="generation-continual-0000", step=4)
+    return run, epochs(run).compile(engine(), np.arange(5), read(), name="generation-continual-0000", step=4)
 
 
 def engine(seed: int = 0) -> Any:
@@ -241,6 +240,31 @@ def test_another_layout_is_refused_by_name(key: str, value: Any, compiled: tuple
 
 def test_other_weights_make_another_generation(compiled: tuple[Path, Generation], tmp_path: Path) -> None:
     _, generation = compiled
-    other = epochs(tmp_path).compile(engine(1), np.arange(5), name="generation-continual-0000", step=4)
+    other = epochs(tmp_path).compile(
+        engine(1), np.arange(5), read(), name="generation-continual-0000", step=4
+    )
     assert other.fingerprint != generation.fingerprint
     assert other.settings.weights != generation.settings.weights
+
+
+def test_an_epoch_is_compiled_and_read_with_the_codec_that_was_asked_for(
+    compiled: tuple[Path, Generation], tmp_path: Path
+) -> None:
+    _, exact = compiled
+    bank = epochs(tmp_path, codec=CodecConfig(kind=CodecKind.int8))
+    generation = bank.compile(engine(), np.arange(5), read(), name="generation-continual-0000", step=4)
+    assert generation.codec == "int8"
+    assert generation.record_bytes < exact.record_bytes
+    ids = np.arange(5).reshape(1, 1, 5)
+    # A run that was restarted with another codec still reads what was written with this one.
+    read_back = epochs(tmp_path).reader(generation).batch(ids).pool
+    before = epochs(tmp_path).reader(exact).batch(ids).pool
+    assert torch.equal(read_back.index_NLGS, before.index_NLGS)
+    difference = read_back.k_NLGSE - before.k_NLGSE.float()
+    assert 0 < difference.abs().max() < before.k_NLGSE.abs().max() / 127
+
+
+def test_too_few_references_for_the_quantiser_are_refused_with_the_number_needed(tmp_path: Path) -> None:
+    bank = epochs(tmp_path, codec=CodecConfig(kind=CodecKind.residual2x14_pq8x10))
+    with pytest.raises(ValueError, match=r"needs 16,384 vectors .* references; the .* sampled ones give"):
+        bank.compile(engine(), np.arange(5), read(), name="generation-continual-0000", step=4)

@@ -1,0 +1,173 @@
+"""Which codec a bank has: chosen by configuration when it is written, by its name when it is read.
+
+    <bank>/codec-<kind>[-separate]-<weights>/     a quantiser (quantizer.py), one for each set of weights
+
+A quantiser belongs to the weights whose memories trained it: it is fitted when they first write records, on references
+sampled uniformly from those that the bank may hold, and every generation of these weights uses it. Generations state
+their codec's name, which for a quantiser ends in its fingerprint, and are read with that one or not at all.
+
+Not here: what the coders do (codec.py, quantizer.py).
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.files import MANIFEST, is_finished, open_manifest
+from data.references import References
+from memorybank import quantizer
+from memorybank.codec import Codec, Floats, Integers, VectorCoder
+from memorybank.config import STAGES, CodecConfig, CodecKind
+from memorybank.record import MemoryShape
+from memorybank.store import GenerationSettings
+from memorybank.writer import Encode, encode_records
+from model.memory import ExplicitMemory
+
+log = logging.getLogger(__name__)
+
+Ids = NDArray[np.int64]
+LEAST_SAMPLED = 1024
+"""References sampled at least (if there are so many), however many vectors each gives."""
+MOST_HELD_OUT = 256
+"""References kept from training, a tenth of all at most, to measure the error on."""
+
+
+def of_kind(kind: CodecKind, shape: MemoryShape, dtype: torch.dtype = torch.bfloat16) -> Codec:
+    """Return a codec that needs no training.
+
+    Args:
+        kind: one outside `STAGES`.
+        shape: of a memory.
+        dtype: the type that the model computes in.
+    """
+    head_size = shape.head_size
+    coder: VectorCoder
+    match kind:
+        case CodecKind.model:
+            coder = Floats(dtype, head_size)
+        case CodecKind.float16:
+            coder = Floats(torch.float16, head_size)
+        case CodecKind.float8:
+            coder = Floats(torch.float8_e4m3fn, head_size)
+        case CodecKind.int8:
+            coder = Integers(8, head_size)
+        case CodecKind.int4:
+            coder = Integers(4, head_size)
+        case _:
+            raise AssertionError(f"{kind.name} has to be fitted")
+    return Codec(shape, coder)
+
+
+def named(name: str, shape: MemoryShape, bank: Path) -> Codec:
+    """Return the codec that a generation below `bank` states.
+
+    Raises:
+        ValueError: there is none of this name, or it is damaged.
+    """
+    types = (torch.bfloat16, torch.float32, torch.float64)
+    fixed = [of_kind(CodecKind.model, shape, dtype) for dtype in types]
+    fixed += [of_kind(kind, shape) for kind in CodecKind if kind not in STAGES]
+    for codec in fixed:
+        if codec.name == name:
+            return codec
+    return quantizer.open_codec(folder_of(name, bank), shape)
+
+
+def folder_of(name: str, bank: Path) -> Path:
+    """Return the folder of the quantiser of this name.
+
+    Raises:
+        ValueError: there is none below `bank`.
+    """
+    found = {}
+    for path in sorted(bank.glob(f"codec-*/{MANIFEST}")):
+        if path.parent.suffix != ".partial":
+            manifest = open_manifest(path.parent, kind=quantizer.KIND, version=quantizer.VERSION)
+            found[quantizer.codec_name(manifest)] = path.parent
+    if name not in found:
+        raise ValueError(
+            f"{bank}: memories were written with the codec {name}, which is not there (found: "
+            f"{', '.join(found) or 'none'}); restore its folder, or compile the memories anew with "
+            "`memory3 bank refresh`"
+        )
+    return found[name]
+
+
+def obtain(
+    config: CodecConfig,
+    shape: MemoryShape,
+    dtype: torch.dtype,
+    bank: Path,
+    *,
+    encode: Encode,
+    references: References,
+    ids: Ids,
+    settings: GenerationSettings,
+    is_first: bool = True,
+    barrier: Callable[[], None] = lambda: None,
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    batch: int = 64,
+) -> Codec:
+    """Return the codec to write a bank with; a quantiser that these weights do not have yet is fitted first.
+
+    Every rank calls this: all encode the sample, and the first one trains and publishes.
+
+    Args:
+        config: which codec.
+        shape: of a memory.
+        dtype: the type that the model computes in.
+        bank: folder of generations, and of the quantisers.
+        encode: the model's encoder, possibly a collective.
+        references: their tokens.
+        ids: the references that the bank may hold, from which the sample is drawn.
+        settings: what generations are made from.
+        is_first: whether this process trains.
+        barrier: returns when every process has called it.
+        alone: wraps the training, while all other processes wait.
+        batch: references encoded at once.
+
+    Raises:
+        ValueError: there are too few references to train it.
+    """
+    if config.kind not in STAGES:
+        return of_kind(config.kind, shape, dtype)
+    stated = quantizer.identity(config.kind, shape.head_size, separate=config.separate)
+    inputs = {"weights": settings.weights}
+    folder = bank / f"codec-{config.kind.name}{'-separate' if config.separate else ''}-{settings.weights}"
+    finished = is_finished(
+        folder, kind=quantizer.KIND, version=quantizer.VERSION, settings=stated, inputs=inputs
+    )
+    barrier()  # nobody publishes before everybody has looked
+    if not finished:
+        held_out, sample = (
+            _encoded(encode, references, some, of_kind(CodecKind.model, shape, dtype), batch=batch)
+            for some in draw(config, shape, ids)
+        )
+        # On every rank, so that every rank refuses.
+        vectors = quantizer.training_vectors(config.kind, sample, separate=config.separate)
+        if is_first:
+            num = f"{len(sample.index_NLGS):,}"
+            log.info("%s: training on the memories of %s references, once for these weights", folder, num)
+            with alone():
+                quantizer.fit(folder, config.kind, shape, vectors, held_out, inputs=inputs)
+        barrier()  # it is published
+    return quantizer.open_codec(folder, shape)
+
+
+def draw(config: CodecConfig, shape: MemoryShape, ids: Ids) -> tuple[Ids, Ids]:
+    """Return references drawn uniformly, in two parts: to measure a quantiser's error on, and to train it on."""
+    each = shape.num_kept * (1 if config.separate else 2)
+    wanted = max(LEAST_SAMPLED, -(-quantizer.advised_vectors(config.kind) // each))
+    drawn = np.random.default_rng(0).permutation(np.unique(ids))
+    held_out = min(MOST_HELD_OUT, -(-(len(drawn) - 1) // 10))
+    return drawn[:held_out], drawn[held_out : held_out + wanted]
+
+
+def _encoded(encode: Encode, references: References, ids: Ids, codec: Codec, *, batch: int) -> ExplicitMemory:
+    """Return the memories of references, on the CPU, as `codec` keeps them."""
+    return codec.decode(encode_records(encode, references, ids, codec, batch=batch))
