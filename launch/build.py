@@ -157,6 +157,7 @@ class Context:
                 inputs=self.inputs,
                 model=config.model,
                 codec=codec,
+                bank=config.bank,
                 ranks=ranks,
             )
         return Parts(

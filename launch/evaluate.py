@@ -55,11 +55,11 @@ def save_results(
 
     Arguments are those of `evaluate`.
     """
-    path = results_path(opened.folder, split.value)
+    path, config = results_path(opened.folder, split.value), opened.config
     identity = {
         "weights": opened.engine.weights_hash(),
         "bank": bank,
-        "settings": fingerprint([asdict(opened.config.evaluation), str(opened.config.retrieval)]),
+        "settings": fingerprint([asdict(config.evaluation), str(config.retrieval), str(config.bank)]),
         "inputs": opened.context.inputs,
     }
     if path.exists():
@@ -146,7 +146,11 @@ def evaluate(
         ids = reference_ids([*text, *facts])
         generation = opened.compile(ids, f"generation-evaluation-{split.value}")
     records = generation or ColdStart(
-        None, opened.engine.encode, context.prepared.references, context.codec()
+        None,
+        opened.engine.encode,
+        context.prepared.references,
+        context.codec(),
+        window_tokens=opened.window_tokens,
     )
     setting = Setting(
         label="M" if reads_memory else "C",

@@ -88,7 +88,9 @@ def memory_of(opened: OpenedRun, generation: Generation | None = None) -> Retrie
     context, config = opened.context, opened.config
     references, codec = context.prepared.references, context.codec()
     embedder = context.embedder()
-    records = ColdStart(generation, opened.engine.encode, references, codec)
+    records = ColdStart(
+        generation, opened.engine.encode, references, codec, window_tokens=opened.window_tokens
+    )
     retriever = Retriever(
         embedder,
         context.search(embedder).index(opened.bank_ids),

@@ -53,6 +53,11 @@ class OpenedRun:
         """Steps of the checkpoint's stage."""
         return self.checkpoint.state.step
 
+    @property
+    def window_tokens(self) -> int | None:
+        """Tokens of a document that are encoded at once; None = each reference by itself."""
+        return self.config.bank.window_tokens(self.config.model)
+
     def compile(self, ids: Ids, name: str, *, progress: Callable[[int], None] | None = None) -> Generation:
         """A generation of these weights; one that stands there already is reused."""
         context = self.context
@@ -63,6 +68,8 @@ class OpenedRun:
             step=self.step,
             references=context.inputs["references"],
             tokenizer=context.inputs["tokenizer"],
+            context=self.config.bank.context.value,
+            window_tokens=self.window_tokens,
         )
         folder = self.folder / "bank" / name
         compile_generation(
@@ -84,10 +91,12 @@ class OpenedRun:
             stale: Whether one of other weights is accepted.
 
         Raises:
-            ValueError: It is missing, of another corpus or layout, or stale and not allowed to be.
+            ValueError: It is missing, of another corpus, layout or context, or stale and not allowed to be.
         """
         expected = {
             "layout": self.config.model.layout(),
+            "context": self.config.bank.context.value,
+            "window_tokens": self.window_tokens,
             "references": self.context.inputs["references"],
             "tokenizer": self.context.inputs["tokenizer"],
         }

@@ -1,13 +1,15 @@
-"""What a user may choose about retrieval: plain dataclasses, which are also the Hydra schema.
+"""What a user may choose about the bank and retrieval from it: plain dataclasses, which are also the Hydra schema.
 
 Invariants: nothing heavy is imported here (``--help`` reads this module), and every cross-field rule
-lives in `check_embedder` and `check_retrieval`.
+lives in `check_embedder`, `check_retrieval` and `check_bank`.
 
 Not here: the shape of a memory (model/config.py) and the schedule of generations (train/config.py).
 """
 
 from dataclasses import dataclass, field
 from enum import Enum
+
+from model.config import ModelConfig
 
 
 class EmbedderKind(Enum):
@@ -23,6 +25,25 @@ class QueryMode(Enum):
 
     own = "own"
     previous = "previous"
+
+
+class BankContext(Enum):
+    """What a reference sees of its document when it is encoded."""
+
+    reference = "reference"
+    document = "document"
+
+
+@dataclass(kw_only=True, slots=True)
+class BankConfig:
+    """How the bank's memories are made."""
+
+    context: BankContext = BankContext.reference
+    """reference: each by itself, as in the paper's runs; document: with its document's text before it in sight."""
+
+    def window_tokens(self, model: ModelConfig) -> int | None:
+        """Tokens of a document that are encoded at once: those of a row; None = each reference by itself."""
+        return model.row_tokens if self.context is BankContext.document else None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,3 +106,13 @@ def check_retrieval(config: RetrievalConfig, *, key: str = "retrieval") -> None:
     for name in ("overlap_training", "overlap_evaluation"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{key}.{name}={getattr(config, name)}: set it to a share between 0 and 1")
+
+
+def check_bank(config: BankConfig, model: ModelConfig, *, key: str = "bank") -> None:
+    """Raise ValueError, naming the key below `key`, when the settings cannot be used with a model."""
+    if config.context is BankContext.document and model.row_tokens < model.reference_tokens:
+        raise ValueError(
+            f"{key}.context=document reads documents in windows of model.row_tokens={model.row_tokens} tokens, which "
+            f"hold no reference of model.reference_tokens={model.reference_tokens}: set {key}.context=reference, or "
+            f"model.row_tokens to {model.reference_tokens} or more"
+        )

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from data.files import is_finished, open_manifest, publishing
 from data.references import References
 from memorybank.codec import Codec
-from memorybank.config import RetrievalConfig
+from memorybank.config import BankConfig, RetrievalConfig
 from memorybank.search import RowSearch
 from memorybank.store import Generation, GenerationSettings
 from memorybank.writer import compile_generation
@@ -80,6 +80,7 @@ class BankEpochs:
         inputs: Fingerprints of what neighbours and generations are made from.
         model: Its layout decides the meaning of a record.
         codec: Memories to records.
+        bank: In which context references are encoded.
         ranks: All processes compile.
     """
 
@@ -93,6 +94,7 @@ class BankEpochs:
         inputs: dict[str, str],
         model: ModelConfig,
         codec: Codec,
+        bank: BankConfig,
         ranks: Ranks,
     ) -> None:
         self._run = run
@@ -102,6 +104,7 @@ class BankEpochs:
         self._inputs = inputs
         self._model = model
         self._codec = codec
+        self._bank = bank
         self._ranks = ranks
 
     def bank_ids(self, history: History) -> Ids:
@@ -145,6 +148,8 @@ class BankEpochs:
             step=step,
             references=self._inputs["references"],
             tokenizer=self._inputs["tokenizer"],
+            context=self._bank.context.value,
+            window_tokens=self._bank.window_tokens(self._model),
         )
         compile_generation(
             engine.encode,
@@ -165,7 +170,8 @@ class BankEpochs:
         Raises:
             ValueError: It is missing, damaged, or another one.
         """
-        generation = Generation.open(self._run / "bank" / name, expect={"layout": self._model.layout()})
+        expected = {"layout": self._model.layout(), "context": self._bank.context.value}
+        generation = Generation.open(self._run / "bank" / name, expect=expected)
         if generation.fingerprint != fingerprint:
             raise ValueError(
                 f"{generation.folder} has the fingerprint {generation.fingerprint}, but the checkpoint names "

@@ -12,7 +12,7 @@ from data.documents import Split, Use
 from data.loader import read_rows
 from data.packing import RowPlan
 from memorybank.codec import DtypeCodec
-from memorybank.config import EmbedderConfig, EmbedderKind, RetrievalConfig
+from memorybank.config import BankConfig, EmbedderConfig, EmbedderKind, RetrievalConfig
 from memorybank.embedder import StaticEmbedder
 from memorybank.record import MemoryShape
 from memorybank.search import RowSearch
@@ -48,6 +48,7 @@ def epochs(run: Path, **changes: Any) -> BankEpochs:
         "inputs": INPUTS,
         "model": CONFIG,
         "codec": DtypeCodec(MemoryShape.of(CONFIG), torch.bfloat16),
+        "bank": BankConfig(),
         "ranks": Ranks(0, 1, torch.device("cpu")),
     }
     return BankEpochs(run, **(settings | changes))
