@@ -5,6 +5,7 @@ queries, and when a chunk is complete (model/generate.py).
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,14 @@ from memorybank.neighbours import find
 from model.memory import MemoryBatch
 
 Ids = NDArray[np.int64]
+Vectors = NDArray[np.float32]
+
+
+class Search(Protocol):
+    """What finds references for texts: a `Retriever`, or one that also knows a past (`past`)."""
+
+    def search(self, texts: Sequence[str]) -> Ids:
+        """Return the references found, (n, k), best first; -1 = none left."""
 
 
 class Retriever:
@@ -58,6 +67,17 @@ class Retriever:
             tokens: for each text, what references must not overlap (question and answer, say).
             exclude_documents: for each text, documents whose references are refused.
         """
+        return self.scored(texts, k=k, tokens=tokens, exclude_documents=exclude_documents)[1]
+
+    def scored(
+        self,
+        texts: Sequence[str],
+        *,
+        k: int | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
+        exclude_documents: Sequence[Ids] | None = None,
+    ) -> tuple[Vectors, Ids]:
+        """Return the scores, -inf where none is left, and what `search` returns."""
         none = [np.zeros(0, np.int64)] * len(texts)
         found = find(
             self._embedder.embed(texts)[:, None, :],
@@ -69,7 +89,7 @@ class Retriever:
             candidates=self._candidates,
             limit=self._limit,
         )
-        return found.ids_MCk[:, 0]
+        return found.scores_MCk[:, 0], found.ids_MCk[:, 0]
 
 
 class RetrievedMemory:
@@ -77,7 +97,7 @@ class RetrievedMemory:
 
     def __init__(
         self,
-        retriever: Retriever,
+        retriever: Search,
         tokenizer: Tokenizer,
         reader: BankReader,
         *,
