@@ -131,7 +131,7 @@ def evaluate(
     """
     config = opened.config
     reads_memory = config.continual is not None and config.continual.memory is not None
-    held_out = _held_out(opened, split)
+    held_out = held_out_readings(opened, split)
     text, facts = held_out.text_readings, held_out.probe_readings
     if not reads_memory:
         text = [reading for reading in text if reading.arm is Arm.none]
@@ -180,7 +180,8 @@ def evaluate(
     ]
 
 
-def _held_out(opened: OpenedRun, split: Split) -> HeldOut:
+def held_out_readings(opened: OpenedRun, split: Split) -> HeldOut:
+    """What every arm reads: found among all that the run's bank may hold, with the text and questions alone."""
     config, context = opened.config, opened.context
     references, retrieval = context.prepared.references, config.retrieval
     embedder = context.embedder()

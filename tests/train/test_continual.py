@@ -12,7 +12,7 @@ from data.documents import Split, Use
 from data.loader import read_rows
 from data.packing import RowPlan
 from memorybank.codec import DtypeCodec
-from memorybank.config import BankConfig, EmbedderConfig, EmbedderKind, RetrievalConfig
+from memorybank.config import BankConfig, BankContext, EmbedderConfig, EmbedderKind, RetrievalConfig
 from memorybank.embedder import StaticEmbedder
 from memorybank.record import MemoryShape
 from memorybank.search import RowSearch
@@ -194,7 +194,25 @@ def test_a_generation_says_what_it_was_compiled_from(compiled: tuple[Path, Gener
         "step": 4,
         "references": "r",
         "tokenizer": "t",
+        "context": "reference",
+        "window_tokens": None,
     }
+
+
+def test_documents_are_encoded_first_where_the_bank_says_so(tmp_path: Path) -> None:
+    wide = model_config(prefix_ids=list(PREPARED.tokenizer.prefix_ids), row_tokens=256)
+    documents = epochs(tmp_path, model=wide, bank=BankConfig(context=BankContext.document))
+    ids = documents.bank_ids(read(*SECTIONS[:2]))
+    generation = documents.compile(engine(), ids, name="generation-continual-0000", step=4)
+    assert (generation.settings.context, generation.settings.window_tokens) == ("document", 256)
+    plain = epochs(tmp_path).compile(engine(), ids, name="generation-continual-0001", step=4)
+    differs = (generation.read(ids) != plain.read(ids)).any(dim=1)
+    first = np.searchsorted(REFERENCES.document_of, REFERENCES.document_of[ids])
+    assert differs[torch.from_numpy(ids != first)].all()
+    with pytest.raises(ValueError, match="context is document, but reference is expected"):
+        epochs(tmp_path).reopen("generation-continual-0000", generation.fingerprint)
+    reopened = documents.reopen("generation-continual-0000", generation.fingerprint)
+    assert reopened.fingerprint == generation.fingerprint
 
 
 def test_the_generation_that_the_checkpoint_names_is_reopened(compiled: tuple[Path, Generation]) -> None:
