@@ -179,10 +179,25 @@ def tables(results: dict[str, list[ArmResult]]) -> list[tuple[str, list[Line]]]:
     return sections
 
 
+class Remembering:
+    """An embedder that embeds a text once."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self._embedder = embedder
+        self._vectors: dict[str, NDArray[np.float32]] = {}
+        self.name, self.size = embedder.name, embedder.size
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """One unit vector per text, (n, X)."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
+        self._vectors.update(zip(new, self._embedder.embed(new), strict=True))
+        return np.stack([self._vectors[text] for text in texts])
+
+
 def compare_pasts(opened: OpenedRun, split: Split) -> tuple[list[Line], str]:
     """The last rows of long documents, with nothing, with their pasts, and with other documents' pasts."""
     context, model = opened.context, opened.config.model
-    embedder, codec = context.embedder(), context.codec()
+    embedder, codec = Remembering(context.embedder()), context.codec()
     documents = long_documents(opened, split)
     pasts: dict[str, list[Past]] = {"document": [], "reference": []}
     for tokens in documents.values():

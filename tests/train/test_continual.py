@@ -200,17 +200,24 @@ def test_a_generation_says_what_it_was_compiled_from(compiled: tuple[Path, Gener
 
 
 def test_documents_are_encoded_first_where_the_bank_says_so(tmp_path: Path) -> None:
-    wide = model_config(prefix_ids=list(PREPARED.tokenizer.prefix_ids), row_tokens=256)
-    documents = epochs(tmp_path, model=wide, bank=BankConfig(context=BankContext.document))
+    prefix = list(PREPARED.tokenizer.prefix_ids)
+    wide = model_config(
+        prefix_ids=prefix, row_tokens=256, num_memory_layers=2
+    )  # the first layer sees no context
+    codec = DtypeCodec(MemoryShape.of(wide), torch.bfloat16)
+    writes = InferenceEngine(Memory3LM(wide).to(torch.bfloat16))
+    plain, documents = (
+        epochs(tmp_path, model=wide, codec=codec, bank=BankConfig(context=context)) for context in BankContext
+    )
     ids = documents.bank_ids(read(*SECTIONS[:2]))
-    generation = documents.compile(engine(), ids, name="generation-continual-0000", step=4)
+    generation = documents.compile(writes, ids, name="generation-continual-0000", step=4)
     assert (generation.settings.context, generation.settings.window_tokens) == ("document", 256)
-    plain = epochs(tmp_path).compile(engine(), ids, name="generation-continual-0001", step=4)
-    differs = (generation.read(ids) != plain.read(ids)).any(dim=1)
+    alone = plain.compile(writes, ids, name="generation-continual-0001", step=4)
+    differs = (generation.read(ids) != alone.read(ids)).any(dim=1)
     first = np.searchsorted(REFERENCES.document_of, REFERENCES.document_of[ids])
     assert differs[torch.from_numpy(ids != first)].all()
     with pytest.raises(ValueError, match="context is document, but reference is expected"):
-        epochs(tmp_path).reopen("generation-continual-0000", generation.fingerprint)
+        plain.reopen("generation-continual-0000", generation.fingerprint)
     reopened = documents.reopen("generation-continual-0000", generation.fingerprint)
     assert reopened.fingerprint == generation.fingerprint
 
