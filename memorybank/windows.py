@@ -2,8 +2,8 @@
 
 In context `document` a document is read in windows: its title line, as every reference begins with it, and
 behind it so many whole references as fit into `window_tokens`. Windows begin with a reference and advance by
-half their text, by more only where the next reference would not fit otherwise; a reference is taken from the
-first window that holds it whole, where most text stands before it:
+at most half their room, by more only where the next reference would not fit otherwise; a reference is taken
+from the first window that holds it whole, where most text stands before it:
 
     references     | 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 |        title t, room for four references
     window 0      t| 0   1   2   3 |                        gives 0 1 2 3
@@ -77,8 +77,8 @@ def cut_windows(lengths_N: Ids, room: int) -> list[Window]:
         end = int(np.searchsorted(ends_N, begins_N[begin] + room, side="right"))
         windows.append(Window(begin, taken, end))
         if end < len(lengths_N):
-            earliest = max(begins_N[begin] + room // 2, ends_N[end] - room)
-            begin = min(int(np.searchsorted(begins_N, earliest)), end)
+            half = int(np.searchsorted(begins_N, begins_N[begin] + room // 2, side="right")) - 1
+            begin = max(half, int(np.searchsorted(begins_N, ends_N[end] - room)))
         taken = end
     return windows
 
