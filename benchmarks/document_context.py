@@ -84,6 +84,9 @@ def main() -> int:
     arguments = parser.parse_args()
     build.quiet_third_parties()
     torch.set_num_threads(1)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     started = time.process_time()
     opened = open_run(arguments.run, arguments.root)
     opened.config.evaluation.text_rows = arguments.text_rows
@@ -93,9 +96,6 @@ def main() -> int:
     sections = [*tables(results), (described, long)]
     stage = opened.config.continual
     memory = None if stage is None else stage.memory
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     text = "\n".join(
         [
             f"# Encode first, then split: {split.value} half",
