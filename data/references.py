@@ -106,11 +106,22 @@ class References:
             rows, titles_N.tolist(), lengths_N.tolist(), tokens_NR, strict=True
         ):
             document = int(row["document"])
-            if title:
-                out[: title - 1] = self.shards.tokens(document, 1, title)
-                out[title - 1] = self._newline_id
+            out[:title] = self._title_tokens(document, title)
             out[title:length] = self.shards.tokens(document, int(row["begin"]), int(row["end"]))
         return tokens_NR, lengths_N.astype(np.int64), titles_N
+
+    def sizes(self, ids: Sequence[int] | Numbers) -> tuple[Numbers, Numbers]:
+        """The tokens of references: of their title lines, and of the text behind them; both (N,)."""
+        rows = self._table[np.asarray(ids, dtype=np.int64)]
+        return rows["title"].astype(np.int64), (rows["end"] - rows["begin"]).astype(np.int64)
+
+    def passage(self, first: int, last: int) -> Numbers:
+        """The tokens of a document's references `first` to `last` as one text behind one title line."""
+        begin, end = self._table[first], self._table[last]
+        document = int(begin["document"])
+        title = self._title_tokens(document, int(begin["title"]))
+        text = self.shards.tokens(document, int(begin["begin"]), int(end["end"]))
+        return np.concatenate([title, text.astype(np.int64)])
 
     def content_tokens(self, reference: int) -> list[int]:
         """The tokens without the title line: what the overlap filter compares."""
@@ -138,6 +149,13 @@ class References:
             document.source,
             document.licence,
         )
+
+    def _title_tokens(self, document: int, length: int) -> Numbers:
+        """A title line of that many tokens, which ends with a newline though the title be cut."""
+        if not length:
+            return np.empty(0, np.int64)
+        title = self.shards.tokens(document, 1, length).astype(np.int64)
+        return np.append(title, self._newline_id)
 
 
 class Cutter:

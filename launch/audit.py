@@ -18,7 +18,7 @@ from data.documents import Split
 from data.files import write_json_atomic
 from launch import build
 from launch.opened import OpenedRun, open_run
-from memorybank.bank import BankReader, ColdStart
+from memorybank.bank import BankReader
 from memorybank.config import QueryMode
 from memorybank.pool import fresh_slots, window_slots
 from train.arms import Pattern
@@ -181,14 +181,14 @@ def audit_filters(opened: OpenedRun, rows: RowSet, query: QueryMode) -> list[Fil
         else window_slots(each.ids_MCk[:, :, 0], query, window=retrieval.window)
         for each in found
     ]
-    codec = context.codec()
+    records, codec = opened.records(None)
     audits = audit(
         opened.engine,
         rows.text,
         read,
         Setting(
             label="M",
-            reader=BankReader(ColdStart(None, opened.engine.encode, references, codec), codec),
+            reader=BankReader(records, codec),
             batch_rows=config.evaluation.batch_rows,
         ),
         content_tokens=references.content_tokens,

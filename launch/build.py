@@ -156,6 +156,7 @@ class Context:
                 model=config.model,
                 codec=config.codec,
                 dtype=self.dtype,
+                bank=config.bank,
                 ranks=ranks,
             )
         return Parts(

@@ -120,7 +120,14 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
             "--top-p", type=float, default=1.0, help="nucleus of the sampling (default: %(default)s)"
         )
         sub.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
-        sub.add_argument("--no-memory", action="store_true", help="read no memory")
+        sub.add_argument("--no-memory", action="store_true", help="read nothing of the bank")
+        sub.add_argument(
+            "--past",
+            choices=["refuse", "memory"],
+            default="refuse",
+            help="what to do with the past of a prompt longer than the model's row: refuse it, or read it as memories "
+            "(default: %(default)s)",
+        )
     if name == "report":
         sub.add_argument(
             "runs", nargs="+", metavar="RUN", help="runs with an evaluation; M=C pairs a run with its control"

@@ -10,13 +10,22 @@ from enum import Enum
 
 from data.config import DataConfig
 from data.config import check as check_data
-from memorybank.config import CodecConfig, RetrievalConfig, check_codec, check_retrieval
+from memorybank.config import (
+    BankConfig,
+    BankContext,
+    CodecConfig,
+    RetrievalConfig,
+    check_bank,
+    check_codec,
+    check_retrieval,
+)
 from memorybank.record import MemoryShape
 from model.config import ModelConfig
 from train.config import (
     EngineConfig,
     EvaluationConfig,
     LoggingConfig,
+    MemorySource,
     OptimConfig,
     SavingConfig,
     StageConfig,
@@ -60,6 +69,8 @@ class RunConfig:
     """Embedder, candidates and filters."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     """How memories become bytes."""
+    bank: BankConfig = field(default_factory=BankConfig)
+    """How memories are made."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """AdamW."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -86,6 +97,7 @@ def check(config: RunConfig) -> None:
     check_data(config.data)
     check_retrieval(config.retrieval)
     check_codec(config.codec, MemoryShape.of(config.model).head_size)
+    check_bank(config.bank, config.model)
     _check_engine(config.engine)
     _check_optim(config.optim)
     _at_least(1, "saving", config.saving, "every_steps", "keep_last")
@@ -174,6 +186,11 @@ def _check_stage(name: str, stage: StageConfig, config: RunConfig) -> None:
             raise ValueError(
                 f"{name}.memory is set, but model.num_memory_layers=0; give the model memory layers, or set "
                 f"{name}.memory=null"
+            )
+        if config.bank.context is BankContext.document and stage.memory.source is not MemorySource.bank:
+            raise ValueError(
+                f"{name}.memory.source={stage.memory.source.name} encodes references by themselves inside the "
+                f"step, but bank.context=document; set bank.context=reference, or {name}.memory.source=bank"
             )
         if not 0 <= stage.memory.online_share <= 1:
             raise ValueError(

@@ -55,11 +55,11 @@ def save_results(
 
     Arguments are those of `evaluate`.
     """
-    path = results_path(opened.folder, split.value)
+    path, config = results_path(opened.folder, split.value), opened.config
     identity = {
         "weights": opened.engine.weights_hash(),
         "bank": bank,
-        "settings": fingerprint([asdict(opened.config.evaluation), str(opened.config.retrieval)]),
+        "settings": fingerprint([asdict(config.evaluation), str(config.retrieval), str(config.bank)]),
         "inputs": opened.context.inputs,
     }
     if path.exists():
@@ -131,7 +131,7 @@ def evaluate(
     """
     config = opened.config
     reads_memory = config.continual is not None and config.continual.memory is not None
-    held_out = held_out_of(opened, split)
+    held_out = held_out_readings(opened, split)
     text, facts = held_out.text_readings, held_out.probe_readings
     if not reads_memory:
         text = [reading for reading in text if reading.arm is Arm.none]
@@ -178,8 +178,8 @@ def evaluate(
     ]
 
 
-def held_out_of(opened: OpenedRun, split: Split) -> HeldOut:
-    """Held-out text and probes of a split, and the references that each arm reads."""
+def held_out_readings(opened: OpenedRun, split: Split) -> HeldOut:
+    """What every arm reads: found among all that the run's bank may hold, with the text and questions alone."""
     config, context = opened.config, opened.context
     references, retrieval = context.prepared.references, config.retrieval
     embedder = context.embedder()

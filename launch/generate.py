@@ -1,5 +1,7 @@
 """`memory3 generate`: complete a prompt without memory and with it, and show the references that were read.
 
+Of a prompt that is longer than the model's row, the row holds the end; the past, what lies before, may become
+memories (`--past memory`).
 Not here: decoding (`model.generate`), retrieval (`memorybank.retriever`).
 """
 
@@ -10,6 +12,8 @@ from dataclasses import dataclass
 from data.references import Citation
 from launch import build
 from launch.opened import OpenedRun, open_run
+from memorybank.bank import BankReader, Records
+from memorybank.past import Past, PastReferences, WithPast, compile_past
 from memorybank.retriever import RetrievedMemory, Retriever
 from memorybank.store import Generation
 from model.generate import generate
@@ -58,12 +62,24 @@ def run(arguments: argparse.Namespace) -> int:
         generation = opened.generation(arguments.bank, stale=arguments.stale == "allow")
         age = opened.step - generation.settings.step
         print(f"memories of {arguments.bank}, compiled {age} steps before these weights\n")
-    memory = memory_of(opened, generation)
-    for label, source in (("without memory", None), ("with memory", memory)):
-        if source is None or not arguments.no_memory:
-            (completion,) = complete(opened, [arguments.prompt], sampling, source)
-            print(f"--- {label}\n{arguments.prompt}{completion.text}\n")
-            print_references(completion)
+    row, room = _row(opened, arguments.prompt), _room(opened, sampling)
+    past = None
+    if arguments.past == "memory" and 1 <= room < len(row) - 1:
+        row, before = row[-room:], row[1:-room]
+        past = past_of(opened, before, generation)
+        print(
+            f"the last {len(row)} tokens of the prompt are the row; the {len(before)} before them became "
+            f"{len(past.references)} memories\n"
+        )
+    sources: list[tuple[str, RetrievedMemory | None]] = [("without memory", None)]
+    if not arguments.no_memory:
+        sources.append(("with memory", memory_of(opened, generation, past=past)))
+    elif past is not None:
+        sources.append(("with its past alone", memory_of(opened, past=past, bank=False)))
+    for label, source in sources:
+        (completion,) = _complete(opened, [row], sampling, source, past)
+        print(f"--- {label}\n{arguments.prompt}{completion.text}\n")
+        print_references(completion)
     return 0
 
 
@@ -81,23 +97,61 @@ def check(sampling: Sampling) -> None:
         raise ValueError(f"--top-p {sampling.top_p} is not within 0 and 1; set 1 for no cut")
 
 
-def memory_of(opened: OpenedRun, generation: Generation | None = None) -> RetrievedMemory:
-    """Retrieval over all that the run's bank may hold.
+def memory_of(
+    opened: OpenedRun, generation: Generation | None = None, *, past: Past | None = None, bank: bool = True
+) -> RetrievedMemory:
+    """Retrieval over all that the run's bank may hold, and over a prompt's past.
 
     References are read from a generation that holds them, and encoded when first retrieved otherwise.
+
+    Args:
+        opened: The run.
+        generation: What was compiled before.
+        past: The prompt's past (`past_of`).
+        bank: Whether the bank is read.
     """
     context, config = opened.context, opened.config
     embedder = context.embedder()
-    retriever = Retriever(
-        embedder,
-        context.search(embedder).index(opened.bank_ids),
-        context.prepared.references,
-        k=config.retrieval.fresh,
-        candidates=config.retrieval.candidates,
-        limit=config.retrieval.overlap_evaluation,  # for callers that give tokens to compare with
-    )
+    references = context.prepared.references
+    records, codec = opened.records(generation)
+    search: Retriever | WithPast
+    source: Records = records
+    both = None
+    if bank or past is None:
+        search = Retriever(
+            embedder,
+            context.search(embedder).index(opened.bank_ids),
+            references,
+            k=config.retrieval.fresh,
+            candidates=config.retrieval.candidates,
+            limit=config.retrieval.overlap_evaluation,  # for callers that give tokens to compare with
+        )
+        both = search, records
+    if past is not None:
+        search = source = WithPast(
+            past, embedder, k=config.retrieval.fresh, first_id=len(references), bank=both
+        )
     return RetrievedMemory(
-        retriever, context.prepared.tokenizer, opened.reader(generation), device=opened.engine.device
+        search, context.prepared.tokenizer, BankReader(source, codec), device=opened.engine.device
+    )
+
+
+def past_of(opened: OpenedRun, tokens: Sequence[int], generation: Generation | None = None) -> Past:
+    """Compile the past of a prompt, in windows of the model's row whatever the bank's context.
+
+    Args:
+        opened: The run.
+        tokens: The past.
+        generation: What is read beside it; its codec serves the past too.
+    """
+    context, model = opened.context, opened.config.model
+    references = PastReferences(tokens, context.prepared.tokenizer, reference_tokens=model.reference_tokens)
+    return compile_past(
+        references,
+        opened.engine.encode,
+        opened.codec() if generation is None else opened.codec_of(generation),
+        context.embedder(),
+        window_tokens=max(model.row_tokens, model.reference_tokens),
     )
 
 
@@ -109,13 +163,22 @@ def complete(
     Raises:
         ValueError: A prompt and its completion do not fit the model's row.
     """
-    tokenizer, references = opened.context.prepared.tokenizer, opened.context.prepared.references
-    rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    longest, limit = max(map(len, rows)) + sampling.max_new_tokens, opened.config.model.row_tokens
-    if longest > limit:
+    return _complete(opened, [_row(opened, prompt) for prompt in prompts], sampling, memory, None)
+
+
+def _complete(
+    opened: OpenedRun,
+    rows: Sequence[list[int]],
+    sampling: Sampling,
+    memory: RetrievedMemory | None,
+    past: Past | None,
+) -> list[Completion]:
+    longest, room = max(map(len, rows)), _room(opened, sampling)
+    if longest > room or room < 1:
+        limit = opened.config.model.row_tokens
         raise ValueError(
-            f"prompt and completion are {longest} tokens, the model was trained on rows of {limit}; shorten the "
-            "prompt, or set --max-new-tokens lower"
+            f"prompt and completion are {longest + sampling.max_new_tokens} tokens, the model was trained on rows of "
+            f"{limit}; shorten the prompt, or set --max-new-tokens lower, or --past memory"
         )
     completions = generate(
         opened.engine.model,
@@ -126,15 +189,33 @@ def complete(
         top_p=sampling.top_p,
         seed=sampling.seed,
     )
+    references = opened.context.prepared.references
+
+    def describe(number: int) -> Citation:
+        if past is not None and number >= len(references):
+            return past.references.describe(number - len(references))
+        return references.describe(number)
+
     read = {} if memory is None else memory.references_read
     return [
         Completion(
-            tokenizer.decode(tokens),
+            opened.context.prepared.tokenizer.decode(tokens),
             [*rows[row], *tokens],
-            [[references.describe(number) for number in ids] for ids in read.get(row, [])],
+            [[describe(number) for number in ids] for ids in read.get(row, [])],
         )
         for row, tokens in enumerate(completions)
     ]
+
+
+def _row(opened: OpenedRun, prompt: str) -> list[int]:
+    """The tokens of a prompt as the beginning of a document."""
+    tokenizer = opened.context.prepared.tokenizer
+    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+
+
+def _room(opened: OpenedRun, sampling: Sampling) -> int:
+    """Tokens of a prompt that fit the model's row beside the completion."""
+    return opened.config.model.row_tokens - sampling.max_new_tokens
 
 
 def print_references(completion: Completion) -> None:

@@ -21,7 +21,7 @@ from launch.generate import Sampling, check, complete, memory_of
 from launch.opened import OpenedRun, open_run
 from launch.page import Setting
 from memorybank.config import QueryMode
-from memorybank.retriever import RetrievedMemory
+from memorybank.retriever import RetrievedMemory, Retriever
 from memorybank.store import Generation
 from model.transformer import Memory3LM
 from train.engine import InferenceEngine
@@ -108,6 +108,7 @@ def _inspect(
     prompt_tokens: int | None = None,
 ) -> tuple[Inspection, Setting]:
     context, tokenizer = opened.context, opened.context.prepared.tokenizer
+    assert isinstance(memory.retriever, Retriever)  # no past is read here
     found = memory.retriever.neighbours(
         [tokenizer.decode(query.tokens) for query in queries],
         tokens=[row] * len(queries) if filtered else None,

@@ -15,7 +15,7 @@ from launch import build
 from launch.compose import load_config
 from launch.config import RunConfig
 from memorybank import codecs
-from memorybank.bank import BankReader, ColdStart
+from memorybank.bank import ColdStart
 from memorybank.codec import Codec
 from memorybank.config import CodecConfig, check_codec
 from memorybank.record import MemoryShape
@@ -69,6 +69,11 @@ class OpenedRun:
         return MemoryShape.of(self.config.model)
 
     @property
+    def window_tokens(self) -> int | None:
+        """Tokens of a document that are encoded at once; None = each reference by itself."""
+        return self.config.bank.window_tokens(self.config.model)
+
+    @property
     def settings(self) -> GenerationSettings:
         """What a generation of these weights is made from."""
         return GenerationSettings(
@@ -78,6 +83,8 @@ class OpenedRun:
             step=self.step,
             references=self.context.inputs["references"],
             tokenizer=self.context.inputs["tokenizer"],
+            context=self.config.bank.context.value,
+            window_tokens=self.window_tokens,
         )
 
     def codec(self, config: CodecConfig | None = None) -> Codec:
@@ -124,11 +131,14 @@ class OpenedRun:
         """The codec that a generation of this run was written with."""
         return codecs.named(generation.codec, self.shape, self.bank)
 
-    def reader(self, generation: Generation | None) -> BankReader:
-        """Memories of a generation where it has them; others are encoded when first read (cold start)."""
+    def records(self, generation: Generation | None) -> tuple[ColdStart, Codec]:
+        """Records of a generation where it has them, others encoded when first read (cold start), and their codec."""
         codec = self.codec() if generation is None else self.codec_of(generation)
         references = self.context.prepared.references
-        return BankReader(ColdStart(generation, self.engine.encode, references, codec), codec)
+        records = ColdStart(
+            generation, self.engine.encode, references, codec, window_tokens=self.window_tokens
+        )
+        return records, codec
 
     def generation(self, name: str, *, stale: bool) -> Generation:
         """A generation of this run by name.
@@ -138,10 +148,12 @@ class OpenedRun:
             stale: Whether one of other weights is accepted.
 
         Raises:
-            ValueError: It is missing, of another corpus or layout, or stale and not allowed to be.
+            ValueError: It is missing, of another corpus, layout or context, or stale and not allowed to be.
         """
         expected = {
             "layout": self.config.model.layout(),
+            "context": self.config.bank.context.value,
+            "window_tokens": self.window_tokens,
             "references": self.context.inputs["references"],
             "tokenizer": self.context.inputs["tokenizer"],
         }

@@ -83,13 +83,15 @@ class ColdStart:
         codec: Codec,
         *,
         batch: int = 8,
+        window_tokens: int | None = None,
     ) -> None:
-        """Read `generation` first (None: nothing was compiled), and encode what it lacks."""
+        """Read `generation` first (None: nothing was compiled), and encode what it lacks in the same context."""
         self._generation = generation
         self._encode = encode
         self._references = references
         self._codec = codec
         self._batch = batch
+        self._window_tokens = window_tokens
         self._kept: dict[int, Tensor] = {}
 
     def read(self, ids_N: Ids) -> Tensor:
@@ -98,9 +100,16 @@ class ColdStart:
         records = torch.empty((len(ids_N), self._codec.record_bytes), dtype=torch.uint8)
         if self._generation is not None:
             records[torch.from_numpy(warm)] = self._generation.read(ids_N[warm])
-        cold = np.array([id for id in ids_N[~warm].tolist() if id not in self._kept], np.int64)
+        cold = np.array([id for id in np.unique(ids_N[~warm]).tolist() if id not in self._kept], np.int64)
         if len(cold):
-            made = encode_records(self._encode, self._references, cold, self._codec, batch=self._batch)
+            made = encode_records(
+                self._encode,
+                self._references,
+                cold,
+                self._codec,
+                batch=self._batch,
+                window_tokens=self._window_tokens,
+            )
             self._kept.update(zip(cold.tolist(), made, strict=True))
         for row in np.flatnonzero(~warm).tolist():
             records[row] = self._kept[int(ids_N[row])]

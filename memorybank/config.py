@@ -1,7 +1,7 @@
 """What a user may choose about retrieval and the bank's bytes: plain dataclasses, which are also the Hydra schema.
 
 Invariants: nothing heavy is imported here (``--help`` reads this module), and every cross-field rule
-lives in `check_embedder`, `check_index`, `check_retrieval` and `check_codec`.
+lives in `check_embedder`, `check_index`, `check_retrieval`, `check_codec` and `check_bank`.
 
 Not here: the shape of a memory (model/config.py) and the schedule of generations (train/config.py).
 """
@@ -9,6 +9,8 @@ Not here: the shape of a memory (model/config.py) and the schedule of generation
 import logging
 from dataclasses import dataclass, field
 from enum import Enum
+
+from model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,25 @@ class CodecConfig:
     """model, float16, float8, int8, int4, pq16x8, residual2x8_pq8x8, or residual2x14_pq8x10 (the paper)."""
     separate: bool = False
     """Whether keys and values have a quantiser each, instead of one for both (the paper, it seems)."""
+
+
+class BankContext(Enum):
+    """What a reference sees of its document when it is encoded."""
+
+    reference = "reference"
+    document = "document"
+
+
+@dataclass(kw_only=True, slots=True)
+class BankConfig:
+    """How the bank's memories are made."""
+
+    context: BankContext = BankContext.reference
+    """reference: each by itself, as in the paper's runs; document: with its document's text before it in sight."""
+
+    def window_tokens(self, model: ModelConfig) -> int | None:
+        """Tokens of a document that are encoded at once: those of a row; None = each reference by itself."""
+        return model.row_tokens if self.context is BankContext.document else None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -185,4 +206,14 @@ def check_codec(config: CodecConfig, head_size: int, *, key: str = "codec") -> N
         raise ValueError(
             f"{key}.kind={config.kind.name} cuts vectors into {parts} parts, and model.head_size={head_size} is "
             f"no multiple of {parts}: set {key}.kind=int8 or int4"
+        )
+
+
+def check_bank(config: BankConfig, model: ModelConfig, *, key: str = "bank") -> None:
+    """Raise ValueError, naming the key below `key`, when the settings cannot be used with a model."""
+    if config.context is BankContext.document and model.row_tokens < model.reference_tokens:
+        raise ValueError(
+            f"{key}.context=document reads documents in windows of model.row_tokens={model.row_tokens} tokens, which "
+            f"hold no reference of model.reference_tokens={model.reference_tokens}: set {key}.context=reference, or "
+            f"model.row_tokens to {model.reference_tokens} or more"
         )

@@ -18,7 +18,7 @@ from functools import partial
 from math import log2, sqrt
 
 from memorybank.config import STAGES
-from memorybank.record import MemoryShape, record_bytes
+from memorybank.record import MemoryShape
 from model.config import ModelConfig
 from model.flops import knowledge_cost, text_token_flops
 
@@ -72,7 +72,7 @@ def memory_bytes(config: ModelConfig, codec: str = "bfloat16") -> int:
 
 def position_bytes(config: ModelConfig) -> int:
     """Return the bytes by which our records name a memory's kept tokens, which the paper does not count."""
-    return record_bytes(config, bytes_per_number=0)
+    return MemoryShape.of(config).record_bytes(0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ queries, and when a chunk is complete (model/generate.py).
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,13 @@ from memorybank.neighbours import Neighbours, find
 from model.memory import MemoryBatch
 
 Ids = NDArray[np.int64]
+
+
+class Search(Protocol):
+    """What finds references for texts: a `Retriever`, or one that also knows a past (`past`)."""
+
+    def search(self, texts: Sequence[str]) -> Ids:
+        """Return the references found, (n, k), best first; -1 = none left."""
 
 
 class Retriever:
@@ -88,7 +96,7 @@ class RetrievedMemory:
 
     def __init__(
         self,
-        retriever: Retriever,
+        retriever: Search,
         tokenizer: Tokenizer,
         reader: BankReader,
         *,

@@ -1,8 +1,9 @@
 """Records on disk: a generation is the bank as compiled by one set of weights.
 
     <bank>/generation-<name>/
-      manifest.json        settings: layout, lineage, step, codec, record_bytes, num_records, ids (hash),
-                             records_per_shard, batch; inputs (hashes): weights, references, tokenizer
+      manifest.json        settings: layout, context, window_tokens, lineage, step, codec, record_bytes,
+                             num_records, ids (hash), records_per_shard, batch;
+                             inputs (hashes): weights, references, tokenizer
       ids.npy              int64, ascending: the reference numbers that have a record, in the records' order
       records-NNNNN.bin    `records_per_shard` records each (fewer in the last), nothing between them
 
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.files import Manifest, open_manifest
+from memorybank.config import BankContext
 
 KIND, VERSION = "generation", 2
 IDS = "ids.npy"
@@ -54,6 +56,10 @@ class GenerationSettings:
     """Fingerprint of the references."""
     tokenizer: str
     """Fingerprint of the tokenizer."""
+    context: str = BankContext.reference.value
+    """What a reference saw when it was encoded, a `BankContext`; manifests without it are of `reference`."""
+    window_tokens: int | None = None
+    """Tokens of a window in context `document`."""
 
 
 class Generation:
@@ -69,6 +75,8 @@ class Generation:
             layout=manifest.settings["layout"],
             lineage=manifest.settings["lineage"],
             step=manifest.settings["step"],
+            context=manifest.settings.get("context", BankContext.reference.value),
+            window_tokens=manifest.settings.get("window_tokens"),
             **manifest.inputs,
         )
         self.ids: Ids = np.load(io.BytesIO(manifest.mapped(IDS).read_all().tobytes()), allow_pickle=False)
@@ -89,14 +97,14 @@ class Generation:
 
         Args:
             folder: `<bank>/generation-<name>`.
-            expect: values that settings must have: any of layout, codec, weights, lineage, step, references,
-                tokenizer.
+            expect: values that settings must have: any of layout, context, window_tokens, codec, weights,
+                lineage, step, references, tokenizer.
 
         Raises:
             ValueError: no such generation, damaged, or another one than expected.
         """
         manifest = open_manifest(folder, kind=KIND, version=VERSION)
-        found = {**manifest.settings, **manifest.inputs}
+        found = {"context": BankContext.reference.value, **manifest.settings, **manifest.inputs}
         for key, is_value, expected in _differences(found, expect or {}):
             raise ValueError(
                 f"generation {folder}: {key} is {is_value}, but {expected} is expected; "

@@ -1,11 +1,13 @@
 """References through the model into a generation, on all ranks.
 
 Invariants: the bytes of a generation depend on the weights and the references alone, not on the number of
-ranks or on interruptions: shards, and the batches within a shard, are cut at fixed places, and every batch is
-full (the last one repeats its references); every rank encodes equally many batches, so that `encode` may be
-a collective (ZeRO-3); a shard appears whole or not at all, and one that has appeared is not made again.
+ranks or on interruptions: shards, and the batches within a shard, are cut at fixed places (a document that
+lies in two shards is encoded for each), and every batch is full (the last one repeats some of its shard);
+every rank encodes equally many batches, so that `encode` may be a collective (ZeRO-3); a shard appears whole
+or not at all, and one that has appeared is not made again.
 
-Not here: reading (store.py) and which references an epoch needs (train/continual.py).
+Not here: reading (store.py), what the model is given at once (windows.py), and which references an epoch
+needs (train/continual.py).
 """
 
 import hashlib
@@ -24,11 +26,12 @@ from data.files import is_finished, partial, publishing, write_atomic
 from data.references import References
 from memorybank.codec import Codec
 from memorybank.store import IDS, KIND, VERSION, GenerationSettings, records_file
+from memorybank.windows import Passages, cut_batches
 from model.memory import ExplicitMemory
 
 Ids = NDArray[np.int64]
-Encode = Callable[[Tensor, Tensor, Tensor], ExplicitMemory]
-"""`Memory3LM.encode` or its like: (tokens_NR, lengths_N, titles_N) on the CPU to memories on any device."""
+Encode = Callable[..., ExplicitMemory]
+"""`Memory3LM.encode` or its like: its arguments (`windows.EncodeBatch`) on the CPU to memories on any device."""
 
 
 def compile_generation(
@@ -97,10 +100,19 @@ def compile_generation(
             progress(len(ids_N) - sum(len(shards[shard]) for shard in missing))
         for first in range(0, len(missing), world_size):
             dealt = missing[first : first + world_size]
-            num_batches = max(-(-len(shards[shard]) // batch) for shard in dealt)
+            num_batches = max(
+                len(cut_batches(references, shards[shard], batch=batch, window_tokens=settings.window_tokens))
+                for shard in dealt
+            )
             shard = dealt[rank % len(dealt)]  # without a shard of its own, a rank encodes along for nothing
             records = encode_records(
-                encode, references, shards[shard], codec, batch=batch, num_batches=num_batches
+                encode,
+                references,
+                shards[shard],
+                codec,
+                batch=batch,
+                num_batches=num_batches,
+                window_tokens=settings.window_tokens,
             )
             if rank < len(dealt):
                 write_atomic(work / records_file(shard), records.numpy().tobytes())
@@ -113,25 +125,27 @@ def compile_generation(
 @torch.no_grad()
 def encode_records(
     encode: Encode,
-    references: References,
+    references: Passages,
     ids_N: Ids,
     codec: Codec,
     *,
     batch: int,
     num_batches: int | None = None,
+    window_tokens: int | None = None,
 ) -> Tensor:
     """Return the records of references, uint8 (N, record_bytes) on the CPU.
 
-    Batches are filled up by repeating the references, and `num_batches` asks for more of them than these
-    references need; what is superfluous is dropped.
+    `ids_N` are distinct and ascending. `num_batches` asks for more batches than they need (`windows`): what is
+    superfluous is encoded again, and dropped. `window_tokens` is that of `GenerationSettings`.
     """
-    padded = np.resize(ids_N, batch * max(num_batches or 1, -(-len(ids_N) // batch)))
-    records = []
-    for begin in range(0, len(padded), batch):
-        tokens_NR, lengths_N, titles_N = references.tokens(padded[begin : begin + batch])
-        memory = encode(torch.from_numpy(tokens_NR), torch.from_numpy(lengths_N), torch.from_numpy(titles_N))
-        records.append(codec.encode(memory).cpu())
-    return torch.cat(records)[: len(ids_N)]
+    batches = cut_batches(references, ids_N, batch=batch, window_tokens=window_tokens)
+    records = torch.empty((len(ids_N), codec.record_bytes), dtype=torch.uint8)
+    for number in range(max(num_batches or 1, len(batches))):
+        part = batches[number % len(batches)]
+        made = codec.encode(encode(*part.arguments()))
+        if number < len(batches):
+            records[torch.from_numpy(part.positions_N)] = made[: len(part.positions_N)].cpu()
+    return records
 
 
 def _write_ids(path: Path, ids_N: Ids) -> None:

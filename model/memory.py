@@ -72,6 +72,33 @@ class ReferenceBatch:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """Where references stand in rows that each hold a title line and, behind it, several of its references.
+
+    What a reference then leaves behind was computed with the text before it in the row in sight.
+    """
+
+    row_N: Tensor
+    """Row of each reference, int64."""
+    begin_N: Tensor
+    """Where its own text, its title line not counted, begins in the row, int64."""
+
+    def to(self, device: torch.device | str) -> "Places":
+        """Return the same places on another device."""
+        return Places(self.row_N.to(device, non_blocking=True), self.begin_N.to(device, non_blocking=True))
+
+    def tokens(self, titles_N: Tensor, *, row_tokens: int, reference_tokens: int) -> Tensor:
+        """Return where each token of each reference stands in the flattened rows, (N, R).
+
+        The title line, which opens the row, comes first; beyond a reference's length the places mean nothing.
+        """
+        place_R = torch.arange(reference_tokens, device=titles_N.device)
+        title_N1 = titles_N.unsqueeze(1)
+        at_NR = torch.where(place_R < title_N1, place_R, self.begin_N.unsqueeze(1) + place_R - title_N1)
+        return self.row_N.unsqueeze(1) * row_tokens + at_NR.clamp(max=row_tokens - 1)
+
+
 @torch.no_grad()
 def select_tokens(
     q_NRHE: Tensor,

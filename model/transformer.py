@@ -27,7 +27,7 @@ from model.config import ModelConfig
 from model.init import initialise
 from model.layers import FeedForward, RMSNorm
 from model.loss import LossSum, chunked_next_token_loss, token_losses
-from model.memory import ExplicitMemory, MemoryBatch, ReferenceBatch, select_tokens
+from model.memory import ExplicitMemory, MemoryBatch, Places, ReferenceBatch, select_tokens
 from model.rope import Rotation, rotate, rotation
 
 
@@ -62,8 +62,9 @@ class Block(nn.Module):
 
     def write(
         self,
-        hidden_NRD: Tensor,
+        hidden_BTD: Tensor,
         turn: Rotation,
+        token_NR: Tensor | None,
         lengths_N: Tensor,
         titles_N: Tensor | None,
         *,
@@ -71,20 +72,37 @@ class Block(nn.Module):
         prefix: PrefixKeys | None,
         last: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the references' next hidden states (unchanged if `last`) and k, v, index of their memory."""
-        q, k, v = self.project(hidden_NRD)
+        """Return the rows' next hidden states (unchanged if `last`) and k, v, index of the references' memory.
+
+        Tokens attend from their places in the row; a key that is kept is turned once, to its place in the
+        reference.
+
+        Args:
+            hidden_BTD: Hidden states of rows: a reference each, or several.
+            turn: Of the row's positions, which begin with those of a reference.
+            token_NR: Where the references' tokens stand in the flattened rows; None = a row is a reference.
+            lengths_N: Tokens of each reference.
+            titles_N: Leading tokens of a reference that may not be kept; None = all may.
+            attention: Computes the attention.
+            prefix: Read by all tokens.
+            last: Whether no layer follows that writes memories.
+        """
+        q, k, v = self.project(hidden_BTD)
         index_NGS = select_tokens(
-            q,
-            k,
+            q if token_NR is None else q.flatten(0, 1)[token_NR],
+            k if token_NR is None else k.flatten(0, 1)[token_NR],
             lengths_N,
             tokens_kept=self.config.tokens_kept,
             selection=self.config.selection,
             titles_N=titles_N,
         )
-        k = rotate(k, turn)
         if not last:
-            hidden_NRD = self.finish(hidden_NRD, attention(rotate(q, turn), k, v, prefix=prefix))
-        return hidden_NRD, _kept(k, index_NGS), _kept(v, index_NGS), index_NGS
+            attended = attention(rotate(q, turn), rotate(k, turn), v, prefix=prefix)
+            hidden_BTD = self.finish(hidden_BTD, attended)
+        place_NGS = index_NGS.clamp(min=0)
+        to_place = Rotation(turn.cos.squeeze(-2)[place_NGS], turn.sin.squeeze(-2)[place_NGS])
+        kept_k, kept_v = (_kept(x, token_NR, place_NGS) for x in (k, v))
+        return hidden_BTD, rotate(kept_k, to_place), kept_v, index_NGS
 
     def project(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, (B, T, heads, E), not rotated."""
@@ -155,17 +173,31 @@ class Memory3LM(nn.Module):
         hidden_BTD = self._rows(tokens_BT, memory, documents_BT, self.attention)
         return self.head(self.norm(hidden_BTD), targets_BT, per_token)  # type: ignore[no-any-return]
 
-    def encode(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor | None = None) -> ExplicitMemory:
+    def encode(
+        self,
+        tokens_NR: Tensor,
+        lengths_N: Tensor,
+        titles_N: Tensor | None = None,
+        places: Places | None = None,
+    ) -> ExplicitMemory:
         """Return the memories of references, each read alone after the prefix (paper section 3.1).
+
+        With `places`, documents are encoded first and then split (paper section 8): rows hold a title line and
+        several of its references, all of which are read with what stands before them in sight; each keeps
+        tokens of its own and of the title line, at their places in the reference. A row of one reference
+        gives the same as that reference alone.
 
         Runs the memory layers only, and of the last one no more than its queries, keys and values.
 
         Args:
-            tokens_NR: Token ids, R <= reference_tokens; padding beyond a length is inert.
+            tokens_NR: Token ids, R <= reference_tokens; padding beyond a length is inert. With `places`,
+                rows of any length.
             lengths_N: Tokens of each reference; of one shorter than tokens_kept fewer are kept.
-            titles_N: Tokens of each title line, needed when `select_title` is off.
+            titles_N: Tokens of each title line, needed when `select_title` is off, and with `places`.
+            places: Where the references stand in the rows; None = a row is a reference.
         """
-        return self._encode(tokens_NR, lengths_N, titles_N, self.encode_prefix(self.config.num_memory_layers))
+        prefix = self.encode_prefix(self.config.num_memory_layers)
+        return self._encode(tokens_NR, lengths_N, titles_N, prefix, places)
 
     def encode_prefix(self, num_layers: int) -> list[PrefixKeys | None]:
         """Return the prefix's keys and values at the first `num_layers` layers; without a prefix, None."""
@@ -261,33 +293,40 @@ class Memory3LM(nn.Module):
 
     def _encode(
         self,
-        tokens_NR: Tensor,
+        tokens_BT: Tensor,
         lengths_N: Tensor,
         titles_N: Tensor | None,
         prefix: list[PrefixKeys | None],
+        places: Places | None = None,
     ) -> ExplicitMemory:
         config = self.config
-        if tokens_NR.shape[1] > config.reference_tokens:
+        longest = tokens_BT.shape[1] if places is None else int(lengths_N.max())
+        if longest > config.reference_tokens:
             raise ValueError(
-                f"a reference of {tokens_NR.shape[1]} tokens does not fit into "
+                f"a reference of {longest} tokens does not fit into "
                 f"model.reference_tokens={config.reference_tokens}: cut references to that length"
             )
-        if config.select_title:
-            titles_N = None
-        elif titles_N is None:
+        if titles_N is None and not config.select_title:
             raise ValueError(
                 "model.select_title=false needs titles_N: give the title tokens of each reference"
             )
-        hidden_NRD = self.embedding(tokens_NR)
-        turn = self.rotation(config.num_prefix, tokens_NR.shape[1])
+        token_NR = None
+        if places is not None:
+            assert titles_N is not None
+            token_NR = places.tokens(
+                titles_N, row_tokens=tokens_BT.shape[1], reference_tokens=config.reference_tokens
+            )
+        hidden_BTD = self.embedding(tokens_BT)
+        turn = self.rotation(config.num_prefix, tokens_BT.shape[1])
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
         for layer in range(config.num_memory_layers):
-            hidden_NRD, k, v, index = self._run(
+            hidden_BTD, k, v, index = self._run(
                 self.blocks[layer].write,
-                hidden_NRD,
+                hidden_BTD,
                 turn,
+                token_NR,
                 lengths_N,
-                titles_N,
+                None if config.select_title else titles_N,
                 attention=self.attention,
                 prefix=prefix[layer],
                 last=layer + 1 == config.num_memory_layers,
@@ -302,11 +341,13 @@ class Memory3LM(nn.Module):
         return function(*args, **kwargs)
 
 
-def _kept(x_NRGE: Tensor, index_NGS: Tensor) -> Tensor:
-    """Return the tokens that each head keeps, (N, G, S, E); where there is none, the first token instead."""
-    N, R, G, _ = x_NRGE.shape
-    reference = torch.arange(N, device=index_NGS.device)[:, None, None]
-    head = torch.arange(G, device=index_NGS.device)[:, None]
-    rows = (reference * R + index_NGS.clamp(min=0)) * G + head
-    kept = x_NRGE.flatten(0, 2).index_select(0, rows.flatten())
-    return kept.view(*index_NGS.shape, x_NRGE.shape[-1])
+def _kept(x_BTGE: Tensor, token_NR: Tensor | None, place_NGS: Tensor) -> Tensor:
+    """Return what stands at some places of each reference, for each head, (N, G, S, E)."""
+    N, G, _ = place_NGS.shape
+    if token_NR is None:
+        token_NGS = torch.arange(N, device=place_NGS.device)[:, None, None] * x_BTGE.shape[1] + place_NGS
+    else:
+        token_NGS = token_NR.gather(1, place_NGS.flatten(1)).view_as(place_NGS)
+    rows = token_NGS * G + torch.arange(G, device=place_NGS.device)[:, None]
+    kept = x_BTGE.flatten(0, 2).index_select(0, rows.flatten())
+    return kept.view(*place_NGS.shape, x_BTGE.shape[-1])

@@ -21,7 +21,7 @@ from data.files import is_finished, open_manifest, publishing
 from data.references import References
 from memorybank import codecs
 from memorybank.bank import BankReader
-from memorybank.config import CodecConfig, RetrievalConfig
+from memorybank.config import BankConfig, CodecConfig, RetrievalConfig
 from memorybank.record import MemoryShape
 from memorybank.search import RowSearch
 from memorybank.store import Generation, GenerationSettings
@@ -87,6 +87,7 @@ class BankEpochs:
         model: Its layout decides the meaning of a record.
         codec: Memories to records; a quantiser is trained anew in every epoch, on what the bank then may hold.
         dtype: The type the model computes in.
+        bank: In which context references are encoded.
         ranks: All processes compile.
     """
 
@@ -101,6 +102,7 @@ class BankEpochs:
         model: ModelConfig,
         codec: CodecConfig,
         dtype: torch.dtype,
+        bank: BankConfig,
         ranks: Ranks,
     ) -> None:
         self._run = run
@@ -112,6 +114,7 @@ class BankEpochs:
         self._codec = codec
         self._dtype = dtype
         self._shape = MemoryShape.of(model)
+        self._bank = bank
         self._ranks = ranks
 
     def bank_ids(self, history: History) -> Ids:
@@ -165,6 +168,8 @@ class BankEpochs:
             step=step,
             references=self._inputs["references"],
             tokenizer=self._inputs["tokenizer"],
+            context=self._bank.context.value,
+            window_tokens=self._bank.window_tokens(self._model),
         )
         codec = codecs.obtain(
             self._codec,
@@ -202,7 +207,8 @@ class BankEpochs:
         Raises:
             ValueError: It is missing, damaged, or another one.
         """
-        generation = Generation.open(self._run / "bank" / name, expect={"layout": self._model.layout()})
+        expected = {"layout": self._model.layout(), "context": self._bank.context.value}
+        generation = Generation.open(self._run / "bank" / name, expect=expected)
         if generation.fingerprint != fingerprint:
             raise ValueError(
                 f"{generation.folder} has the fingerprint {generation.fingerprint}, but the checkpoint names "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from model.attention import AttentionShares
 from model.loss import LossSum
-from model.memory import ExplicitMemory, MemoryBatch, ReferenceBatch
+from model.memory import ExplicitMemory, MemoryBatch, Places, ReferenceBatch
 from model.transformer import Memory3LM
 from train.config import EngineConfig, OptimConfig, Precision
 from train.distributed import Ranks
@@ -74,8 +74,14 @@ class Inference(Protocol):
         """Where attention goes at the memory layers (`Memory3LM.attention_shares`): for a few rows, no gradient."""
         ...
 
-    def encode(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor | None = None) -> ExplicitMemory:
-        """Memories of references, without gradient."""
+    def encode(
+        self,
+        tokens_NR: Tensor,
+        lengths_N: Tensor,
+        titles_N: Tensor | None = None,
+        places: Places | None = None,
+    ) -> ExplicitMemory:
+        """Memories of references, by themselves or at their places in documents, without gradient."""
         ...
 
     def weights_hash(self) -> str:
@@ -177,11 +183,21 @@ class DeepSpeedEngine:
         return shares
 
     @torch.no_grad()
-    def encode(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor | None = None) -> ExplicitMemory:
+    def encode(
+        self,
+        tokens_NR: Tensor,
+        lengths_N: Tensor,
+        titles_N: Tensor | None = None,
+        places: Places | None = None,
+    ) -> ExplicitMemory:
         self._engine.eval()
         device = self._ranks.device
-        titles_N = None if titles_N is None else titles_N.to(device)
-        memory: ExplicitMemory = self.module.encode(tokens_NR.to(device), lengths_N.to(device), titles_N)
+        memory: ExplicitMemory = self.module.encode(
+            tokens_NR.to(device),
+            lengths_N.to(device),
+            None if titles_N is None else titles_N.to(device),
+            None if places is None else places.to(device),
+        )
         return memory
 
     def weights(self) -> dict[str, Tensor]:
@@ -235,9 +251,19 @@ class InferenceEngine:
         return self.model.attention_shares(batch.tokens_BT, batch.memory)
 
     @torch.no_grad()
-    def encode(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor | None = None) -> ExplicitMemory:
-        titles_N = None if titles_N is None else titles_N.to(self.device)
-        return self.model.encode(tokens_NR.to(self.device), lengths_N.to(self.device), titles_N)
+    def encode(
+        self,
+        tokens_NR: Tensor,
+        lengths_N: Tensor,
+        titles_N: Tensor | None = None,
+        places: Places | None = None,
+    ) -> ExplicitMemory:
+        return self.model.encode(
+            tokens_NR.to(self.device),
+            lengths_N.to(self.device),
+            None if titles_N is None else titles_N.to(self.device),
+            None if places is None else places.to(self.device),
+        )
 
     def weights_hash(self) -> str:
         return hash_weights(self.model.state_dict())

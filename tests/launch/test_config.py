@@ -67,6 +67,14 @@ RULES = {
         "continual.memory.online_share=2.0 is not within 0 and 1; set for example 0.25"
     ),
     # between sections
+    "model.row_tokens=64 bank.context=document": (
+        "bank.context=document reads documents in windows of model.row_tokens=64 tokens, which hold no reference of "
+        "model.reference_tokens=128: set bank.context=reference, or model.row_tokens to 128 or more"
+    ),
+    "bank.context=document continual.memory.source=online": (
+        "continual.memory.source=online encodes references by themselves inside the step, but bank.context=document; "
+        "set bank.context=reference, or continual.memory.source=bank"
+    ),
     "data.reference_tokens=64": (
         "data.reference_tokens=64 differs from model.reference_tokens=128; set both alike"
     ),
@@ -83,7 +91,7 @@ RULES = {
 @pytest.mark.parametrize("override", RULES)
 def test_rule_refuses_with_key_value_and_remedy(override: str) -> None:
     with pytest.raises(ValueError, match=re.escape(RULES[override])) as refused:
-        compose_config([*DEMO, override])
+        compose_config([*DEMO, *override.split(" ")])
     assert "\n" not in str(refused.value)
 
 
@@ -111,6 +119,7 @@ def test_warmup_with_memory_is_refused() -> None:
         ["warmup.rows_per_step=48"],
         ["evaluation.max_probes=null"],
         ["data.reference_tokens=64", "model.reference_tokens=64"],
+        ["bank.context=document"],
     ],
 )
 def test_what_is_allowed(overrides: list[str]) -> None:

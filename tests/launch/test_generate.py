@@ -41,11 +41,54 @@ def test_stale_generation_is_refused_unless_allowed_and_its_age_stated() -> None
     assert "memories of generation-continual-0000, compiled 4 steps before these weights" in allowed.out
 
 
+FACT = "The lighthouse of Mirador was painted green by the sailor Ottoline."
+FILLER = "A for statement loops over the items of a sequence, in the order that they appear in it. "
+
+
+def test_a_long_prompts_past_becomes_memories_and_its_far_fact_is_found() -> None:
+    prompt = f"{FILLER * 8}\n{FACT}\n{FILLER * 40}\nThe lighthouse of Mirador was painted"
+    done = complete("--max-new-tokens", "4", "--past", "memory", "--no-memory", prompt=prompt)
+    assert done.code == 0, done.err
+    tokens, pieces = map(int, re.findall(r"the (\d+) before them became (\d+) memories", done.out)[0])
+    assert tokens > 10 * 128
+    assert tokens / 128 <= pieces < tokens / 90
+    without, _, with_past = done.out.partition("--- with its past alone\n")
+    assert "read at" not in without
+    assert with_past.startswith(prompt)
+    spans = [
+        (int(begin), int(end))
+        for begin, end in re.findall(
+            r"read at retrieval 1: earlier in the prompt \[prompt, characters (\d+) to (\d+)\]", with_past
+        )
+    ]
+    assert len(spans) == 5
+    assert all(begin < end for begin, end in spans)
+    first, last = spans[0]
+    assert "lighthouse of Mirador" in prompt[first:last]
+
+
+def test_a_short_past_is_read_whole_beside_the_bank() -> None:
+    prompt = FILLER * 12
+    done = complete("--max-new-tokens", "4", "--past", "memory", prompt=prompt)
+    assert done.code == 0, done.err
+    (pieces,) = re.findall(r"became (\d+) memories", done.out)
+    read = re.findall(r"read at retrieval 0: (.+) \[", done.out)
+    assert 1 <= int(pieces) <= 4
+    assert read.count("earlier in the prompt") == int(pieces)
+    assert len(read) == 5
+
+
+def test_a_prompt_that_fits_has_no_past() -> None:
+    plain, asked = (complete("--max-new-tokens", "4", *more) for more in ((), ("--past", "memory")))
+    assert plain.out == asked.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "prompt", "said"),
     [
         ((), "word " * 200, "the model was trained on rows of 128; shorten the prompt, or set --max-new-tokens lower"),
         (("--max-new-tokens", "500"), PROMPT, "the model was trained on rows of 128"),
+        (("--max-new-tokens", "128", "--past", "memory"), PROMPT, "set --max-new-tokens lower, or --past memory"),
         (("--max-new-tokens", "0"), PROMPT, "--max-new-tokens 0 is below 1; set 1 or more"),
         (("--temperature", "-1"), PROMPT, "--temperature -1.0 is below 0; set 0 for greedy decoding"),
         (("--top-p", "0"), PROMPT, "--top-p 0.0 is not within 0 and 1; set 1 for no cut"),

@@ -1,13 +1,17 @@
 import pytest
 
 from memorybank.config import (
+    BankConfig,
+    BankContext,
     EmbedderConfig,
     EmbedderKind,
     IndexConfig,
     IndexKind,
     RetrievalConfig,
+    check_bank,
     check_retrieval,
 )
+from model.config import ModelConfig
 
 
 def test_defaults_are_fit_for_use() -> None:
@@ -42,3 +46,19 @@ def test_a_recall_below_the_target_is_warned_of(caplog: pytest.LogCaptureFixture
     assert not caplog.records
     check_retrieval(RetrievalConfig(index=IndexConfig(recall=0.9)))
     assert "retrieval.index.recall=0.9 is below 0.95" in caplog.text
+
+
+def test_documents_are_read_in_windows_of_a_row() -> None:
+    model = ModelConfig(row_tokens=256)
+    assert BankConfig().window_tokens(model) is None
+    assert BankConfig(context=BankContext.document).window_tokens(model) == 256
+
+
+def test_a_row_that_holds_no_reference_is_no_window() -> None:
+    short = ModelConfig(row_tokens=64)
+    check_bank(BankConfig(), short)
+    check_bank(BankConfig(context=BankContext.document), ModelConfig(row_tokens=128))
+    with pytest.raises(
+        ValueError, match=r"bank\.context=document .* model\.row_tokens=64.*set bank\.context=reference"
+    ):
+        check_bank(BankConfig(context=BankContext.document), short)

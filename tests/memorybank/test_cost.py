@@ -4,11 +4,11 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
 from safetensors import safe_open
 
 from launch.compose import compose_config
-from memorybank.codec import DtypeCodec
+from memorybank.codecs import of_kind
+from memorybank.config import STAGES, CodecKind
 from memorybank.cost import (
     CODECS,
     EMBEDDERS,
@@ -51,16 +51,17 @@ def test_the_papers_storage_to_three_digits() -> None:
 
 @pytest.mark.parametrize("config", [PAPER, ModelConfig(), ModelConfig(head_size=80, tokens_kept=3)])
 def test_bytes_are_those_of_the_codec_that_writes_them(config: ModelConfig) -> None:
-    for codec in ("bfloat16", "float16"):
-        written = DtypeCodec(MemoryShape.of(config), getattr(torch, codec)).record_bytes
-        assert memory_bytes(config, codec) + position_bytes(config) == written
+    kinds = [kind for kind in CodecKind if kind not in STAGES]
+    for codec in [of_kind(kind, MemoryShape.of(config)) for kind in kinds]:
+        name = codec.name.removesuffix("_e4m3fn")
+        assert memory_bytes(config, name) + position_bytes(config) == codec.record_bytes
 
 
 def test_codecs_are_listed_with_their_bytes() -> None:
     assert {stored.name: stored.bytes_per_reference for stored in in_codecs(PAPER)} == {
         codec: 2 * 22 * 8 * 8 * bytes_of(80) for codec, bytes_of in CODECS.items()
     }
-    assert [CODECS[codec](80) for codec in CODECS] == [160, 160, 82, 42, 14]
+    assert [CODECS[codec](80) for codec in CODECS] == [160, 160, 80, 82, 42, 16, 10, 14]
 
 
 def test_memories_of_the_papers_speed_test_weigh_72_megabytes() -> None:
@@ -119,7 +120,7 @@ def test_writing_a_bank_is_writing_each_reference() -> None:
         hardware=Hardware(disk_gb_per_second=1, device_tflops=1),
     )
     assert cost.flops == 10 * knowledge_cost(PAPER).explicit_write
-    assert cost.bytes == 10 * (39_424 + 2_816)
+    assert cost.bytes == 10 * (39_424 + 1_408)
     assert (cost.compute_seconds, cost.disk_seconds) == (cost.flops / 1e12, cost.bytes / 1e9)
 
 

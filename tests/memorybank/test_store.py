@@ -80,6 +80,8 @@ LAYOUT = model_config().layout()
         ("codec", "float32", "codec is bfloat16, but float32"),
         ("step", 8, "step is 7, but 8"),
         ("lineage", "other", "lineage is run, but other"),
+        ("context", "document", "context is reference, but document"),
+        ("window_tokens", 512, "window_tokens is None, but 512"),
         ("layout", LAYOUT | {"rope_base": 5e5}, r"layout\.rope_base is 10000\.0, but 500000\.0"),
         ("layout", LAYOUT | {"tokens_kept": 4}, r"layout\.tokens_kept is 8, but 4"),
         ("layout", LAYOUT | {"prefix_ids": [1]}, r"layout\.prefix_ids"),

@@ -2,6 +2,7 @@ import hashlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from data.files import partial
 from data.references import References
-from memorybank.store import Generation, records_file
+from memorybank.store import Generation, GenerationSettings, records_file
 from memorybank.writer import Encode, compile_generation
 from model.memory import ExplicitMemory
 from model.transformer import Memory3LM
@@ -17,6 +18,8 @@ from tests.support.memorybank import codec, model, on_ranks, references, setting
 
 IDS = np.arange(3, 40)  # 37 references in shards of 8: five shards, the last of 5 records
 SHARD, BATCH = 8, 4
+WINDOW = 256
+IN_DOCUMENTS = settings(context="document", window_tokens=WINDOW)
 
 
 @pytest.fixture(scope="module")
@@ -46,32 +49,44 @@ class Counting:
     def __init__(self, network: Memory3LM, fails_at: int = 10_000) -> None:
         self.network, self.calls, self.fails_at = network, 0, fails_at
 
-    def __call__(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor) -> ExplicitMemory:
+    def __call__(self, tokens_NR: Tensor, lengths_N: Tensor, *more: Any) -> ExplicitMemory:
         if self.calls == self.fails_at:
             raise KeyboardInterrupt
         self.calls += 1
-        assert len(tokens_NR) == BATCH  # full batches only
-        return self.network.encode(tokens_NR, lengths_N, titles_N)
+        assert len(tokens_NR) == (BATCH if len(more) == 1 else BATCH * 128 // WINDOW)  # full batches only
+        return self.network.encode(tokens_NR, lengths_N, *more)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    ("world_size", "stated"), [(2, settings()), (3, settings()), (2, IN_DOCUMENTS), (3, IN_DOCUMENTS)]
+)
 def test_bytes_do_not_depend_on_the_number_of_ranks(
-    world_size: int, network: Memory3LM, passages: References, tmp_path: Path
+    world_size: int, stated: GenerationSettings, network: Memory3LM, passages: References, tmp_path: Path
 ) -> None:
-    alone = compiled(tmp_path / "alone", network.encode, passages)
+    alone = compiled(tmp_path / "alone", network.encode, passages, settings=stated)
     counters = [Counting(network) for _ in range(world_size)]
     progress: list[int] = []
 
     def rank(rank: int, barrier: Callable[[], None]) -> None:
         told = progress.append if rank == 0 else None
         given = {"rank": rank, "world_size": world_size, "barrier": barrier, "progress": told}
-        compiled(tmp_path / "together", counters[rank], passages, **given)
+        compiled(tmp_path / "together", counters[rank], passages, settings=stated, **given)
 
     on_ranks(world_size, rank)
     assert hashes(tmp_path / "together") == alone
     # encode may be a collective: all ranks call it equally often, with work or without
     assert len({counter.calls for counter in counters}) == 1
     assert sum(progress) == len(IDS)
+
+
+def test_an_interrupted_build_of_documents_is_the_same(
+    network: Memory3LM, passages: References, tmp_path: Path
+) -> None:
+    whole = compiled(tmp_path / "whole", network.encode, passages, settings=IN_DOCUMENTS)
+    with pytest.raises(KeyboardInterrupt):
+        compiled(tmp_path / "broken", Counting(network, fails_at=5), passages, settings=IN_DOCUMENTS)
+    assert compiled(tmp_path / "broken", network.encode, passages, settings=IN_DOCUMENTS) == whole
+    assert whole != compiled(tmp_path / "plain", network.encode, passages)
 
 
 def test_an_interrupted_build_goes_on_after_its_last_whole_shard(

@@ -209,7 +209,7 @@ class CountingEngine(Engine):
     def attention_shares(self, inputs: ModelInput) -> Any:
         raise NotImplementedError
 
-    def encode(self, tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor | None = None) -> Any:
+    def encode(self, *arguments: Any) -> Any:
         raise NotImplementedError
 
     def weights_hash(self) -> str:

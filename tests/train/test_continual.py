@@ -11,7 +11,15 @@ import torch
 from data.documents import Split, Use
 from data.loader import read_rows
 from data.packing import RowPlan
-from memorybank.config import CodecConfig, CodecKind, EmbedderConfig, EmbedderKind, RetrievalConfig
+from memorybank.config import (
+    BankConfig,
+    BankContext,
+    CodecConfig,
+    CodecKind,
+    EmbedderConfig,
+    EmbedderKind,
+    RetrievalConfig,
+)
 from memorybank.embedder import StaticEmbedder
 from memorybank.search import RowSearch
 from memorybank.store import Generation
@@ -49,6 +57,7 @@ def epochs(run: Path, **changes: Any) -> BankEpochs:
         "model": CONFIG,
         "codec": CodecConfig(),
         "dtype": torch.bfloat16,
+        "bank": BankConfig(),
         "ranks": Ranks(0, 1, torch.device("cpu")),
     }
     return BankEpochs(run, **(settings | changes))
@@ -210,7 +219,32 @@ def test_a_generation_says_what_it_was_compiled_from(compiled: tuple[Path, Gener
         "step": 4,
         "references": "r",
         "tokenizer": "t",
+        "context": "reference",
+        "window_tokens": None,
     }
+
+
+def test_documents_are_encoded_first_where_the_bank_says_so(tmp_path: Path) -> None:
+    prefix = list(PREPARED.tokenizer.prefix_ids)
+    wide = model_config(
+        prefix_ids=prefix, row_tokens=256, num_memory_layers=2
+    )  # the first layer sees no context
+    writes = InferenceEngine(Memory3LM(wide).to(torch.bfloat16))
+    plain, documents = (
+        epochs(tmp_path, model=wide, bank=BankConfig(context=context)) for context in BankContext
+    )
+    ids = documents.bank_ids(read(*SECTIONS[:2]))
+    generation = documents.compile(writes, ids, name="generation-continual-0000", step=4)
+    assert (generation.settings.context, generation.settings.window_tokens) == ("document", 256)
+    alone = plain.compile(writes, ids, name="generation-continual-0001", step=4)
+    differs = (generation.read(ids) != alone.read(ids)).any(dim=1).numpy()
+    first = np.searchsorted(REFERENCES.document_of, REFERENCES.document_of[ids])
+    assert (ids != first).sum() > 10
+    assert differs[ids != first].mean() > 0.9  # some windows hold no more than one
+    with pytest.raises(ValueError, match="context is document, but reference is expected"):
+        plain.reopen("generation-continual-0000", generation.fingerprint)
+    reopened = documents.reopen("generation-continual-0000", generation.fingerprint)
+    assert reopened.fingerprint == generation.fingerprint
 
 
 def test_the_generation_that_the_checkpoint_names_is_reopened(compiled: tuple[Path, Generation]) -> None:
