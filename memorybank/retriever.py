@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.references import References
+from data.references import ReferenceSource
 from data.tokenizer import Tokenizer
 from memorybank.bank import BankReader
 from memorybank.embedder import Embedder
@@ -28,7 +28,7 @@ class Retriever:
         self,
         embedder: Embedder,
         index: SearchIndex,
-        references: References,
+        references: ReferenceSource,
         *,
         k: int = 5,
         candidates: int = 64,

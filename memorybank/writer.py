@@ -9,7 +9,7 @@ Not here: reading (store.py) and which references an epoch needs (train/continua
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from io import BytesIO
@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.files import is_finished, partial, publishing, write_atomic
-from data.references import References
+from data.files import is_finished, partial, publishing, write_atomic, writing
+from data.references import ReferenceTokens
 from memorybank.codec import Codec
-from memorybank.store import IDS, KIND, VERSION, GenerationSettings, records_file
+from memorybank.store import IDS, KIND, VERSION, Generation, GenerationSettings, records_file
 from model.memory import ExplicitMemory
 
 Ids = NDArray[np.int64]
@@ -33,7 +33,7 @@ Encode = Callable[[Tensor, Tensor, Tensor], ExplicitMemory]
 
 def compile_generation(
     encode: Encode,
-    references: References,
+    references: ReferenceTokens,
     ids: Ids,
     codec: Codec,
     folder: Path,
@@ -65,15 +65,118 @@ def compile_generation(
         batch: references encoded at once.
         progress: is told how many more records all ranks have finished.
     """
-    ids_N = np.unique(ids).astype(np.int64)
+
+    def encoded(ids_N: Ids, num_batches: int) -> Iterator[Tensor]:
+        yield from _encoded(encode, references, ids_N, codec, batch=batch, num_batches=num_batches)
+
+    _publish(
+        encoded,
+        np.unique(ids).astype(np.int64),
+        folder,
+        settings=settings,
+        codec_name=codec.name,
+        record_bytes=codec.record_bytes,
+        records_per_shard=records_per_shard,
+        batch=batch,
+        rank=rank,
+        world_size=world_size,
+        barrier=barrier,
+        progress=progress,
+    )
+
+
+def copy_generation(
+    records: Generation,
+    read: Callable[[Ids], Tensor],
+    ids: Ids,
+    folder: Path,
+    *,
+    settings: GenerationSettings,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Publish a generation of records that were compiled before; nothing is encoded.
+
+    Args:
+        records: a generation whose codec, shards and batches the new one states.
+        read: the records of references, uint8 (N, record_bytes).
+        ids: the references that get a record.
+        folder: to be published.
+        settings: what the generation is made from.
+        progress: is told how many more records are written.
+    """
+
+    def copied(ids_N: Ids, num_batches: int) -> Iterator[Tensor]:
+        for begin in range(0, len(ids_N), records.batch):
+            yield read(ids_N[begin : begin + records.batch])
+
+    _publish(
+        copied,
+        ids,
+        folder,
+        settings=settings,
+        codec_name=records.codec,
+        record_bytes=records.record_bytes,
+        records_per_shard=records.records_per_shard,
+        batch=records.batch,
+        progress=progress,
+    )
+
+
+def encode_records(
+    encode: Encode, references: ReferenceTokens, ids_N: Ids, codec: Codec, *, batch: int
+) -> Tensor:
+    """Return the records of references, uint8 (N, record_bytes) on the CPU.
+
+    Every batch is full: the last is filled up by repeating the references.
+    """
+    return torch.cat(list(_encoded(encode, references, ids_N, codec, batch=batch)))
+
+
+@torch.no_grad()
+def _encoded(
+    encode: Encode,
+    references: ReferenceTokens,
+    ids_N: Ids,
+    codec: Codec,
+    *,
+    batch: int,
+    num_batches: int = 1,
+) -> Iterator[Tensor]:
+    """Yield the records of references batch by batch; `num_batches` may ask for more batches than they need.
+
+    Batches are filled up by repeating the references; what is superfluous is encoded and dropped.
+    """
+    padded = np.resize(ids_N, batch * max(num_batches, -(-len(ids_N) // batch)))
+    for begin in range(0, len(padded), batch):
+        tokens_NR, lengths_N, titles_N = references.tokens(padded[begin : begin + batch])
+        memory = encode(torch.from_numpy(tokens_NR), torch.from_numpy(lengths_N), torch.from_numpy(titles_N))
+        yield codec.encode(memory).cpu()[: max(0, len(ids_N) - begin)]
+
+
+def _publish(
+    make: Callable[[Ids, int], Iterator[Tensor]],
+    ids_N: Ids,
+    folder: Path,
+    *,
+    settings: GenerationSettings,
+    codec_name: str,
+    record_bytes: int,
+    records_per_shard: int,
+    batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Publish a generation whose records `make(ids, least number of batches)` yields batch by batch."""
     if len(ids_N) == 0:
         raise ValueError(f"{folder}: no reference to compile; a bank needs at least one")
     stated = asdict(settings)
     inputs = {name: str(stated.pop(name)) for name in ("weights", "references", "tokenizer")}
     decided = {
         **stated,
-        "codec": codec.name,
-        "record_bytes": codec.record_bytes,
+        "codec": codec_name,
+        "record_bytes": record_bytes,
         "records_per_shard": records_per_shard,
         "batch": batch,
         "num_records": len(ids_N),
@@ -99,39 +202,16 @@ def compile_generation(
             dealt = missing[first : first + world_size]
             num_batches = max(-(-len(shards[shard]) // batch) for shard in dealt)
             shard = dealt[rank % len(dealt)]  # without a shard of its own, a rank encodes along for nothing
-            records = encode_records(
-                encode, references, shards[shard], codec, batch=batch, num_batches=num_batches
-            )
-            if rank < len(dealt):
-                write_atomic(work / records_file(shard), records.numpy().tobytes())
-            if progress is not None:
-                progress(sum(len(shards[shard]) for shard in dealt))
+            due, told = sum(len(shards[shard]) for shard in dealt), 0
+            with writing(work / records_file(shard)) if rank < len(dealt) else nullcontext() as file:
+                for done, records in enumerate(make(shards[shard], num_batches), start=1):
+                    if file is not None:
+                        file.write(records.numpy().data)
+                    if progress is not None:
+                        progress(due * done // num_batches - told)
+                        told = due * done // num_batches
         barrier()  # every shard is there
     barrier()  # the generation is published
-
-
-@torch.no_grad()
-def encode_records(
-    encode: Encode,
-    references: References,
-    ids_N: Ids,
-    codec: Codec,
-    *,
-    batch: int,
-    num_batches: int | None = None,
-) -> Tensor:
-    """Return the records of references, uint8 (N, record_bytes) on the CPU.
-
-    Batches are filled up by repeating the references, and `num_batches` asks for more of them than these
-    references need; what is superfluous is dropped.
-    """
-    padded = np.resize(ids_N, batch * max(num_batches or 1, -(-len(ids_N) // batch)))
-    records = []
-    for begin in range(0, len(padded), batch):
-        tokens_NR, lengths_N, titles_N = references.tokens(padded[begin : begin + batch])
-        memory = encode(torch.from_numpy(tokens_NR), torch.from_numpy(lengths_N), torch.from_numpy(titles_N))
-        records.append(codec.encode(memory).cpu())
-    return torch.cat(records)[: len(ids_N)]
 
 
 def _write_ids(path: Path, ids_N: Ids) -> None:
