@@ -378,6 +378,13 @@ def verify(folder: Path) -> list[str]:
         ]
 
 
+def strangers(folder: Path) -> list[str]:
+    """The names of all files that lie in an artefact's folder without being part of it."""
+    known = {MANIFEST, *_parse(folder, _load_json(folder / MANIFEST)).files}
+    found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+    return [name for name in found if name not in known]
+
+
 def hash_files(paths: Mapping[str, Path]) -> dict[str, str]:
     """The sha256 of files that this module did not write, by the names given."""
     with ThreadPoolExecutor(_num_threads()) as pool:

@@ -7,12 +7,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.references import Citation
+from data.references import Citation, ReferenceSource
 from launch import build
 from launch.opened import OpenedRun, open_run
 from memorybank.bank import BankReader, ColdStart
+from memorybank.embedder import Embedder
+from memorybank.library import Library
 from memorybank.retriever import RetrievedMemory, Retriever
-from memorybank.store import Generation
 from model.generate import generate
 
 
@@ -52,15 +53,15 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
     check(sampling)
     opened = open_run(arguments.run, arguments.root)
-    generation = None
+    embedder, library = opened.context.embedder(), None
     if arguments.bank is not None:
-        generation = opened.generation(arguments.bank, stale=arguments.stale == "allow")
-        age = opened.step - generation.settings.step
-        print(f"memories of {arguments.bank}, compiled {age} steps before these weights\n")
-    memory = memory_of(opened, generation)
+        library = opened.library(arguments.bank, embedder=embedder.name, stale=arguments.stale == "allow")
+        age = opened.step - library.settings.step
+        print(f"memories of {library.folder}, compiled {age} steps before these weights\n")
+    memory = memory_of(opened, embedder, library)
     for label, source in (("without memory", None), ("with memory", memory)):
         if source is None or not arguments.no_memory:
-            (completion,) = complete(opened, [arguments.prompt], sampling, source)
+            (completion,) = complete(opened, [arguments.prompt], sampling, source, library)
             print(f"--- {label}\n{arguments.prompt}{completion.text}\n")
             print_references(completion)
     return 0
@@ -80,18 +81,17 @@ def check(sampling: Sampling) -> None:
         raise ValueError(f"--top-p {sampling.top_p} is not within 0 and 1; set 1 for no cut")
 
 
-def memory_of(opened: OpenedRun, generation: Generation | None = None) -> RetrievedMemory:
-    """Retrieval over all that the run's bank may hold.
-
-    References are read from a generation that holds them, and encoded when first retrieved otherwise.
-    """
+def memory_of(
+    opened: OpenedRun, embedder: Embedder | None = None, library: Library | None = None
+) -> RetrievedMemory:
+    """Retrieval over a library, or over all that the run's bank may hold, encoded when first retrieved."""
     context, config = opened.context, opened.config
-    references, codec = context.prepared.references, context.codec()
-    embedder = context.embedder()
-    records = ColdStart(generation, opened.engine.encode, references, codec)
+    codec, embedder = context.codec(), embedder or context.embedder()
+    references: ReferenceSource = library or context.prepared.references
+    records = library or ColdStart(None, opened.engine.encode, references, codec)
     retriever = Retriever(
         embedder,
-        context.search(embedder).index(opened.bank_ids),
+        library or context.search(embedder).index(opened.bank_ids),
         references,
         k=config.retrieval.fresh,
         candidates=config.retrieval.candidates,
@@ -102,14 +102,19 @@ def memory_of(opened: OpenedRun, generation: Generation | None = None) -> Retrie
 
 
 def complete(
-    opened: OpenedRun, prompts: Sequence[str], sampling: Sampling, memory: RetrievedMemory | None
+    opened: OpenedRun,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    memory: RetrievedMemory | None,
+    library: Library | None = None,
 ) -> list[Completion]:
-    """Complete prompts, each the beginning of a document.
+    """Complete prompts, each the beginning of a document; the memory's references are of `library`, if there is one.
 
     Raises:
         ValueError: A prompt and its completion do not fit the model's row.
     """
-    tokenizer, references = opened.context.prepared.tokenizer, opened.context.prepared.references
+    tokenizer = opened.context.prepared.tokenizer
+    references: ReferenceSource = library or opened.context.prepared.references
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     longest, limit = max(map(len, rows)) + sampling.max_new_tokens, opened.config.model.row_tokens
     if longest > limit:

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from launch import build
 from launch.compose import load_config
 from launch.config import RunConfig
+from memorybank.edits import Compiler
+from memorybank.library import Library
+from memorybank.segment import DocumentCutter
 from memorybank.store import Generation, GenerationSettings
 from memorybank.writer import compile_generation
 from train.checkpoint import Checkpoint
@@ -76,24 +79,46 @@ class OpenedRun:
         )
         return Generation.open(folder, expect=asdict(settings))
 
-    def generation(self, name: str, *, stale: bool) -> Generation:
-        """A generation of this run by name.
+    def compiler(self) -> Compiler:
+        """What compiles a library with these weights."""
+        prepared = self.context.prepared
+        return Compiler(
+            encode=self.engine.encode,
+            codec=self.context.codec(),
+            embedder=self.context.embedder(),
+            cutter=DocumentCutter(prepared.tokenizer, prepared.references.reference_tokens),
+            layout=self.config.model.layout(),
+            weights=self.engine.weights_hash(),
+            lineage=self.config.run,
+            step=self.step,
+        )
+
+    def library(self, folder: str, *, embedder: str, stale: bool) -> Library:
+        """A library to read with these weights.
 
         Args:
-            name: Its folder below `bank/`.
+            folder: Where it stands; empty for the run's own.
+            embedder: Name of the embedder that searches.
             stale: Whether one of other weights is accepted.
 
         Raises:
-            ValueError: It is missing, of another corpus or layout, or stale and not allowed to be.
+            ValueError: It is missing or damaged, of another layout, tokenizer, codec or embedder, or stale and not
+                allowed to be.
         """
         expected = {
             "layout": self.config.model.layout(),
-            "references": self.context.inputs["references"],
             "tokenizer": self.context.inputs["tokenizer"],
+            "codec": self.context.codec().name,
+            "embedder": embedder,
         }
         if not stale:
             expected["weights"] = self.engine.weights_hash()
-        return Generation.open(self.folder / "bank" / name, expect=expected)
+        return Library.open(library_folder(self.folder, folder), expect=expected)
+
+
+def library_folder(run: Path, given: str | None) -> Path:
+    """Where the library of a run stands: where `--bank` says, or in the run's own folder."""
+    return Path(given) if given else run / "bank" / "library"
 
 
 def open_run(run: str, root: str) -> OpenedRun:

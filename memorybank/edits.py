@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from data.files import (
     MANIFEST,
+    Manifest,
     delete_artefact,
     fingerprint,
     is_held,
@@ -50,6 +51,7 @@ from memorybank.library import (
     Part,
     open_piece,
     piece_folder,
+    settings_of,
     state_folder,
     state_numbers,
 )
@@ -174,17 +176,16 @@ class Editor:
 
     def remove(self, documents: Ids) -> int:
         """Take out documents by their numbers (`Library.document_numbers`): no search finds them from now on."""
-        with self._writing():
-            base = Library.open(self.folder)
+        with self._writing(), Library.open(self.folder) as base:
             left = base.without(np.union1d(base.removed, documents))
             return self._publish(base, base.settings, *left, base.next_reference, action="remove")
 
     def refresh(self) -> int:
         """Compile all records with the compiler's weights; search vectors stay, unless the embedder is another one."""
         compiler = self._compiler()
-        with self._writing():
-            base = Library.open(self.folder, expect={"tokenizer": compiler.cutter.fingerprint})
-            if not _changes(base, compiler):
+        expect = {"tokenizer": compiler.cutter.fingerprint}
+        with self._writing(), Library.open(self.folder, expect=expect) as base:
+            if not _changes(base.settings, compiler):
                 return base.number
             number = base.number + 1
             renewed = compiler.embedder.name != base.settings.embedder
@@ -211,8 +212,7 @@ class Editor:
         Raises:
             ValueError: somebody still reads an older state, which therefore stays; the new one is published.
         """
-        with self._writing():
-            base = Library.open(self.folder)
+        with self._writing(), Library.open(self.folder) as base:
             assert self.team.world_size == 1, "copying is one process's work"
             number, none = base.number, np.zeros(0, np.int64)
             groups = compaction(base, self.references_per_segment)
@@ -230,13 +230,47 @@ class Editor:
             )
         return number
 
+    def make_again(self, state: Manifest, part: Part, name: str) -> None:
+        """Make the vectors or records of a part from its text, where what a state names was lost.
+
+        Raises:
+            ValueError: the library was compiled with something else.
+        """
+        compiler = self._compiler()
+        _refuse_changes(self.folder, settings_of(state), compiler)
+        texts = Segment(open_piece(self.folder / part.text))
+        if name == part.vectors:
+            return self._embed(texts, self.folder / name)
+        ids = texts.numbers
+        if PIECE.fullmatch(part.records)[2] != PIECE.fullmatch(part.text)[2]:  # type: ignore[index]  # refreshed since
+            removed = state.mapped(REMOVED).read_all().view(np.int64)
+            of = texts.document_numbers[texts.references["document"]]
+            ids = ids[~np.isin(of, removed)]
+        then = replace(compiler, lineage=state.settings["lineage"], step=state.settings["step"])
+        return replace(self, compiler=then)._encode(texts, _PlainSegment(texts), ids, self.folder / name)
+
+    def rename(self, state: Manifest, fingerprints: Mapping[str, str]) -> None:
+        """Publish a state like `state` whose pieces have other fingerprints now, and delete those of the lost ones."""
+        publish_state(
+            self.folder,
+            int(state.settings["number"]) + 1,
+            settings_of(state),
+            [Part(**part) for part in state.settings["parts"]],
+            state.mapped(REMOVED).read_all().view(np.int64),
+            int(state.settings["next_reference"]),
+            action="repair",
+            known=fingerprints,
+        )
+        for number in state_numbers(self.folder)[:-1]:
+            delete_artefact(state_folder(self.folder, number))
+        sweep(self.folder)
+
     # -- steps
 
     def _change(self, documents: Documents, *, replaces: bool, action: str) -> int:
         compiler = self._compiler()
-        with self._writing():
-            base = Library.open(self.folder)
-            self._same(base, compiler)
+        with self._writing(), Library.open(self.folder) as base:
+            _refuse_changes(self.folder, base.settings, compiler)
             return self._put(base, documents, replaces=replaces, action=action)
 
     def _put(self, base: Library | None, documents: Documents, *, replaces: bool, action: str) -> int:
@@ -408,14 +442,6 @@ class Editor:
         self.team.barrier()
         return number
 
-    def _same(self, base: Library, compiler: Compiler) -> None:
-        """Refuse to mix records of different weights, or vectors of different embedders."""
-        for key, found, wanted in _changes(base, compiler):
-            raise ValueError(
-                f"bank {self.folder}: {key} is {found}, but the run's newest is {wanted}; compile it for these weights "
-                "with `memory3 bank refresh` first"
-            )
-
     def _writing(self) -> AbstractContextManager[None]:
         return only_writer(self.folder) if self.team.rank == 0 else nullcontext()
 
@@ -547,12 +573,21 @@ class _PlainSegment:
         return self.segment.padded(np.searchsorted(self.segment.numbers, np.asarray(ids)))
 
 
-def _changes(base: Library, compiler: Compiler) -> list[tuple[str, Any, Any]]:
-    """Return what the library was not compiled with: setting, its value, the compiler's value."""
+def _changes(settings: LibrarySettings, compiler: Compiler) -> list[tuple[str, Any, Any]]:
+    """Return what was not made with the compiler: setting, its value, the compiler's value."""
     expected = {
         key: value for key, value in asdict(compiler.settings).items() if key not in ("lineage", "step")
     }
-    return list(differences(asdict(base.settings), expected))
+    return list(differences(asdict(settings), expected))
+
+
+def _refuse_changes(folder: Path, settings: LibrarySettings, compiler: Compiler) -> None:
+    """Refuse to mix records of different weights, or vectors of different embedders."""
+    for key, found, wanted in _changes(settings, compiler):
+        raise ValueError(
+            f"bank {folder}: {key} is {found}, but the run's newest is {wanted}; compile it for these weights with "
+            "`memory3 bank refresh` first"
+        )
 
 
 def _part(segment: Segment, vectors: Path, records: Path) -> Part:

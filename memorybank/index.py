@@ -20,10 +20,6 @@ Ids = NDArray[np.int64]
 class SearchIndex(Protocol):
     """What retrieval needs of an index."""
 
-    def __len__(self) -> int: ...
-
-    def add(self, ids: Ids, vectors: Vectors) -> None: ...
-
     def search(self, queries: Vectors, k: int) -> tuple[Vectors, Ids]: ...
 
 

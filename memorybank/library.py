@@ -23,8 +23,8 @@ Not here: how states come about (edits.py), verification (soundness.py).
 import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,12 @@ class Part:
         return self.text, self.vectors, self.records
 
 
+def settings_of(state: Manifest) -> LibrarySettings:
+    """Return what the records and vectors of a state were made with."""
+    found = {**state.settings, **state.inputs}
+    return LibrarySettings(**{field.name: found[field.name] for field in fields(LibrarySettings)})
+
+
 def open_piece(folder: Path) -> Manifest:
     """Open a piece by what its name says it is."""
     kind, version = _FORMATS[folder.name.split("-")[0]]
@@ -129,16 +135,14 @@ class Library:
         self.folder = folder
         self.manifest = manifest
         self.fingerprint = manifest.fingerprint
-        stated = dict(manifest.settings)
-        self.number = int(stated.pop("number"))
-        self.parts = [Part(**part) for part in stated.pop("parts")]
-        self.next_reference = int(stated.pop("next_reference"))
+        stated = manifest.settings
+        self.number = int(stated["number"])
+        self.action = str(stated["action"])
+        self.parts = [Part(**part) for part in stated["parts"]]
+        self.next_reference = int(stated["next_reference"])
         """The number that the next reference gets."""
-        self.action = str(stated.pop("action"))
-        self.record_bytes = int(stated.pop("record_bytes"))
-        self.settings = LibrarySettings(
-            **stated, weights=manifest.inputs["weights"], tokenizer=manifest.inputs["tokenizer"]
-        )
+        self.record_bytes = int(stated["record_bytes"])
+        self.settings = settings_of(manifest)
         self.removed: Ids = manifest.mapped(REMOVED).read_all().view(np.int64)
         self.segments = [Segment(self._piece(part.text)) for part in self.parts]
         self._vectors = [Vectors(self._piece(part.vectors)) for part in self.parts]
@@ -194,8 +198,14 @@ class Library:
             )
         return library
 
-    close: Any = None
-    """Call it to let go of the state: it may be swept then."""
+    close: Callable[[], object]
+    """Lets go of the state: it may be swept then. What was not read before may be gone."""
+
+    def __enter__(self) -> "Library":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         """References that can be found."""

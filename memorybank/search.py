@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from data.references import References
+from data.references import ReferenceSource
 from data.tokenizer import Tokenizer
 from memorybank.config import RetrievalConfig
 from memorybank.index import ExactIndex
@@ -33,7 +33,7 @@ class RowSearch:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        references: References,
+        references: ReferenceSource,
         embed: Embed,
         retrieval: RetrievalConfig,
         *,

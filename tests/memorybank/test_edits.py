@@ -4,8 +4,9 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,18 +97,11 @@ def test_a_documents_own_words_find_it(built: Path) -> None:
 def test_build_is_byte_identical_for_any_number_of_ranks(
     world_size: int, built: Path, tmp_path: Path
 ) -> None:
-    @dataclass(frozen=True)
-    class Thread:
-        rank: int
-        barrier: Callable[[], None]
-        world_size: int = world_size
+    def run(rank: int, barrier: Callable[[], None]) -> None:
+        team = SimpleNamespace(rank=rank, world_size=world_size, barrier=barrier)
+        editor(tmp_path / "library", team=team).build(texts(0, 10))
 
-    on_ranks(
-        world_size,
-        lambda rank, barrier: (
-            editor(tmp_path / "library", team=Thread(rank, barrier)).build(texts(0, 10)) and None
-        ),
-    )
+    on_ranks(world_size, run)
     assert hashes(tmp_path / "library") == hashes(built)
 
 
@@ -258,12 +252,13 @@ def test_compact_joins_small_segments_and_leaves_full_ones(folder: Path) -> None
         editor(folder).add(texts(number, number + 1))
     before = Library.open(folder)
     kept = before.live_ids()
+    records = before.read(kept)
     before.close()
     editor(folder, references_per_segment=1000).compact()
     after = Library.open(folder)
     assert len(after.parts) == 1
     assert np.array_equal(after.live_ids(), kept)
-    assert torch.equal(after.read(kept), before.read(kept))
+    assert torch.equal(after.read(kept), records)
     assert editor(folder, references_per_segment=1000).compact() == after.number, "nothing to do"
     assert Library.open(folder).fingerprint == after.fingerprint
 
