@@ -57,9 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def save_results(
-    opened: OpenedRun, split: Split, *, library: Library | None = None
-) -> list[ArmResult]:
+def save_results(opened: OpenedRun, split: Split, *, library: Library | None = None) -> list[ArmResult]:
     """Evaluate a run and write what came out, or read it when these weights were evaluated alike before.
 
     Arguments are those of `evaluate`.
@@ -138,7 +136,7 @@ def evaluate(opened: OpenedRun, split: Split, *, library: Library | None = None)
     """
     config = opened.config
     reads_memory = config.continual is not None and config.continual.memory is not None
-    references: ReferenceSource = library or opened.context.prepared.references
+    references: ReferenceSource = opened.context.prepared.references if library is None else library
     held_out = _held_out(opened, split, library)
     text, facts = held_out.text_readings, held_out.probe_readings
     if not reads_memory:
@@ -182,10 +180,10 @@ def evaluate(opened: OpenedRun, split: Split, *, library: Library | None = None)
 def _held_out(opened: OpenedRun, split: Split, library: Library | None) -> HeldOut:
     config, context = opened.config, opened.context
     retrieval, embedder = config.retrieval, context.embedder()
-    references: ReferenceSource = library or context.prepared.references
+    references: ReferenceSource = context.prepared.references if library is None else library
     search = context.search(embedder, references)
     ids = opened.bank_ids if library is None else library.live_ids()
-    index = library or search.index(ids)
+    index = search.index(ids) if library is None else library
     document_of = np.full(ids.max(initial=0) + 1, -1, np.int64)
     document_of[ids] = references.documents_of(ids)
     bank = Bank(ids, document_of)

@@ -87,11 +87,11 @@ def memory_of(
     """Retrieval over a library, or over all that the run's bank may hold, encoded when first retrieved."""
     context, config = opened.context, opened.config
     codec, embedder = context.codec(), embedder or context.embedder()
-    references: ReferenceSource = library or context.prepared.references
-    records = library or ColdStart(None, opened.engine.encode, references, codec)
+    references: ReferenceSource = context.prepared.references if library is None else library
+    records = ColdStart(None, opened.engine.encode, references, codec) if library is None else library
     retriever = Retriever(
         embedder,
-        library or context.search(embedder).index(opened.bank_ids),
+        context.search(embedder).index(opened.bank_ids) if library is None else library,
         references,
         k=config.retrieval.fresh,
         candidates=config.retrieval.candidates,
@@ -114,7 +114,7 @@ def complete(
         ValueError: A prompt and its completion do not fit the model's row.
     """
     tokenizer = opened.context.prepared.tokenizer
-    references: ReferenceSource = library or opened.context.prepared.references
+    references: ReferenceSource = opened.context.prepared.references if library is None else library
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     longest, limit = max(map(len, rows)) + sampling.max_new_tokens, opened.config.model.row_tokens
     if longest > limit:

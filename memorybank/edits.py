@@ -195,9 +195,9 @@ class Editor:
                 vectors = self.folder / part.vectors
                 if renewed:
                     vectors = piece_folder(self.folder, "vectors", number, place)
-                    self._embed(texts, vectors)
+                    self._embed(texts, vectors, sum(map(len, base.segments)))
                 records = piece_folder(self.folder, "records", number, place)
-                self._encode(texts, base, ids, records)
+                self._encode(texts, base, ids, records, len(base))
                 parts.append(replace(part, vectors=vectors.name, records=records.name))
             return self._publish(
                 base, compiler.settings, parts, base.removed, base.next_reference, action="refresh"
@@ -226,7 +226,8 @@ class Editor:
         if held:
             raise ValueError(
                 f"bank {self.folder} is compact in state {number}, but {', '.join(path.name for path in held)} is "
-                "being read, and still holds what was removed; when the reader is done, run `memory3 bank compact` again"
+                "being read, and still holds what was removed; when the reader is done, run `memory3 bank compact` "
+                "again"
             )
         return number
 
@@ -240,14 +241,16 @@ class Editor:
         _refuse_changes(self.folder, settings_of(state), compiler)
         texts = Segment(open_piece(self.folder / part.text))
         if name == part.vectors:
-            return self._embed(texts, self.folder / name)
+            return self._embed(texts, self.folder / name, len(texts))
         ids = texts.numbers
         if PIECE.fullmatch(part.records)[2] != PIECE.fullmatch(part.text)[2]:  # type: ignore[index]  # refreshed since
             removed = state.mapped(REMOVED).read_all().view(np.int64)
             of = texts.document_numbers[texts.references["document"]]
             ids = ids[~np.isin(of, removed)]
         then = replace(compiler, lineage=state.settings["lineage"], step=state.settings["step"])
-        return replace(self, compiler=then)._encode(texts, _PlainSegment(texts), ids, self.folder / name)
+        return replace(self, compiler=then)._encode(
+            texts, _PlainSegment(texts), ids, self.folder / name, len(ids)
+        )
 
     def rename(self, state: Manifest, fingerprints: Mapping[str, str]) -> None:
         """Publish a state like `state` whose pieces have other fingerprints now, and delete those of the lost ones."""
@@ -284,12 +287,12 @@ class Editor:
         removed = np.zeros(0, np.int64) if base is None else base.removed
         if self.team.rank == 0:
             removed = np.union1d(removed, clashes(made, base, replaces=replaces))
-        parts = []
+        parts, total = [], sum(map(len, made))
         for place, texts in enumerate(made):
             vectors = piece_folder(self.folder, "vectors", number, place)
             records = piece_folder(self.folder, "records", number, place)
-            self._embed(texts, vectors)
-            self._encode(texts, _PlainSegment(texts), texts.numbers, records)
+            self._embed(texts, vectors, total)
+            self._encode(texts, _PlainSegment(texts), texts.numbers, records, total)
             parts.append(_part(texts, vectors, records))
         after = int(made[-1].numbers[-1]) + 1
         kept: list[Part] = []
@@ -342,7 +345,7 @@ class Editor:
             found.append(Segment(open_manifest(folder, kind=segments.KIND, version=segments.VERSION)))
         raise AssertionError
 
-    def _embed(self, texts: Segment, folder: Path) -> None:
+    def _embed(self, texts: Segment, folder: Path, total: int) -> None:
         embedder = self._compiler().embedder
         compile_vectors(
             embedder,
@@ -351,10 +354,12 @@ class Editor:
             rank=self.team.rank,
             world_size=self.team.world_size,
             barrier=self.team.barrier,
-            progress=lambda done: self.told("embedding", len(texts), done, 4 * embedder.size),
+            progress=lambda done: self.told("embedding", total, done, 4 * embedder.size),
         )
 
-    def _encode(self, texts: Segment, references: ReferenceTokens, ids: Ids, folder: Path) -> None:
+    def _encode(
+        self, texts: Segment, references: ReferenceTokens, ids: Ids, folder: Path, total: int
+    ) -> None:
         compiler = self._compiler()
         compile_generation(
             compiler.encode,
@@ -368,7 +373,7 @@ class Editor:
             barrier=self.team.barrier,
             records_per_shard=compiler.records_per_shard,
             batch=compiler.batch,
-            progress=lambda done: self.told("compiling", len(ids), done, compiler.codec.record_bytes),
+            progress=lambda done: self.told("compiling", total, done, compiler.codec.record_bytes),
         )
 
     def _rewritten(self, base: Library, groups: Sequence[Sequence[int]]) -> list[Part]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data.references import ReferenceSource
 from data.tokenizer import Tokenizer
 from memorybank.config import RetrievalConfig
-from memorybank.index import ExactIndex
+from memorybank.index import ExactIndex, SearchIndex
 from memorybank.neighbours import Neighbours, find
 
 Ids = NDArray[np.int64]
@@ -56,7 +56,7 @@ class RowSearch:
         self,
         rows_MT: NDArray[np.integer],
         row_documents: Sequence[Ids],
-        index: ExactIndex,
+        index: SearchIndex,
         *,
         k: int,
         limit: float | None,

@@ -24,7 +24,7 @@ from data.files import (
     open_manifest,
     reopen,
 )
-from memorybank.edits import Compiler, Editor, sweep
+from memorybank.edits import Compiler, Editor, Told, sweep
 from memorybank.library import (
     KIND,
     PIECE,
@@ -65,7 +65,7 @@ def verify(
     *,
     sample: int = 64,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] = lambda what, total, done: None,
+    progress: Callable[[int, int], None] = lambda total, done: None,
 ) -> list[Problem]:
     """Return all that is wrong with a library.
 
@@ -74,7 +74,7 @@ def verify(
         compiler: what it should have been compiled with; None compares no sample.
         sample: references that are embedded and compiled anew.
         seed: chooses them.
-        progress: is told what is read, its bytes in all, and the bytes done since.
+        progress: is told the bytes to be read in all, and those read since.
     """
     problems: list[Problem] = []
     pieces: dict[str, str] = {}
@@ -97,7 +97,7 @@ def verify(
     for name, fingerprint in pieces.items():
         problems += _piece_problems(folder / name, fingerprint)
         size = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
-        progress("hashing", total, size)
+        progress(total, size)
     known = {state_folder(folder, number).name for number in numbers} | pieces.keys()
     for path in sorted(folder.iterdir()):
         # An edit that was interrupted leaves pieces and work folders, which the next one takes up or sweeps.
@@ -177,7 +177,7 @@ def find_document(
     return found
 
 
-def fetch(source: Path, target: Path, *, told: Callable[[str, int, int, int], None]) -> tuple[int, int]:
+def fetch(source: Path, target: Path, *, told: Told) -> tuple[int, int]:
     """Bring the newest state of a library into another folder, copying only the pieces that are missing or damaged.
 
     This is how a library reaches nodes without a shared disk: pieces never change and are named by fingerprint, so that

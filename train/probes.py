@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.documents import Probe
 from data.corpus import Corpus
+from data.documents import Probe
 from data.references import ReferenceSource
 from data.tokenizer import Tokenizer
 from memorybank.config import RetrievalConfig
@@ -79,7 +79,9 @@ def search_probes(
     groups = [int(group_of[corpus.number(probe.document)]) for probe in probes]
     candidates = {
         group: references.of_documents(
-            references.document_numbers([corpus.document(int(n)).id for n in np.flatnonzero(group_of == group)])
+            references.document_numbers(
+                [corpus.document(int(n)).id for n in np.flatnonzero(group_of == group)]
+            )
         )
         for group in set(groups)
     }

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,12 +144,12 @@ def test_two_documents_of_one_id_are_refused(tmp_path: Path) -> None:
 
 def test_other_weights_are_refused_until_refreshed(folder: Path) -> None:
     newer = replace(editor(folder), compiler=compiler(seed=1))
-    with pytest.raises(ValueError, match="weights is w0, but the run's newest is w1.*memory3 bank refresh"):
+    with pytest.raises(ValueError, match=r"weights is w0, but the run's newest is w1.*memory3 bank refresh"):
         newer.add(texts(10, 11))
     old = Library.open(folder)
     assert newer.refresh() == 2
     new = Library.open(folder, expect={"weights": "w1"})
-    with pytest.raises(ValueError, match="weights is w1, but w0 is expected.*memory3 bank refresh"):
+    with pytest.raises(ValueError, match=r"weights is w1, but w0 is expected.*memory3 bank refresh"):
         Library.open(folder, expect={"weights": "w0"})
     assert [part.vectors for part in new.parts] == [part.vectors for part in old.parts]
     assert [part.text for part in new.parts] == [part.text for part in old.parts]
@@ -295,7 +296,7 @@ def test_removing_everything_is_refused(folder: Path) -> None:
 
 
 def test_building_over_a_library_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="there is a bank in .* already"):
+    with pytest.raises(ValueError, match=r"there is a bank in .* already"):
         editor(folder).build(texts(0, 1))
     with pytest.raises(ValueError, match="no documents"):
         editor(folder.parent / "other").build(texts(0, 0))
@@ -356,10 +357,8 @@ def test_an_edit_that_is_killed_changes_nothing_and_goes_on_when_repeated(
         shutil.copytree(start, where)
         with monkeypatch.context() as patch:
             calls = stopping(patch, at, error)
-            try:
+            with suppress(type(error)):
                 edit(editor(where))
-            except (Stopped, OSError) as stopped:
-                assert stopped is error
             return calls[0]
 
     whole = tmp_path / "whole"
