@@ -14,6 +14,7 @@ import torch
 
 from data.config import DataConfig, SourceConfig, SourceKind
 from data.factbook import load
+from data.files import fingerprint
 from data.prepare import Prepared, prepare
 from data.references import References
 from data.tokenizer import Tokenizer
@@ -150,9 +151,9 @@ def compiler(*, seed: int = 0, **changes: object) -> Compiler:
     return Compiler(**(given | changes))  # type: ignore[arg-type]
 
 
-def texts(first: int, last: int, *, origin: str = "sections", **changes: str) -> Documents:
+def texts(first: int, last: int, **changes: str) -> Documents:
     """Return raw sections of the factbook on their way into a library, with fields changed."""
     cutter = DocumentCutter(tokenizer(), references().reference_tokens)
     corpus = references().shards.corpus
     documents = [replace(corpus.document(number), **changes) for number in range(first, last)]  # type: ignore[arg-type]
-    return Documents({"origin": f"{origin} {first} {last} {changes}"}, lambda: map(cutter.cut, documents))
+    return Documents({"origin": fingerprint([first, last, changes])}, lambda: map(cutter.cut, documents))
