@@ -60,7 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
         "search": search,
         "fetch": fetch,
     }
-    return actions[arguments.action](arguments)
+    try:
+        return actions[arguments.action](arguments)
+    except OSError as problem:  # the disk is full, or may not be written
+        raise ValueError(
+            f"{problem}; the bank is as it was before: when that is mended, the same command goes on where it stopped"
+        ) from problem
 
 
 def build(arguments: argparse.Namespace) -> int:

@@ -43,7 +43,7 @@ from memorybank.vectors import Vectors, search_exact
 
 KIND, VERSION = "library", 1
 REMOVED = "removed.bin"
-_STATE = re.compile(r"state-(\d{6,})")
+STATE = re.compile(r"state-(\d{6,})")
 PIECE = re.compile(r"(text|vectors|records)-(\d{6,})-(\d{4,})")
 """Names of pieces: what it is, the state that it was made for, its part of it."""
 _FORMATS = {
@@ -120,7 +120,7 @@ def state_numbers(folder: Path) -> list[int]:
     """Return the numbers of all published states, ascending."""
     if not folder.is_dir():
         return []
-    found = (_STATE.fullmatch(path.name) for path in folder.iterdir() if (path / MANIFEST).is_file())
+    found = (STATE.fullmatch(path.name) for path in folder.iterdir() if (path / MANIFEST).is_file())
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -178,6 +178,8 @@ class Library:
                 what = f"state {number} of a bank" if numbers else "bank"
                 raise ValueError(f"there is no {what} in {folder}; make one with `memory3 bank build RUN`")
             state = state_folder(folder, number or numbers[-1])
+            if state.is_symlink():
+                raise ValueError(f"{state} is a symbolic link, and a bank holds folders only")
             try:
                 descriptor = hold(state)
             except FileNotFoundError:  # swept between the two lines: there is a newer one
@@ -209,9 +211,11 @@ class Library:
 
     def __len__(self) -> int:
         """References that can be found."""
-        return sum(part.references for part in self.parts) - sum(
-            int(self._removed_rows(place).sum()) for place in range(len(self.parts))
-        )
+        count = 0
+        for place, part in enumerate(self.parts):
+            removed = self._removed_rows(place)
+            count += part.references - (0 if removed is None else int(removed.sum()))
+        return count
 
     @property
     def num_documents(self) -> int:
@@ -221,10 +225,12 @@ class Library:
     def live_ids(self, part: int | None = None) -> Ids:
         """Return the numbers of all references that can be found, or of those of one part."""
         places = range(len(self.parts)) if part is None else [part]
-        return np.concatenate(
-            [np.zeros(0, np.int64)]
-            + [self.segments[place].numbers[~self._removed_rows(place)] for place in places]
-        )
+        found = [np.zeros(0, np.int64)]
+        for place in places:
+            removed = self._removed_rows(place)
+            numbers = self.segments[place].numbers
+            found.append(numbers if removed is None else numbers[~removed])
+        return np.concatenate(found)
 
     def live_documents(self, part: int) -> Ids:
         """Return the rows of all documents of a part that can be found."""
@@ -360,11 +366,13 @@ class Library:
 
     def _blocks(self) -> Iterator[tuple[Ids, Floats]]:
         for place, of in enumerate(self.segments):
-            live = ~self._removed_rows(place)
+            removed = self._removed_rows(place)
             for first, block in self._vectors[place].shards():
-                chosen = live[first : first + len(block)]
-                numbers = of.numbers[first : first + len(block)]
-                yield (numbers, block) if chosen.all() else (numbers[chosen], block[chosen])
+                rows = slice(first, first + len(block))
+                if removed is None or not removed[rows].any():
+                    yield of.numbers[rows], block
+                else:
+                    yield of.numbers[rows][~removed[rows]], block[~removed[rows]]
 
     def _numbers_of(self, document_id: str) -> Iterator[int]:
         for of in self.segments:
@@ -377,20 +385,19 @@ class Library:
         place = int(np.searchsorted(self.removed, document))
         return place < len(self.removed) and int(self.removed[place]) == document
 
-    def _removed_rows(self, place: int) -> NDArray[np.bool_]:
-        """Which references of a part belong to documents that were removed."""
+    def _removed_rows(self, place: int) -> NDArray[np.bool_] | None:
+        """Which references of a part belong to documents that were removed; None when none does."""
         if place not in self._masks:
             of, bounds = self.segments[place], [*self._firsts.tolist(), self.next_reference]
             first, last = np.searchsorted(self.removed, bounds[place : place + 2])
-            mask = np.zeros(len(of), np.bool_)
+            self._masks[place] = None
             if first < last:
                 gone = np.isin(of.document_numbers, self.removed[first:last])
-                mask = gone[of.references["document"]]
-            self._masks[place] = mask
+                self._masks[place] = gone[of.references["document"]]
         return self._masks[place]
 
     @cached_property
-    def _masks(self) -> dict[int, NDArray[np.bool_]]:
+    def _masks(self) -> dict[int, NDArray[np.bool_] | None]:
         return {}
 
     def _locate(self, ids: Ids) -> tuple[Ids, Ids]:

@@ -28,6 +28,7 @@ from memorybank.edits import Compiler, Editor, Told, sweep
 from memorybank.library import (
     KIND,
     PIECE,
+    STATE,
     VERSION,
     Library,
     Part,
@@ -101,7 +102,8 @@ def verify(
     known = {state_folder(folder, number).name for number in numbers} | pieces.keys()
     for path in sorted(folder.iterdir()):
         # An edit that was interrupted leaves pieces and work folders, which the next one takes up or sweeps.
-        if path.name not in known and not PIECE.fullmatch(path.name.removesuffix(".partial")):
+        name = path.name.removesuffix(".partial")
+        if path.name not in known and not PIECE.fullmatch(name) and not STATE.fullmatch(name):
             problems.append(Problem(path, _FOREIGN))
     if not problems and compiler is not None:
         with Library.open(folder) as library:
@@ -203,7 +205,7 @@ def fetch(source: Path, target: Path, *, told: Told) -> tuple[int, int]:
         if not _is_sound(state, library.fingerprint):
             delete_artefact(state)
             copy_artefact(library.manifest, state)
-    sweep(target)
+        sweep(target)
     return library.number, len(missing)
 
 

@@ -1,6 +1,8 @@
 """`memory3 bank`: the life of a bank on the command line, on the Python documentation."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +144,24 @@ def test_files_that_cannot_be_added_are_refused(
     assert done.code == 2
     assert problem in done.err
     assert Library.open(folder).number == 1
+
+
+def test_a_full_disk_leaves_the_bank_as_it_was(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = lines(tmp_path / "new.jsonl", {"id": "mine", "title": "A day", "text": TEXT})
+    before = Library.open(folder).fingerprint
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        done = bank("add", new, folder=folder)
+    assert done.code == 2
+    assert "No space left on device; the bank is as it was before" in done.err
+    assert Library.open(folder).fingerprint == before
+    assert "state 2, " in said(bank("add", new, folder=folder))
 
 
 def test_dry_runs_say_bytes_and_time_and_write_nothing(folder: Path, tmp_path: Path) -> None:

@@ -220,6 +220,7 @@ def test_absence_is_told_from_every_byte(folder: Path) -> None:
     library.close()
     editor(folder).compact()
     assert find_document(folder, 'a "quoted" id', text=word) == []
+    assert verify(folder) == []
     half = folder / "records-000009-0000.partial"
     half.mkdir()
     (half / "left").write_bytes(b"x" * 5_000_000 + word.encode())
