@@ -132,6 +132,10 @@ def repair(editor: Editor, problems: Sequence[Problem]) -> list[str]:
         state = state_folder(editor.folder, state_numbers(editor.folder)[-1])
         manifest = open_manifest(state, kind=KIND, version=VERSION)
         parts = [Part(**part) for part in manifest.settings["parts"]]
+        for name in set(made).difference(manifest.inputs):
+            raise ValueError(
+                f"{editor.folder / name} belongs to older states alone: `memory3 bank compact` deletes these"
+            )
         for part in parts:
             for name in set(made).intersection(part.pieces):
                 _take_apart(editor.folder / name)
