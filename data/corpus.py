@@ -99,14 +99,13 @@ class Corpus:
         Raises:
             ValueError: There is none.
         """
-        wanted = _hash(document_id)
-        first = int(np.searchsorted(self._ids["hash"], np.uint64(wanted)))
-        for row in self._ids[first:]:
-            if int(row["hash"]) != wanted:
-                break
-            if self.document(int(row["number"])).id == document_id:
-                return int(row["number"])
-        raise ValueError(f"{self.manifest.folder}: there is no document {document_id!r}")
+        number = self._number(document_id)
+        if number is None:
+            raise ValueError(f"{self.manifest.folder}: there is no document {document_id!r}")
+        return number
+
+    def __contains__(self, document_id: str) -> bool:
+        return self._number(document_id) is not None
 
     def numbers(self, shard: int) -> range:
         """The numbers of a shard's documents."""
@@ -154,6 +153,16 @@ class Corpus:
             for record in map(json.loads, self.manifest.text("probes.jsonl").split("\n")[:-1])
         ]
 
+    def _number(self, document_id: str) -> int | None:
+        wanted = hash_id(document_id)
+        first = int(np.searchsorted(self._ids["hash"], np.uint64(wanted)))
+        for row in self._ids[first:]:
+            if int(row["hash"]) != wanted:
+                break
+            if self.document(int(row["number"])).id == document_id:
+                return int(row["number"])
+        return None
+
     def _shard(self, shard: int) -> MappedFile:
         if shard not in self._shards:
             self._shards[shard] = self.manifest.mapped(_shard_name(shard))
@@ -182,7 +191,7 @@ def write_shard(work: Path, shard: int, documents: Iterable[Document]) -> None:
             row["split"], row["use"] = SPLITS.index(document.split), USES.index(document.use)
             row["stage"] = STAGES.index(document.stage)
             rows.append(row)
-            ids.append(_hash(document.id))
+            ids.append(hash_id(document.id))
             groups.append(document.group)
             requires.append(document.requires)
             begin += len(line)
@@ -237,8 +246,8 @@ def finish(work: Path, *, shards: Sequence[str], probes: Sequence[Probe]) -> int
             return _parse(file.read(int(table[number]["bytes"])))
 
     def number(document_id: str, asker: str) -> int:
-        first = int(np.searchsorted(ids["hash"], np.uint64(_hash(document_id))))
-        if first < count and int(ids["hash"][first]) == _hash(document_id):
+        first = int(np.searchsorted(ids["hash"], np.uint64(hash_id(document_id))))
+        if first < count and int(ids["hash"][first]) == hash_id(document_id):
             return int(ids["number"][first])
         raise ValueError(f"{asker} needs the document {document_id!r}, which is not in the corpus; add it")
 
@@ -272,7 +281,8 @@ def _part_name(shard: int) -> str:
     return f"part-{shard:05d}.npz"
 
 
-def _hash(document_id: str) -> int:
+def hash_id(document_id: str) -> int:
+    """64 bits of a document's id, by which it is looked up; the id itself is compared afterwards."""
     return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "little")
 
 

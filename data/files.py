@@ -24,10 +24,11 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -126,8 +127,6 @@ class MappedFile:
         self._checked = np.zeros(len(entry.crc32), dtype=np.bool_)
         if path.stat().st_size != entry.bytes:
             raise ValueError(_wrong_size(path, entry.bytes))
-        # An empty file cannot be mapped.
-        self._bytes: Bytes = np.memmap(path, dtype=np.uint8, mode="r") if self.size else np.empty(0, np.uint8)
 
     def read(self, offset: int, length: int) -> Bytes:
         """The bytes [offset, offset + length), shape (length,).
@@ -141,6 +140,11 @@ class MappedFile:
         if length and not self._checked[first:last].all():
             self._check(first, last)
         return self._bytes[offset : offset + length]
+
+    @cached_property
+    def _bytes(self) -> Bytes:
+        # Mapped when first read, since every map holds a file descriptor; an empty file cannot be mapped.
+        return np.memmap(self.path, dtype=np.uint8, mode="r") if self.size else np.empty(0, np.uint8)
 
     def read_all(self) -> Bytes:
         """The whole file."""
@@ -284,6 +288,82 @@ def is_finished(
     return _canonical(wanted) == _canonical({key: stored.get(key) for key in wanted})
 
 
+def copy_artefact(source: Manifest, folder: Path) -> None:
+    """Publishes a copy of an artefact, byte for byte; an interrupted copy goes on after its last whole file.
+
+    Raises:
+        ValueError: A file of the source is damaged: nothing is published.
+    """
+    identity = {
+        "kind": source.kind,
+        "version": source.version,
+        "settings": source.settings,
+        "inputs": source.inputs,
+    }
+    with publishing(folder, **identity, extra=source.extra) as work:  # type: ignore[arg-type]
+        for name, entry in source.files.items():
+            if not (work / name).exists():
+                with (source.folder / name).open("rb") as original, writing(work / name) as copy:
+                    shutil.copyfileobj(original, copy, BLOCK_BYTES)
+            if _hash_file(work / name) != entry:
+                (work / name).unlink()
+                raise ValueError(
+                    f"{source.folder / name} differs from its manifest, and was not copied; give a sound copy"
+                )
+
+
+def reopen(folder: Path, damaged: Sequence[str]) -> None:
+    """Turns an artefact back into the work folder of its producer, without the files that are damaged.
+
+    Whoever publishes it again with the same identity then makes those files alone.
+    """
+    for name in damaged:
+        (folder / name).unlink(missing_ok=True)
+    delete_artefact(partial(folder))
+    folder.rename(partial(folder))
+
+
+def delete_artefact(folder: Path) -> None:
+    """Removes an artefact, published or not; a crash on the way leaves one that does not exist for readers."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Holds a folder for one writer; the kernel frees it when the holder dies.
+
+    Raises:
+        ValueError: Another process is writing there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def hold(folder: Path) -> int:
+    """Marks an artefact as being read, until the descriptor returned is closed or the process dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # a file system without locks: what is read may be swept
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return descriptor
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process, this one included, reads an artefact that it marked with `hold`."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def verify(folder: Path) -> list[str]:
     """The names of all files that are missing or whose bytes differ from the manifest's; reads everything."""
     manifest = _parse(folder, _load_json(folder / MANIFEST))
@@ -296,6 +376,13 @@ def verify(folder: Path) -> list[str]:
         return [
             name for name, bad in zip(manifest.files, pool.map(damaged, manifest.files), strict=True) if bad
         ]
+
+
+def strangers(folder: Path) -> list[str]:
+    """The names of all files that lie in an artefact's folder without being part of it."""
+    known = {MANIFEST, *_parse(folder, _load_json(folder / MANIFEST)).files}
+    found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+    return [name for name in found if name not in known]
 
 
 def hash_files(paths: Mapping[str, Path]) -> dict[str, str]:

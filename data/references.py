@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,37 @@ class Citation:
     licence: str
 
 
+class ReferenceTokens(Protocol):
+    """What encoding asks of references."""
+
+    def tokens(self, ids: Sequence[int] | Numbers) -> tuple[Numbers, Numbers, Numbers]:
+        """tokens_NR padded, title lines included, without <s>; lengths_N; titles_N: tokens of the title lines."""
+
+
+class ReferenceSource(ReferenceTokens, Protocol):
+    """What readers ask of references, by number, wherever they lie: in a prepared corpus, in a bank."""
+
+    fingerprint: str
+
+    def documents_of(self, ids: Numbers) -> Numbers:
+        """The document of each reference, in the shape of `ids`; any number for -1."""
+
+    def of_documents(self, documents: Numbers) -> Numbers:
+        """The ids of all references of these documents, ascending."""
+
+    def document_numbers(self, ids: Sequence[str]) -> Numbers:
+        """The numbers of documents by id; -1 where there is none."""
+
+    def content_tokens(self, reference: int) -> list[int]:
+        """The tokens without the title line."""
+
+    def text(self, reference: int) -> str:
+        """Title line and text."""
+
+    def describe(self, reference: int) -> Citation:
+        """Where the reference comes from."""
+
+
 class References:
     """All references of a corpus, by number."""
 
@@ -86,6 +118,15 @@ class References:
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def documents_of(self, ids: Numbers) -> Numbers:
+        """The document of each reference, in the shape of `ids`; any number for -1."""
+        return self.document_of[ids]
+
+    def document_numbers(self, ids: Sequence[str]) -> Numbers:
+        """The numbers of documents by id; -1 where there is none."""
+        corpus = self.shards.corpus
+        return np.array([corpus.number(id) if id in corpus else -1 for id in ids], np.int64)
 
     def of_documents(self, documents: Numbers) -> Numbers:
         """The ids of all references of these documents, ascending."""

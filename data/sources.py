@@ -101,6 +101,26 @@ def content_fingerprints(config: DataConfig) -> dict[str, str]:
     return fingerprints
 
 
+def read_json_lines(files: Sequence[Path], label: str, settings: SourceConfig) -> Iterator[Document]:
+    """The documents of JSON-lines files, in order, for a bank: nothing is held out, and nothing cached.
+
+    Raises:
+        ValueError: A file is missing, or a line is no document; both are named.
+    """
+    source = RecordSource(label, settings, SplitRule(0, 0, 0), None)
+    fields = tuple(
+        name for name in (settings.text_field, settings.title_field, settings.id_field) if name is not None
+    )
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist, or is no file; give files of JSON lines")
+        records = _json_records([str(file)], [str(file)], fields, settings.text_field, "")
+        for number, record in enumerate(records):
+            document = source.document(number, record)
+            if document is not None:
+                yield document
+
+
 @dataclass(frozen=True, slots=True)
 class SplitRule:
     """Which split a document belongs to, by a hash of its id: adding documents moves no other."""
@@ -148,11 +168,12 @@ class RecordSource:
 
     def documents(self, begin: int, end: int) -> Iterator[Document]:
         for number, record in enumerate(self.records.select(range(begin, end)), start=begin):
-            document = self._document(number, record)
+            document = self.document(number, record)
             if document is not None:
                 yield document
 
-    def _document(self, number: int, record: Mapping[str, Any]) -> Document | None:
+    def document(self, number: int, record: Mapping[str, Any]) -> Document | None:
+        """The document that a record describes; None when it is to be dropped."""
         settings = self.settings
         place = record.get(_WHERE, number)
         where = f"data.sources.{self.label}, record {place}"

@@ -1,73 +1,367 @@
-"""`memory3 bank`: compile a run's whole bank with its newest weights, or describe its generations.
+"""`memory3 bank ACTION`: the life of a bank that its users keep, one function per action.
 
-Not here: how a generation is written and read (`memorybank`), the audit (`launch.audit`).
+Not here: what a bank is (`memorybank.library`), how it changes (`memorybank.edits`), whether it is sound
+(`memorybank.soundness`), what a change would cost (`launch.estimate`), `audit` and `inspect` (modules of these names).
 """
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
-from launch import audit, build, inspect
-from launch.opened import open_run
-from memorybank.config import CodecConfig, CodecKind
+from data.config import SourceConfig, SourceKind
+from data.documents import Use
+from data.files import MANIFEST, fingerprint, hash_files
+from data.sources import read_json_lines
+from launch import audit, estimate, inspect
+from launch import build as builders
+from launch.compose import load_config
+from launch.opened import OpenedRun, library_folder, open_run
+from memorybank import embedder as embedders
+from memorybank import soundness
+from memorybank.config import CodecKind
+from memorybank.edits import Documents, Editor, Told
+from memorybank.library import Library
+from memorybank.segment import CutDocument
 from memorybank.store import Generation
 
-REFRESHED = "generation-refreshed"
+Ids = NDArray[np.int64]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Refresh or describe."""
-    build.quiet_third_parties()
-    match arguments.action:
-        case "refresh":
-            return refresh(arguments)
-        case "audit":
-            return audit.run(arguments)
-        case "inspect":
-            return inspect.run(arguments)
-        case _:
-            return stat(arguments)
-
-
-def refresh(arguments: argparse.Namespace) -> int:
-    """Compile every reference that may be read, with the newest weights."""
-    opened = open_run(arguments.run, arguments.root)
-    ids = opened.bank_ids
-    chosen = None
-    if arguments.separate and arguments.codec is None:
+    """Do what the command line asks for."""
+    builders.quiet_third_parties()
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {
+        "build": build,
+        "add": add,
+        "replace": replace,
+        "remove": remove,
+        "refresh": refresh,
+        "compact": compact,
+        "verify": verify,
+        "stat": stat,
+        "search": search,
+        "fetch": fetch,
+        "audit": audit.run,
+        "inspect": inspect.run,
+    }
+    try:
+        return actions[arguments.action](arguments)
+    except OSError as problem:  # the disk is full, or may not be written
         raise ValueError(
-            "--separate says nothing without --codec; name a quantiser: --codec pq16x8 --separate"
-        )
-    if arguments.codec is not None:
-        chosen = CodecConfig(kind=CodecKind[arguments.codec], separate=arguments.separate)
-    codec = opened.codec(chosen)
-    with Progress(
-        TextColumn("compiling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("references"),
-        TimeRemainingColumn(),
-    ) as progress:
-        task = progress.add_task("", total=len(ids))
-        generation = opened.compile(
-            ids, REFRESHED, codec=codec, progress=lambda done: progress.advance(task, done)
-        )
+            f"{problem}; the bank is as it was before: when that is mended, the same command goes on where it stopped"
+        ) from problem
+
+
+def build(arguments: argparse.Namespace) -> int:
+    """Make a bank of everything that may be read with the run's newest checkpoint."""
+    opened, editor = _opened(arguments)
+    documents = corpus_documents(opened, editor)
+    if arguments.dry_run:
+        return _print_estimate(estimate.of_build(opened, editor))
+    return _edit(editor, lambda editor: editor.build(documents))
+
+
+def add(arguments: argparse.Namespace) -> int:
+    """Put in documents."""
+    return _put(arguments, lambda editor, documents: editor.add(documents))
+
+
+def replace(arguments: argparse.Namespace) -> int:
+    """Put in documents, and take out those of the same ids."""
+    return _put(arguments, lambda editor, documents: editor.replace(documents))
+
+
+def remove(arguments: argparse.Namespace) -> int:
+    """Take out documents by id, or all of a source."""
+    folder = _folder(arguments)
+    if bool(arguments.documents) == bool(arguments.source):
+        raise ValueError("name the documents to remove by their ids, or all of a source by --source LABEL")
+    with Library.open(folder) as library:
+        if arguments.source:
+            numbers = library.of_source(arguments.source)
+            if len(numbers) == 0:
+                raise ValueError(
+                    f"bank {folder} holds nothing of source {arguments.source!r}; it has {', '.join(library.sources())}"
+                )
+        else:
+            numbers = library.document_numbers(arguments.documents)
+            for document_id, number in zip(arguments.documents, numbers.tolist(), strict=True):
+                if number < 0:
+                    raise ValueError(f"bank {folder} holds no document {document_id!r}; nothing was removed")
+        num_references = len(library.of_documents(numbers))
+    Editor(folder=folder).remove(numbers)
     print(
-        f"{generation.folder}: {len(generation):,} memories of {generation.record_bytes:,} bytes "
-        f"({codec.memory_bytes:,} of keys and values), codec {codec.name}"
+        f"removed {len(numbers):,} documents of {num_references:,} references: no search finds them from now on\n"
+        f"their bytes are deleted by `memory3 bank compact {arguments.run}`; what the model learnt from them in "
+        "training, and the prepared corpus, are not the bank's"
     )
     return 0
 
 
+def refresh(arguments: argparse.Namespace) -> int:
+    """Compile all memories with the newest weights."""
+    _, editor = _opened(arguments)
+    if arguments.dry_run:
+        with Library.open(editor.folder) as library:
+            return _print_estimate(estimate.of_refresh(library, editor))
+    return _edit(editor, lambda editor: editor.refresh())
+
+
+def compact(arguments: argparse.Namespace) -> int:
+    """Rewrite the bank without what was removed, delete what is older, and say who else still holds it."""
+    folder = _folder(arguments)
+    with Library.open(folder) as library:
+        if arguments.dry_run:
+            return _print_estimate(estimate.of_compact(library))
+        removed = _removed_ids(library)
+    before = _bytes_in(folder)
+    with _bars() as told:
+        number = Editor(folder=folder, told=told).compact()
+    after = _bytes_in(folder)
+    print(f"{folder}: state {number}, {decimal(before)} -> {decimal(after)}")
+    for line in _elsewhere(arguments, removed):
+        print(line)
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Check the bank, repair it if asked, or search it for a document that should be gone."""
+    folder = _folder(arguments)
+    if arguments.absent is not None:
+        return _verify_absent(arguments, folder)
+    editor = Editor(folder=folder)
+    if arguments.sample or arguments.fix:
+        _, editor = _opened(arguments)
+
+    def problems() -> list[soundness.Problem]:
+        with _bars("bytes") as told:
+            return soundness.verify(
+                folder,
+                editor.compiler,
+                sample=arguments.sample,
+                progress=lambda total, done: told("hashing", total, done, 1),
+            )
+
+    found = problems()
+    for problem in found:
+        print(problem)
+    if found and arguments.fix:
+        with _bars() as told:
+            made = soundness.repair(
+                Editor(folder=folder, compiler=editor.compiler, told=told),
+                found,
+            )
+        print(f"made anew: {', '.join(made) or 'nothing'}")
+        found = problems()
+        for problem in found:
+            print(f"still: {problem}")
+    print(f"{folder}: {'sound' if not found else f'{len(found)} problems'}")
+    return int(bool(found))
+
+
 def stat(arguments: argparse.Namespace) -> int:
-    """List the generations of a run."""
-    folder = build.run_folder(arguments.run, arguments.root) / "bank"
-    table = Table("generation", "step", "memories", "bytes each", "MB", "codec", "weights", title=str(folder))
-    for path in sorted(folder.glob("generation-*")):
-        if path.suffix == ".partial":
-            continue
+    """Describe the bank, and list the generations that training compiled."""
+    run_folder, folder = builders.run_folder(arguments.run, arguments.root), _folder(arguments)
+    generations = _generations(run_folder)
+    there = next(folder.glob("state-*/" + MANIFEST), None) is not None
+    if not there and not generations.row_count:
+        raise ValueError(
+            f"{run_folder / 'bank'} holds no bank; make one with `memory3 bank build {arguments.run}`"
+        )
+    wide = Console(width=max(Console().width, 120))  # names and hashes in full, in a pipe too
+    if there:
+        with Library.open(folder) as library:
+            wide.print(_described(library))
+    if generations.row_count:
+        wide.print(generations)
+    return 0
+
+
+def search(arguments: argparse.Namespace) -> int:
+    """Show what a text retrieves."""
+    config = load_config(builders.run_folder(arguments.run, arguments.root) / "config.yaml")
+    embedder = embedders.build(config.retrieval.embedder)
+    if not arguments.text.strip():
+        raise ValueError("the text to search for is empty")
+    if arguments.k is not None and arguments.k < 1:
+        raise ValueError(f"-k {arguments.k} is below 1; set 1 or more")
+    with Library.open(_folder(arguments), expect={"embedder": embedder.name}) as library:
+        scores, ids = library.search(embedder.embed([arguments.text]), arguments.k or config.retrieval.fresh)
+        for score, number in zip(scores[0].tolist(), ids[0].tolist(), strict=True):
+            if number >= 0:
+                cited = library.describe(number)
+                text = library.text(number).removeprefix(f"{cited.title}\n")
+                print(
+                    f"{score:.3f}  {cited.title} [{cited.document}, characters {cited.begin} to {cited.end}; "
+                    f"{cited.source}]\n       {' '.join(text.split())[:200]}"
+                )
+    return 0
+
+
+def fetch(arguments: argparse.Namespace) -> int:
+    """Bring a bank into another folder."""
+    with _bars("pieces") as told:
+        number, copied = soundness.fetch(Path(arguments.source), Path(arguments.target), told=told)
+    print(f"{arguments.target}: state {number}; {copied} pieces were missing and have been copied")
+    return 0
+
+
+def corpus_documents(opened: OpenedRun, editor: Editor) -> Documents:
+    """The documents of a run's corpus that its newest checkpoint may read."""
+    assert editor.compiler is not None
+    shards, cutter = opened.context.prepared.shards, editor.compiler.cutter
+    numbers = np.unique(opened.context.prepared.references.document_of[opened.bank_ids])
+
+    def read() -> Iterator[CutDocument]:
+        for number in numbers.tolist():
+            yield cutter.cut(shards.document(number), shards.tokens(number), shards.title_length(number))
+
+    corpus = opened.context.prepared.references.fingerprint
+    return Documents({"references": corpus, "documents": fingerprint(numbers.tolist())}, read)
+
+
+def _put(arguments: argparse.Namespace, edit: Callable[[Editor, Documents], int]) -> int:
+    _, editor = _opened(arguments)
+    documents = _file_documents(arguments, editor)
+    if arguments.dry_run:
+        return _print_estimate(estimate.of_documents(documents, editor))
+    return _edit(editor, lambda editor: edit(editor, documents))
+
+
+def _file_documents(arguments: argparse.Namespace, editor: Editor) -> Documents:
+    assert editor.compiler is not None
+    cutter, files = editor.compiler.cutter, [Path(file) for file in arguments.files]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist, or is no file; give files of JSON lines")
+    source = SourceConfig(
+        kind=SourceKind.jsonl,
+        id_field=arguments.id_field,
+        title_field=arguments.title_field,
+        text_field=arguments.text_field,
+        licence=arguments.licence,
+        use=Use.reference,
+    )
+    hashes = hash_files({str(number): file for number, file in enumerate(files)})
+    stated = {**asdict(source), "kind": source.kind.value, "use": source.use.value, "label": arguments.source}
+    return Documents(
+        {"files": fingerprint(list(hashes.values())), "source": fingerprint(stated)},
+        lambda: map(cutter.cut, read_json_lines(files, arguments.source, source)),
+    )
+
+
+def _edit(editor: Editor, edit: Callable[[Editor], int]) -> int:
+    with _bars() as told:
+        number = edit(Editor(folder=editor.folder, compiler=editor.compiler, told=told))
+    with Library.open(editor.folder) as library:
+        print(
+            f"{editor.folder}: state {number}, {library.num_documents:,} documents, {len(library):,} memories of "
+            f"{library.record_bytes:,} bytes"
+        )
+    return 0
+
+
+def _opened(arguments: argparse.Namespace) -> tuple[OpenedRun, Editor]:
+    opened = open_run(arguments.run, arguments.root)
+    folder, codec = library_folder(opened.folder, arguments.bank), getattr(arguments, "codec", None)
+    compiler = opened.compiler(folder, None if codec is None else CodecKind[codec])
+    return opened, Editor(folder=folder, compiler=compiler)
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    return library_folder(builders.run_folder(arguments.run, arguments.root), arguments.bank)
+
+
+def _verify_absent(arguments: argparse.Namespace, folder: Path) -> int:
+    with _bars("bytes") as told:
+        total = _bytes_in(folder)
+        found = soundness.find_document(
+            folder,
+            arguments.absent,
+            text=arguments.text,
+            progress=lambda done: told("searching", total, done, 1),
+        )
+    for place in found:
+        print(f"found: {place}")
+    if not found:
+        print(f"{folder}: document {arguments.absent!r} is in none of its files ({decimal(total)} searched)")
+    for line in _elsewhere(arguments, [arguments.absent]):
+        print(line)
+    return int(bool(found))
+
+
+def _elsewhere(arguments: argparse.Namespace, document_ids: list[str]) -> Iterator[str]:
+    """Name what holds documents outside the bank: it is not the bank's, and stays."""
+    run_folder = builders.run_folder(arguments.run, arguments.root)
+    if not document_ids or not (run_folder / "config.yaml").exists():
+        return
+    config = load_config(run_folder / "config.yaml")
+    config.paths.root = arguments.root
+    try:
+        prepared = builders.context(config).prepared
+    except ValueError:
+        yield "the prepared corpus is not here, so that training's generations cannot be searched"
+        return
+    references = prepared.references
+    numbers = references.document_numbers(document_ids)
+    ids = references.of_documents(numbers[numbers >= 0])
+    if len(ids) == 0:
+        return
+    yield (
+        f"{int((numbers >= 0).sum()):,} of these documents are in the prepared corpus {prepared.folder} (its text, "
+        "tokens and vector cache), which is training's, not the bank's"
+    )
+    for path in _generation_folders(run_folder):
+        held = int(Generation.open(path).has(ids).sum())
+        if held:
+            yield f"{path}, a generation of training, holds {held:,} of their memories; delete it if it is not needed"
+
+
+def _removed_ids(library: Library) -> list[str]:
+    found = []
+    for of in library.segments:
+        rows = np.flatnonzero(np.isin(of.document_numbers, library.removed))
+        found += [of.document(row).id for row in rows.tolist()]
+    return found
+
+
+def _generation_folders(run_folder: Path) -> list[Path]:
+    return sorted(
+        path for path in (run_folder / "bank").glob("generation-*") if not path.name.endswith(".partial")
+    )
+
+
+def _generations(run_folder: Path) -> Table:
+    table = Table(
+        "generation",
+        "step",
+        "memories",
+        "bytes each",
+        "MB",
+        "codec",
+        "weights",
+        title=f"of training: {run_folder / 'bank'}",
+    )
+    for path in _generation_folders(run_folder):
         generation = Generation.open(path)
         size = len(generation) * generation.record_bytes
         table.add_row(
@@ -79,10 +373,66 @@ def stat(arguments: argparse.Namespace) -> int:
             generation.codec,
             generation.settings.weights,
         )
-    if not table.row_count:
-        raise ValueError(
-            f"{folder} holds no generation; make one with `memory3 bank refresh {arguments.run}`"
-        )
-    wide = max(Console().width, 120)  # names and hashes in full, in a pipe too
-    Console(width=wide).print(table)
+    return table
+
+
+def _described(library: Library) -> Table:
+    there = sum(part.references for part in library.parts)
+    table = Table("bank", str(library.folder), title=f"state {library.number}, by {library.action}")
+    for name, value in (
+        ("documents", f"{library.num_documents:,}"),
+        ("references", f"{len(library):,}"),
+        ("removed, not yet compacted", f"{1 - len(library) / there:.1%}"),
+        ("segments", f"{len(library.parts):,}"),
+        *((f"bytes of {what}", decimal(size)) for what, size in library.bytes_by_kind().items()),
+        ("bytes per record", f"{library.record_bytes:,}"),
+        ("codec", library.settings.codec),
+        ("embedder", library.settings.embedder),
+        ("compiled by", f"{library.settings.lineage}, step {library.settings.step}"),
+        ("weights", library.settings.weights),
+        ("sources", ", ".join(library.sources())),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def _print_estimate(found: estimate.Estimate) -> int:
+    for name, value in found.lines():
+        print(f"{name:<28}{value}")
     return 0
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+class _Rate(ProgressColumn):
+    """References per second, and bytes done."""
+
+    def render(self, task: Task) -> Text:
+        speed = f"{task.speed:,.0f}/s" if task.speed else ""
+        return Text(f"{speed} {decimal(int(task.fields['size']))}")
+
+
+@contextmanager
+def _bars(unit: str = "references") -> Iterator[Told]:
+    """A bar for each kind of work, as it begins."""
+    tasks: dict[str, tuple[int, int]] = {}
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        _Rate(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+
+        def told(what: str, total: int, done: int, size: int) -> None:
+            if what not in tasks:
+                tasks[what] = (int(progress.add_task(what, total=total or None, size=0)), 0)
+            task, so_far = tasks[what]
+            tasks[what] = (task, so_far + done * size)
+            progress.update(TaskID(task), advance=done, size=so_far + done * size)
+
+        yield told

@@ -13,6 +13,7 @@ import torch
 
 from data.documents import Split
 from data.prepare import Prepared, open_prepared
+from data.references import ReferenceSource
 from launch.compose import load_config
 from launch.config import RunConfig
 from memorybank import embedder as embedders
@@ -58,10 +59,10 @@ class Context:
     def vectors(self, embedder: Embedder) -> VectorCache:
         return VectorCache(prepared_folder(self.config) / "vectors", embedder)
 
-    def search(self, embedder: Embedder) -> RowSearch:
+    def search(self, embedder: Embedder, references: ReferenceSource | None = None) -> RowSearch:
         return RowSearch(
             self.prepared.tokenizer,
-            self.prepared.references,
+            references or self.prepared.references,
             self.vectors(embedder).vectors,
             self.config.retrieval,
             chunk_tokens=self.config.model.chunk_tokens,
@@ -82,6 +83,7 @@ class Context:
         found = search_probes(
             probes,
             prepared.tokenizer,
+            prepared.shards.corpus,
             prepared.references,
             self.vectors(embedder).vectors,
             self.search(embedder).index(everything),

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memorybank.config import CodecKind
+from memorybank.config import STAGES, CodecKind
 from memorybank.cost import CODECS, EMBEDDERS, Hardware
 
 _OVERRIDES = """\
@@ -33,7 +33,7 @@ class Command:
 COMMANDS = (
     Command("prepare", "corpus -> tokenizer -> token shards -> references -> search vectors", _OVERRIDES),
     Command("pretrain", "train: the warmup stage, then the continual stage with its memory bank", _OVERRIDES),
-    Command("bank", "refresh, look at, or audit the memory bank of a run", ""),
+    Command("bank", "build, search, edit, verify, look into and copy the memory bank of a run", ""),
     Command("evaluate", "held-out text and fact probes, with memory, without, and with shuffled memory", ""),
     Command("generate", "complete a prompt with a run's model, with and without memory", ""),
     Command(
@@ -65,32 +65,135 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
-    if name == "bank":
-        sub.add_argument(
-            "action",
-            choices=["refresh", "stat", "audit", "inspect"],
-            help="refresh: compile all that may be read with the newest weights; stat: describe; audit: how much of "
-            "what rows read repeats the rows themselves, and what gain comes from it; inspect: what a text reads, what "
-            "was kept of it, and whether it helped",
+BANK_ACTIONS = (
+    Command("build", "make the bank: every reference that the run's newest checkpoint may read", ""),
+    Command(
+        "add",
+        "put in documents that are not there yet",
+        'files hold one JSON object a line: {"id": "...", "title": "...", "text": "..."}',
+    ),
+    Command(
+        "replace",
+        "put in documents in place of those of the same ids, in one step",
+        'files hold one JSON object a line: {"id": "...", "title": "...", "text": "..."}',
+    ),
+    Command(
+        "remove",
+        "take documents out: no search finds them any more",
+        "the texts, vectors and records are deleted by `compact`; the prepared corpus and the weights stay as they are",
+    ),
+    Command("refresh", "compile all memories anew with the run's newest weights; search vectors stay", ""),
+    Command("compact", "rewrite the bank without what was removed, and delete every older state", ""),
+    Command("verify", "check every byte against its hash, and a sample against the model", ""),
+    Command("stat", "describe the bank, and the generations that training compiled", ""),
+    Command("search", "show what a text retrieves", ""),
+    Command(
+        "fetch",
+        "bring a bank into another folder, copying only what is missing there",
+        "how a bank reaches a host without a shared disk; what was brought before is not brought again",
+    ),
+    Command(
+        "audit", "how much of what rows read repeats the rows themselves, and what gain comes from it", ""
+    ),
+    Command("inspect", "what a text read, what was kept of it, and whether it helped", ""),
+)
+
+
+def _add_bank_actions(bank: argparse.ArgumentParser) -> None:
+    actions = bank.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for action in BANK_ACTIONS:
+        sub = actions.add_parser(
+            action.name,
+            help=action.summary,
+            description=action.summary[0].upper() + action.summary[1:] + ".",
+            epilog=action.details,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        _add_bank_arguments(sub, action.name)
+
+
+def _add_bank_arguments(sub: argparse.ArgumentParser, name: str) -> None:
+    if name == "fetch":
+        sub.add_argument("source", help="folder of the bank to copy")
+        sub.add_argument("target", help="folder that it is brought into")
+        return
+    _add_run(sub)
+    if name == "audit":
         _add_audit_arguments(sub)
+        return
+    if name == "inspect":
         _add_inspect_arguments(sub)
+        return
+    sub.add_argument("--bank", metavar="FOLDER", help="the bank's folder (default: RUN/bank/library)")
+    if name in ("build", "refresh"):
         sub.add_argument(
             "--codec",
-            choices=[kind.name for kind in CodecKind],
-            help="how refresh keeps keys and values (default: the run's codec.kind); readers find out by themselves",
+            choices=[kind.name for kind in CodecKind if kind not in STAGES],
+            help="how keys and values are kept (default: what the bank has, or the run's codec.kind)",
+        )
+    if name in ("add", "replace"):
+        sub.add_argument("files", nargs="+", metavar="FILE", help="JSON lines, perhaps gzipped")
+        sub.add_argument(
+            "--source", default="added", help="label under which they are kept (default: %(default)s)"
+        )
+        sub.add_argument("--licence", default="", help="licence of the texts, shown with every reference")
+        for field in ("id", "title", "text"):
+            sub.add_argument(
+                f"--{field}-field", default=field, help=f"field that holds the {field} (default: %(default)s)"
+            )
+    if name in ("build", "add", "replace", "refresh", "compact"):
+        sub.add_argument(
+            "--dry-run", action="store_true", help="say bytes, time, index and codec, and write nothing"
+        )
+    if name == "remove":
+        sub.add_argument("documents", nargs="*", metavar="DOC", help="ids of documents")
+        sub.add_argument("--source", help="all documents of this source")
+    if name == "verify":
+        sub.add_argument("--fix", action="store_true", help="make anew what is damaged, and nothing else")
+        sub.add_argument(
+            "--sample",
+            type=int,
+            default=64,
+            help="references compiled anew and compared; 0 needs no checkpoint (default: %(default)s)",
         )
         sub.add_argument(
-            "--separate",
-            action="store_true",
-            help="with a quantiser as --codec: one for keys and one for values",
+            "--absent", metavar="DOC", help="instead, search all files for a document that should be gone"
         )
-    if name in ("bank", "evaluate", "generate"):
-        sub.add_argument("run", help="run folder, or its name below --root")
-        sub.add_argument(
-            "--root", default="runs", help="folder of runs and prepared corpora (default: %(default)s)"
-        )
+        sub.add_argument("--text", help="some words of that document, searched for as well")
+    if name == "search":
+        sub.add_argument("text", help="what is searched for")
+        sub.add_argument("-k", type=int, help="references shown (default: as many as a chunk reads)")
+
+
+def _add_run(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run", help="run folder, or its name below --root")
+    sub.add_argument(
+        "--root", default="runs", help="folder of runs and prepared corpora (default: %(default)s)"
+    )
+
+
+def _add_bank_read(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--bank",
+        metavar="FOLDER",
+        nargs="?",
+        const="",
+        help="read a bank that `memory3 bank` keeps, the run's own if no folder is named (default: compile what "
+        "is read)",
+    )
+    sub.add_argument(
+        "--stale",
+        choices=["refuse", "allow"],
+        default="refuse",
+        help="whether a bank of other weights may be read; the output then says so (default: %(default)s)",
+    )
+
+
+def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
+    if name == "bank":
+        _add_bank_actions(sub)
+    if name in ("evaluate", "generate"):
+        _add_run(sub)
     if name == "evaluate":
         sub.add_argument(
             "--split",
@@ -98,16 +201,8 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
             default="validation",
             help="held-out part (default: %(default)s)",
         )
-    if name in ("bank", "evaluate", "generate"):
-        sub.add_argument(
-            "--bank", help="generation below the run's bank/ to read (default: compile what is read)"
-        )
-        sub.add_argument(
-            "--stale",
-            choices=["refuse", "allow"],
-            default="refuse",
-            help="whether a generation of other weights may be read; the output then says so (default: %(default)s)",
-        )
+    if name in ("evaluate", "generate"):
+        _add_bank_read(sub)
     if name == "generate":
         sub.add_argument("--prompt", required=True, help="text to complete")
         sub.add_argument(
@@ -153,22 +248,19 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
 
 
 def _add_audit_arguments(sub: argparse.ArgumentParser) -> None:
-    audit = sub.add_argument_group("audit")
-    audit.add_argument(
+    sub.add_argument(
         "--split",
         choices=["validation", "test", "train"],
         default="validation",
         help="held-out rows, or rows of the last bank epoch (default: %(default)s)",
     )
-    audit.add_argument("--rows", type=int, metavar="N", help="rows (default: evaluation.text_rows)")
-    audit.add_argument(
+    sub.add_argument("--rows", type=int, metavar="N", help="rows (default: evaluation.text_rows)")
+    sub.add_argument(
         "--query",
         choices=["own", "previous"],
-        help="whose text a chunk's references were found with (default: continual.memory.query); for inspect: whose "
-        "text searches for a chunk of --text, its own, which has seen the tokens it predicts, or that of the chunk "
-        "before it (default: previous)",
+        help="whose text a chunk's references were found with (default: continual.memory.query)",
     )
-    audit.add_argument("--output", metavar="FILE.json", help="write the results there as well")
+    sub.add_argument("--output", metavar="FILE.json", help="write the results there as well")
 
 
 def _add_cost_arguments(sub: argparse.ArgumentParser) -> None:
@@ -201,14 +293,20 @@ def _add_cost_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect_arguments(sub: argparse.ArgumentParser) -> None:
-    inspect = sub.add_argument_group("inspect")
-    inspect.add_argument("--text", help="text to look into, read as `evaluate` reads")
-    inspect.add_argument("--prompt", help="prompt to complete and look into, read as `generate` reads")
-    inspect.add_argument(
+    sub.add_argument("--text", help="text to look into, read as `evaluate` reads")
+    sub.add_argument(
+        "--query",
+        choices=["own", "previous"],
+        help="whose text searches for a chunk of --text: its own, which has seen the tokens it predicts, or that of "
+        "the chunk before it (default: previous)",
+    )
+    sub.add_argument("--prompt", help="prompt to complete and look into, read as `generate` reads")
+    sub.add_argument(
         "--max-new-tokens", type=int, default=64, help="length of the completion (default: %(default)s)"
     )
-    inspect.add_argument("--html", metavar="FILE", help="write one self-contained page, too")
-    inspect.add_argument("--details", action="store_true", help="list what each head of each layer kept")
+    sub.add_argument("--html", metavar="FILE", help="write one self-contained page, too")
+    sub.add_argument("--details", action="store_true", help="list what each head of each layer kept")
+    _add_bank_read(sub)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

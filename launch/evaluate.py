@@ -12,11 +12,16 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data.documents import Split
 from data.files import fingerprint, write_json_atomic
+from data.references import ReferenceSource
 from launch import build
 from launch.opened import OpenedRun, open_run
 from memorybank.bank import BankReader, OnlineReader
+from memorybank.library import Library
 from memorybank.store import Generation
 from train.arms import Arm, Bank, Reading, probe_readings, reference_ids, text_readings
 from train.evaluate import (
@@ -41,16 +46,18 @@ def run(arguments: argparse.Namespace) -> int:
     build.quiet_third_parties()
     opened = open_run(arguments.run, arguments.root)
     split = Split(arguments.split)
-    results = save_results(opened, split, bank=arguments.bank, stale=arguments.stale == "allow")
+    library = None
+    if arguments.bank is not None:
+        name, stale = opened.context.embedder().name, arguments.stale == "allow"
+        library = opened.library(arguments.bank, embedder=name, stale=stale)
+    results = save_results(opened, split, library=library)
     samples = opened.config.evaluation.bootstrap_samples
     print(render_results([results], samples=samples, headline=headline(opened.context)))
     print(f"results: {results_path(opened.folder, arguments.split)}")
     return 0
 
 
-def save_results(
-    opened: OpenedRun, split: Split, *, bank: str | None = None, stale: bool = False
-) -> list[ArmResult]:
+def save_results(opened: OpenedRun, split: Split, *, library: Library | None = None) -> list[ArmResult]:
     """Evaluate a run and write what came out, or read it when these weights were evaluated alike before.
 
     Arguments are those of `evaluate`.
@@ -58,7 +65,7 @@ def save_results(
     path, config = results_path(opened.folder, split.value), opened.config
     identity = {
         "weights": opened.engine.weights_hash(),
-        "bank": bank,
+        "bank": None if library is None else library.fingerprint,
         "settings": fingerprint([asdict(config.evaluation), str(config.retrieval), str(config.bank)]),
         "inputs": opened.context.inputs,
     }
@@ -66,7 +73,7 @@ def save_results(
         stored = json.loads(path.read_text(encoding="utf-8"))
         if {key: stored.get(key) for key in identity} == identity:
             return from_json(stored)
-    results = evaluate(opened, split, bank=bank, stale=stale)
+    results = evaluate(opened, split, library=library)
     write_json_atomic(path, {**identity, **to_json(results)})
     return results
 
@@ -118,20 +125,19 @@ class HeldOut:
     probe_readings: list[Reading]
 
 
-def evaluate(
-    opened: OpenedRun, split: Split, *, bank: str | None = None, stale: bool = False
-) -> list[ArmResult]:
+def evaluate(opened: OpenedRun, split: Split, *, library: Library | None = None) -> list[ArmResult]:
     """Every arm that concerns a run's weights.
 
     Args:
         opened: The run; with memory in its continual stage it is M, otherwise the control C.
         split: validation or test.
-        bank: A generation of the run to read; None compiles what is needed with the final weights.
-        stale: Whether that generation may be of other weights; its age is then in every row.
+        library: A library to read, of whatever age, which is then in every row; None compiles what is needed with the
+            final weights.
     """
     config = opened.config
     reads_memory = config.continual is not None and config.continual.memory is not None
-    held_out = held_out_readings(opened, split)
+    references: ReferenceSource = opened.context.prepared.references if library is None else library
+    held_out = held_out_readings(opened, split, library)
     text, facts = held_out.text_readings, held_out.probe_readings
     if not reads_memory:
         text = [reading for reading in text if reading.arm is Arm.none]
@@ -139,23 +145,20 @@ def evaluate(
     else:
         facts = [reading for reading in facts if reading.arm is not Arm.rag]
     context = opened.context
-    generation: Generation | None = None
-    if bank is not None:
-        generation = opened.generation(bank, stale=stale)
-    elif reads_memory:
+    compiled: Library | Generation | None = library
+    if reads_memory and library is None:
         ids = reference_ids([*text, *facts])
-        generation = opened.compile(ids, f"generation-evaluation-{split.value}")
-    references = context.prepared.references
+        compiled = opened.compile(ids, f"generation-evaluation-{split.value}")
     reader = (
         OnlineReader(references)  # of a control, which reads nothing
-        if generation is None
-        else BankReader(generation, opened.codec_of(generation))
+        if compiled is None
+        else BankReader(compiled, opened.codec_of(compiled))
     )
     setting = Setting(
         label="M" if reads_memory else "C",
         reader=reader,
         overlap_limit=config.retrieval.overlap_evaluation,
-        age_steps=None if generation is None else opened.step - generation.settings.step,
+        age_steps=None if compiled is None else opened.step - compiled.settings.step,
         batch_rows=config.evaluation.batch_rows,
     )
 
@@ -178,19 +181,22 @@ def evaluate(
     ]
 
 
-def held_out_readings(opened: OpenedRun, split: Split) -> HeldOut:
-    """What every arm reads: found among all that the run's bank may hold, with the text and questions alone."""
+def held_out_readings(opened: OpenedRun, split: Split, library: Library | None = None) -> HeldOut:
+    """What every arm reads: found among all that the bank may hold, with the text and questions alone."""
     config, context = opened.config, opened.context
-    references, retrieval = context.prepared.references, config.retrieval
-    embedder = context.embedder()
-    search = context.search(embedder)
-    ids = opened.bank_ids
-    index = search.index(ids)
-    bank = Bank(ids, references.document_of)
+    retrieval, embedder = config.retrieval, context.embedder()
+    references: ReferenceSource = context.prepared.references if library is None else library
+    search = context.search(embedder, references)
+    ids = opened.bank_ids if library is None else library.live_ids()
+    index = search.index(ids) if library is None else library
+    document_of = np.full(ids.max(initial=0) + 1, -1, np.int64)
+    document_of[ids] = references.documents_of(ids)
+    bank = Bank(ids, document_of)
     text = context.held_out(split, config.evaluation.text_rows)
+    row_documents = _documents_in(references, text)
     found = search.neighbours(
         text.tokens_MT1[:, :-1].numpy(),
-        text.row_documents,
+        row_documents,
         index,
         k=retrieval.fresh,
         limit=retrieval.overlap_evaluation,
@@ -200,7 +206,7 @@ def held_out_readings(opened: OpenedRun, split: Split) -> HeldOut:
         trained = config.continual.memory.query
     readings = text_readings(
         found.ids_MCk,
-        text.row_documents,
+        row_documents,
         bank,
         seed=config.evaluation.seed,
         window=retrieval.window,
@@ -212,7 +218,13 @@ def held_out_readings(opened: OpenedRun, split: Split) -> HeldOut:
     if not probes:
         return HeldOut(text, ProbeSet([], [], [], [], {}), readings, [])
     searched = search_probes(
-        probes, context.prepared.tokenizer, references, context.vectors(embedder).vectors, index, retrieval
+        probes,
+        context.prepared.tokenizer,
+        context.prepared.shards.corpus,
+        references,
+        context.vectors(embedder).vectors,
+        index,
+        retrieval,
     )
     facts = probe_readings(
         searched.ids_Mk,
@@ -224,3 +236,13 @@ def held_out_readings(opened: OpenedRun, split: Split) -> HeldOut:
         seed=config.evaluation.seed,
     )
     return HeldOut(text, searched.probe_set, readings, facts)
+
+
+def _documents_in(references: ReferenceSource, text: TextSet) -> list[NDArray[np.int64]]:
+    """The documents of each row, by their numbers among the references; a negative number of its own, if not there."""
+    numbers = references.document_numbers(list(text.names.values()))
+    number_of = {
+        corpus_number: int(number) if number >= 0 else -2 - corpus_number
+        for corpus_number, number in zip(text.names, numbers, strict=True)
+    }
+    return [np.array([number_of[int(n)] for n in own], np.int64) for own in text.row_documents]

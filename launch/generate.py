@@ -9,13 +9,14 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.references import Citation
+from data.references import Citation, ReferenceSource
 from launch import build
 from launch.opened import OpenedRun, open_run
 from memorybank.bank import BankReader, Records
+from memorybank.embedder import Embedder
+from memorybank.library import Library
 from memorybank.past import Past, PastReferences, WithPast, compile_past
 from memorybank.retriever import RetrievedMemory, Retriever
-from memorybank.store import Generation
 from model.generate import generate
 
 
@@ -57,27 +58,27 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
     check(sampling)
     opened = open_run(arguments.run, arguments.root)
-    generation = None
+    embedder, library = opened.context.embedder(), None
     if arguments.bank is not None:
-        generation = opened.generation(arguments.bank, stale=arguments.stale == "allow")
-        age = opened.step - generation.settings.step
-        print(f"memories of {arguments.bank}, compiled {age} steps before these weights\n")
+        library = opened.library(arguments.bank, embedder=embedder.name, stale=arguments.stale == "allow")
+        age = opened.step - library.settings.step
+        print(f"memories of {library.folder}, compiled {age} steps before these weights\n")
     row, room = _row(opened, arguments.prompt), _room(opened, sampling)
     past = None
     if arguments.past == "memory" and 1 <= room < len(row) - 1:
         row, before = row[-room:], row[1:-room]
-        past = past_of(opened, before, generation)
+        past = past_of(opened, before, library)
         print(
             f"the last {len(row)} tokens of the prompt are the row; the {len(before)} before them became "
             f"{len(past.references)} memories\n"
         )
     sources: list[tuple[str, RetrievedMemory | None]] = [("without memory", None)]
     if not arguments.no_memory:
-        sources.append(("with memory", memory_of(opened, generation, past=past)))
+        sources.append(("with memory", memory_of(opened, embedder, library, past=past)))
     elif past is not None:
-        sources.append(("with its past alone", memory_of(opened, past=past, bank=False)))
+        sources.append(("with its past alone", memory_of(opened, embedder, library, past=past, bank=False)))
     for label, source in sources:
-        (completion,) = _complete(opened, [row], sampling, source, past)
+        (completion,) = _complete(opened, [row], sampling, source, library, past)
         print(f"--- {label}\n{arguments.prompt}{completion.text}\n")
         print_references(completion)
     return 0
@@ -98,29 +99,35 @@ def check(sampling: Sampling) -> None:
 
 
 def memory_of(
-    opened: OpenedRun, generation: Generation | None = None, *, past: Past | None = None, bank: bool = True
+    opened: OpenedRun,
+    embedder: Embedder | None = None,
+    library: Library | None = None,
+    *,
+    past: Past | None = None,
+    bank: bool = True,
 ) -> RetrievedMemory:
-    """Retrieval over all that the run's bank may hold, and over a prompt's past.
+    """Retrieval over a library, or over all that the run's bank may hold, and over a prompt's past.
 
-    References are read from a generation that holds them, and encoded when first retrieved otherwise.
+    What no library holds is encoded when first retrieved.
 
     Args:
         opened: The run.
-        generation: What was compiled before.
+        embedder: Searches.
+        library: What is read instead of the run's own references.
         past: The prompt's past (`past_of`).
-        bank: Whether the bank is read.
+        bank: Whether the library, or the run's references, are read at all.
     """
     context, config = opened.context, opened.config
-    embedder = context.embedder()
-    references = context.prepared.references
-    records, codec = opened.records(generation)
+    embedder = embedder or context.embedder()
+    references: ReferenceSource = context.prepared.references if library is None else library
+    records, codec = opened.records(library)
     search: Retriever | WithPast
     source: Records = records
     both = None
     if bank or past is None:
         search = Retriever(
             embedder,
-            context.search(embedder).index(opened.bank_ids),
+            context.search(embedder).index(opened.bank_ids) if library is None else library,
             references,
             k=config.retrieval.fresh,
             candidates=config.retrieval.candidates,
@@ -129,41 +136,45 @@ def memory_of(
         both = search, records
     if past is not None:
         search = source = WithPast(
-            past, embedder, k=config.retrieval.fresh, first_id=len(references), bank=both
+            past, embedder, k=config.retrieval.fresh, first_id=_first_of_past(opened, library), bank=both
         )
     return RetrievedMemory(
         search, context.prepared.tokenizer, BankReader(source, codec), device=opened.engine.device
     )
 
 
-def past_of(opened: OpenedRun, tokens: Sequence[int], generation: Generation | None = None) -> Past:
+def past_of(opened: OpenedRun, tokens: Sequence[int], library: Library | None = None) -> Past:
     """Compile the past of a prompt, in windows of the model's row whatever the bank's context.
 
     Args:
         opened: The run.
         tokens: The past.
-        generation: What is read beside it; its codec serves the past too.
+        library: What is read beside it; its codec serves the past too.
     """
     context, model = opened.context, opened.config.model
     references = PastReferences(tokens, context.prepared.tokenizer, reference_tokens=model.reference_tokens)
     return compile_past(
         references,
         opened.engine.encode,
-        opened.codec() if generation is None else opened.codec_of(generation),
+        opened.codec() if library is None else opened.codec_of(library),
         context.embedder(),
         window_tokens=max(model.row_tokens, model.reference_tokens),
     )
 
 
 def complete(
-    opened: OpenedRun, prompts: Sequence[str], sampling: Sampling, memory: RetrievedMemory | None
+    opened: OpenedRun,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    memory: RetrievedMemory | None,
+    library: Library | None = None,
 ) -> list[Completion]:
-    """Complete prompts, each the beginning of a document.
+    """Complete prompts, each the beginning of a document; the memory's references are of `library`, if there is one.
 
     Raises:
         ValueError: A prompt and its completion do not fit the model's row.
     """
-    return _complete(opened, [_row(opened, prompt) for prompt in prompts], sampling, memory, None)
+    return _complete(opened, [_row(opened, prompt) for prompt in prompts], sampling, memory, library, None)
 
 
 def _complete(
@@ -171,6 +182,7 @@ def _complete(
     rows: Sequence[list[int]],
     sampling: Sampling,
     memory: RetrievedMemory | None,
+    library: Library | None,
     past: Past | None,
 ) -> list[Completion]:
     longest, room = max(map(len, rows)), _room(opened, sampling)
@@ -189,11 +201,12 @@ def _complete(
         top_p=sampling.top_p,
         seed=sampling.seed,
     )
-    references = opened.context.prepared.references
+    references: ReferenceSource = opened.context.prepared.references if library is None else library
+    first_of_past = _first_of_past(opened, library)
 
     def describe(number: int) -> Citation:
-        if past is not None and number >= len(references):
-            return past.references.describe(number - len(references))
+        if past is not None and number >= first_of_past:
+            return past.references.describe(number - first_of_past)
         return references.describe(number)
 
     read = {} if memory is None else memory.references_read
@@ -205,6 +218,11 @@ def _complete(
         )
         for row, tokens in enumerate(completions)
     ]
+
+
+def _first_of_past(opened: OpenedRun, library: Library | None) -> int:
+    """The number of a past's first reference: behind all that the bank may hold."""
+    return len(opened.context.prepared.references) if library is None else library.next_reference
 
 
 def _row(opened: OpenedRun, prompt: str) -> list[int]:

@@ -21,8 +21,8 @@ from launch.generate import Sampling, check, complete, memory_of
 from launch.opened import OpenedRun, open_run
 from launch.page import Setting
 from memorybank.config import QueryMode
+from memorybank.library import Library
 from memorybank.retriever import RetrievedMemory, Retriever
-from memorybank.store import Generation
 from model.transformer import Memory3LM
 from train.engine import InferenceEngine
 from train.inspect import Chunk, Inspection, Query, Source, generation_queries, inspect_row, text_queries
@@ -44,14 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
     check(sampling)
     build.quiet_third_parties()
     opened = open_run(arguments.run, arguments.root)
-    generation = None
+    library = None
     if arguments.bank is not None:
-        generation = opened.generation(arguments.bank, stale=arguments.stale == "allow")
+        name, stale = opened.context.embedder().name, arguments.stale == "allow"
+        library = opened.library(arguments.bank, embedder=name, stale=stale)
     query = QueryMode(arguments.query or "previous")
     if arguments.text is not None:
-        found, setting = inspect_text(opened, arguments.text, query, generation)
+        found, setting = inspect_text(opened, arguments.text, query, library)
     else:
-        found, setting = inspect_prompt(opened, arguments.prompt, sampling, generation)
+        found, setting = inspect_prompt(opened, arguments.prompt, sampling, library)
     console = Console()
     console.print(terminal(found, setting, details=arguments.details))
     if arguments.html is not None:
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def inspect_text(
-    opened: OpenedRun, text: str, query: QueryMode, generation: Generation | None = None
+    opened: OpenedRun, text: str, query: QueryMode, library: Library | None = None
 ) -> tuple[Inspection, Setting]:
     """Look into a text, which is the beginning of a document.
 
@@ -78,22 +79,22 @@ def inspect_text(
             f"give more than {model.chunk_tokens} tokens, or --query own"
         )
     queries = text_queries(row, query, chunk_tokens=model.chunk_tokens)
-    return _inspect(opened, row, queries, memory_of(opened, generation), generation, filtered=True)
+    return _inspect(opened, row, queries, memory_of(opened, library=library), library, filtered=True)
 
 
 def inspect_prompt(
-    opened: OpenedRun, prompt: str, sampling: Sampling, generation: Generation | None = None
+    opened: OpenedRun, prompt: str, sampling: Sampling, library: Library | None = None
 ) -> tuple[Inspection, Setting]:
     """Complete a prompt with memory and look into prompt and completion; errors are those of `complete`."""
     tokenizer = opened.context.prepared.tokenizer
-    memory = memory_of(opened, generation)
+    memory = memory_of(opened, library=library)
     (completion,) = complete(opened, [prompt], sampling, memory)
     prompt_tokens = 1 + len(tokenizer.encode(prompt))
     queries = generation_queries(
         completion.row, prompt_tokens=prompt_tokens, chunk_tokens=opened.config.model.chunk_tokens
     )
     return _inspect(
-        opened, completion.row, queries, memory, generation, filtered=False, prompt_tokens=prompt_tokens
+        opened, completion.row, queries, memory, library, filtered=False, prompt_tokens=prompt_tokens
     )
 
 
@@ -102,7 +103,7 @@ def _inspect(
     row: list[int],
     queries: list[Query],
     memory: RetrievedMemory,
-    generation: Generation | None,
+    library: Library | None,
     *,
     filtered: bool,
     prompt_tokens: int | None = None,
@@ -122,16 +123,16 @@ def _inspect(
         found,
         memory.reader,
         tokenizer=tokenizer,
-        references=context.prepared.references,
+        references=context.prepared.references if library is None else library,
         prompt_tokens=prompt_tokens,
     )
     setting = Setting(
         run=opened.folder.name,
         stage=opened.checkpoint.state.stage,
         step=opened.step,
-        references=len(opened.bank_ids),
-        generation=None if generation is None else generation.folder.name,
-        age_steps=None if generation is None else opened.step - generation.settings.step,
+        references=len(opened.bank_ids if library is None else library),
+        generation=None if library is None else str(library.folder),
+        age_steps=None if library is None else opened.step - library.settings.step,
         overlap_limit=opened.config.retrieval.overlap_evaluation if filtered else None,
         generated=prompt_tokens is not None,
     )

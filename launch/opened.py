@@ -15,10 +15,13 @@ from launch import build
 from launch.compose import load_config
 from launch.config import RunConfig
 from memorybank import codecs
-from memorybank.bank import ColdStart
+from memorybank.bank import ColdStart, Records
 from memorybank.codec import Codec
-from memorybank.config import CodecConfig, check_codec
+from memorybank.config import STAGES, BankContext, CodecConfig, CodecKind, check_codec
+from memorybank.edits import Compiler
+from memorybank.library import Library, state_numbers
 from memorybank.record import MemoryShape
+from memorybank.segment import DocumentCutter
 from memorybank.store import Generation, GenerationSettings
 from memorybank.writer import compile_generation
 from train.checkpoint import Checkpoint
@@ -127,39 +130,86 @@ class OpenedRun:
         )
         return Generation.open(self.bank / name, expect=asdict(settings) | {"codec": codec.name})
 
-    def codec_of(self, generation: Generation) -> Codec:
-        """The codec that a generation of this run was written with."""
-        return codecs.named(generation.codec, self.shape, self.bank)
+    def codec_of(self, written: Generation | Library) -> Codec:
+        """The codec that memories were written with."""
+        name = written.codec if isinstance(written, Generation) else written.settings.codec
+        return codecs.named(name, self.shape, self.bank)
 
-    def records(self, generation: Generation | None) -> tuple[ColdStart, Codec]:
-        """Records of a generation where it has them, others encoded when first read (cold start), and their codec."""
-        codec = self.codec() if generation is None else self.codec_of(generation)
-        references = self.context.prepared.references
-        records = ColdStart(
-            generation, self.engine.encode, references, codec, window_tokens=self.window_tokens
-        )
-        return records, codec
+    def records(self, library: Library | None) -> tuple[Records, Codec]:
+        """Records of a library, or of the run's own references, encoded when first read (cold start); their codec."""
+        if library is not None:
+            return library, self.codec_of(library)
+        codec, references = self.codec(), self.context.prepared.references
+        return ColdStart(None, self.engine.encode, references, codec, window_tokens=self.window_tokens), codec
 
-    def generation(self, name: str, *, stale: bool) -> Generation:
-        """A generation of this run by name.
+    def compiler(self, library: Path, kind: CodecKind | None = None) -> Compiler:
+        """What compiles a library with these weights.
 
         Args:
-            name: Its folder below `bank/`.
+            library: Its folder; what stands there keeps its codec.
+            kind: Another codec than that, or than the run's.
+
+        Raises:
+            ValueError: The run encodes whole documents, or the codec would have to be fitted.
+        """
+        self._refuse_documents()
+        if kind is None and state_numbers(library):
+            with Library.open(library) as opened:
+                codec = self.codec_of(opened)
+        else:
+            kind = kind or self.config.codec.kind
+            if kind in STAGES:
+                names = ", ".join(kind.name for kind in CodecKind if kind not in STAGES)
+                raise ValueError(
+                    f"codec {kind.name} is fitted to the references of a run, and a bank that is edited must stand "
+                    f"alone: choose --codec from {names}"
+                )
+            codec = codecs.of_kind(kind, self.shape, self.context.dtype)
+        prepared = self.context.prepared
+        return Compiler(
+            encode=self.engine.encode,
+            codec=codec,
+            embedder=self.context.embedder(),
+            cutter=DocumentCutter(prepared.tokenizer, prepared.references.reference_tokens),
+            layout=self.config.model.layout(),
+            weights=self.engine.weights_hash(),
+            lineage=self.config.run,
+            step=self.step,
+        )
+
+    def library(self, folder: str, *, embedder: str, stale: bool) -> Library:
+        """A library to read with these weights.
+
+        Args:
+            folder: Where it stands; empty for the run's own.
+            embedder: Name of the embedder that searches.
             stale: Whether one of other weights is accepted.
 
         Raises:
-            ValueError: It is missing, of another corpus, layout or context, or stale and not allowed to be.
+            ValueError: It is missing or damaged, of another layout, tokenizer or embedder, or stale and not allowed
+                to be.
         """
+        self._refuse_documents()
         expected = {
             "layout": self.config.model.layout(),
-            "context": self.config.bank.context.value,
-            "window_tokens": self.window_tokens,
-            "references": self.context.inputs["references"],
             "tokenizer": self.context.inputs["tokenizer"],
+            "embedder": embedder,
         }
         if not stale:
             expected["weights"] = self.engine.weights_hash()
-        return Generation.open(self.bank / name, expect=expected)
+        return Library.open(library_folder(self.folder, folder), expect=expected)
+
+    def _refuse_documents(self) -> None:
+        if self.config.bank.context is BankContext.document:
+            raise ValueError(
+                f"run {self.config.run} has bank.context=document, and a bank that is edited keeps memories of "
+                "references that were encoded by themselves: leave --bank away, or train with bank.context=reference"
+            )
+
+
+def library_folder(run: Path, given: str | None) -> Path:
+    """Where the library of a run stands: where `--bank` says, or in the run's own folder."""
+    return Path(given) if given else run / "bank" / "library"
 
 
 def open_run(run: str, root: str) -> OpenedRun:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.references import References
+from data.references import ReferenceSource
 from memorybank.codec import Codec
 from memorybank.pool import distinct
 from memorybank.store import Generation
@@ -49,7 +49,7 @@ class BankReader:
 class OnlineReader:
     """References to be encoded inside the forward pass, with gradient."""
 
-    def __init__(self, references: References) -> None:
+    def __init__(self, references: ReferenceSource) -> None:
         """Read the tokens of `references`."""
         self._references = references
 
@@ -79,7 +79,7 @@ class ColdStart:
         self,
         generation: Generation | None,
         encode: Encode,
-        references: References,
+        references: ReferenceSource,
         codec: Codec,
         *,
         batch: int = 8,

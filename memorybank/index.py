@@ -29,10 +29,6 @@ SPAN_BYTES = 32 << 20
 class SearchIndex(Protocol):
     """What retrieval needs of an index."""
 
-    def __len__(self) -> int: ...
-
-    def add(self, ids: Ids, vectors: Vectors) -> None: ...
-
     def search(self, queries: Vectors, k: int) -> Found: ...
 
 

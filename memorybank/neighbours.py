@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.references import References
+from data.references import ReferenceSource
 from memorybank.index import SearchIndex
 from memorybank.overlap import exceeds
 
@@ -56,7 +56,7 @@ def find(
     row_documents: Sequence[Ids],
     row_tokens: Sequence[Sequence[int] | NDArray[np.integer]] | None,
     index: SearchIndex,
-    references: References,
+    references: ReferenceSource,
     *,
     k: int,
     candidates: int = 64,
@@ -94,7 +94,7 @@ def find(
     for row in range(num_rows):
         ids_Cc = ids_MCc[row]
         # -1 looks up the last reference's document: harmless, since an empty candidate ends the search.
-        own_Cc = np.isin(references.document_of[ids_Cc], row_documents[row]) & (not allow_own_document)
+        own_Cc = np.isin(references.documents_of(ids_Cc), row_documents[row]) & (not allow_own_document)
         overlaps: dict[int, bool] = {}
         for chunk in range(num_chunks):
             taken = 0

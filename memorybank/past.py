@@ -47,8 +47,9 @@ class PastReferences:
     def __len__(self) -> int:
         return len(self._table)
 
-    def tokens(self, ids: Ids) -> tuple[Ids, Ids, Ids]:
+    def tokens(self, ids: Sequence[int] | Ids) -> tuple[Ids, Ids, Ids]:
         """The padded tokens of references, their lengths, and no title lines."""
+        ids = np.asarray(ids, np.int64)
         titles_N, lengths_N = self.sizes(ids)
         tokens_NR = np.full((len(ids), self.reference_tokens), self._tokenizer.pad_id, np.int64)
         for row, (id, length) in enumerate(zip(ids.tolist(), lengths_N.tolist(), strict=True)):

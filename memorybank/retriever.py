@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.references import References
+from data.references import ReferenceSource
 from data.tokenizer import Tokenizer
 from memorybank.bank import BankReader
 from memorybank.embedder import Embedder
@@ -36,7 +36,7 @@ class Retriever:
         self,
         embedder: Embedder,
         index: SearchIndex,
-        references: References,
+        references: ReferenceSource,
         *,
         k: int = 5,
         candidates: int = 64,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.references import References
+from data.references import ReferenceSource
 from data.tokenizer import Tokenizer
 from memorybank.config import IndexKind, RetrievalConfig
 from memorybank.index import ExactIndex, SearchIndex
@@ -40,7 +40,7 @@ class RowSearch:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        references: References,
+        references: ReferenceSource,
         embed: Embed,
         retrieval: RetrievalConfig,
         *,

@@ -79,9 +79,10 @@ class Generation:
             window_tokens=manifest.settings.get("window_tokens"),
             **manifest.inputs,
         )
-        self.ids: Ids = np.load(io.BytesIO(manifest.mapped(IDS).read_all().tobytes()), allow_pickle=False)
-        self._per_shard = int(manifest.settings["records_per_shard"])
-        num_shards = -(-len(self.ids) // self._per_shard)
+        self.ids: Ids = _mapped_array(manifest.mapped(IDS).read_all())
+        self.batch = int(manifest.settings["batch"])
+        self.records_per_shard = int(manifest.settings["records_per_shard"])
+        num_shards = -(-len(self.ids) // self.records_per_shard)
         self._shards = [manifest.mapped(records_file(shard)) for shard in range(num_shards)]
         num_bytes = sum(shard.size for shard in self._shards)
         if not len(self.ids) == manifest.settings["num_records"] == num_bytes / self.record_bytes:
@@ -105,7 +106,7 @@ class Generation:
         """
         manifest = open_manifest(folder, kind=KIND, version=VERSION)
         found = {"context": BankContext.reference.value, **manifest.settings, **manifest.inputs}
-        for key, is_value, expected in _differences(found, expect or {}):
+        for key, is_value, expected in differences(found, expect or {}):
             raise ValueError(
                 f"generation {folder}: {key} is {is_value}, but {expected} is expected; "
                 "compile it for these weights with `memory3 bank refresh`"
@@ -137,7 +138,7 @@ class Generation:
             )
         records = np.empty((len(ids_N), self.record_bytes), np.uint8)
         for row, position in enumerate(positions_N.tolist()):
-            shard, place = divmod(position, self._per_shard)
+            shard, place = divmod(position, self.records_per_shard)
             records[row] = self._shards[shard].read(place * self.record_bytes, self.record_bytes)
         return torch.from_numpy(records)
 
@@ -147,13 +148,23 @@ class Generation:
         return positions_N, self.ids[positions_N] == ids_N
 
 
-def _differences(found: Any, expected: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _mapped_array(content: NDArray[np.uint8]) -> Ids:
+    """Return the numbers of a one-dimensional .npy file without reading them into memory."""
+    file = io.BytesIO(content[:4096].tobytes())
+    np.lib.format.read_magic(file)
+    (length,), _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype != np.int64 or file.tell() + 8 * length != len(content):
+        raise ValueError(f"{IDS} does not hold {length} numbers of type int64")
+    return content[file.tell() :].view(np.int64)
+
+
+def differences(found: Any, expected: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yield the key, the value found and the value expected of every difference; keys of mappings by dots."""
     if isinstance(expected, Mapping):
         found = found if isinstance(found, Mapping) else {}
         # What was compiled with a setting that nobody expects is another layout, too; not so at the top.
         for name in [*expected, *(found.keys() - expected.keys() if key else ())]:
             path = f"{key}.{name}" if key else name
-            yield from _differences(found.get(name), expected.get(name), path)
+            yield from differences(found.get(name), expected.get(name), path)
     elif found != (list(expected) if isinstance(expected, tuple) else expected):
         yield key, found, expected

@@ -21,19 +21,21 @@ Not here: the encoding itself (`model.transformer`) and what becomes of it (`wri
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.references import ReferenceTokens
 from model.memory import Places
 
 Ids = NDArray[np.int64]
 
 
-class Passages(Protocol):
+@runtime_checkable
+class Passages(ReferenceTokens, Protocol):
     """Documents cut into references: those of a corpus (`data.references`), or of a prompt (`past`)."""
 
     @property
@@ -43,9 +45,6 @@ class Passages(Protocol):
     @property
     def document_of(self) -> Ids:
         """Document of each reference, ascending."""
-
-    def tokens(self, ids: Ids) -> tuple[Ids, Ids, Ids]:
-        """The padded tokens of references, their lengths, and the tokens of their title lines."""
 
     def sizes(self, ids: Ids) -> tuple[Ids, Ids]:
         """The tokens of title lines, and of the text behind them."""
@@ -98,12 +97,12 @@ class EncodeBatch:
 
 
 def cut_batches(
-    passages: Passages, ids_N: Ids, *, batch: int, window_tokens: int | None
+    references: ReferenceTokens, ids_N: Ids, *, batch: int, window_tokens: int | None
 ) -> list[EncodeBatch]:
     """Return the batches that encode some references.
 
     Args:
-        passages: Their documents.
+        references: Their tokens; in context `document`, `Passages`.
         ids_N: The references, distinct and ascending.
         batch: References encoded at once; in context `document`, windows of about as many tokens.
         window_tokens: Tokens of a window, the title line included; None = each reference by itself.
@@ -111,17 +110,18 @@ def cut_batches(
     if window_tokens is None:
         positions = np.arange(len(ids_N))
         return [
-            EncodeBatch(counted, partial(_alone, passages, ids_N[filled]))
+            EncodeBatch(counted, partial(_alone, references, ids_N[filled]))
             for counted, filled in _full(positions, batch)
         ]
-    parts = _parts(passages, ids_N, window_tokens)
+    assert isinstance(references, Passages)
+    parts = _parts(references, ids_N, window_tokens)
     order = np.array(sorted(range(len(parts)), key=lambda part: (parts[part].tokens, part)), np.int64)
     return [
         EncodeBatch(
             np.concatenate([parts[part].positions_N for part in counted]),
-            partial(_in_documents, passages, ids_N, [parts[part] for part in filled]),
+            partial(_in_documents, references, ids_N, [parts[part] for part in filled]),
         )
-        for counted, filled in _full(order, max(1, batch * passages.reference_tokens // window_tokens))
+        for counted, filled in _full(order, max(1, batch * references.reference_tokens // window_tokens))
     ]
 
 
@@ -168,8 +168,8 @@ def _full(items: Ids, batch: int) -> Iterator[tuple[Ids, Ids]]:
         yield items[begin : begin + batch], filled[begin : begin + batch]
 
 
-def _alone(passages: Passages, ids_N: Ids) -> tuple[Tensor, Tensor, Tensor]:
-    tokens_NR, lengths_N, titles_N = passages.tokens(ids_N)
+def _alone(references: ReferenceTokens, ids_N: Ids) -> tuple[Tensor, Tensor, Tensor]:
+    tokens_NR, lengths_N, titles_N = references.tokens(ids_N)
     return torch.from_numpy(tokens_NR), torch.from_numpy(lengths_N), torch.from_numpy(titles_N)
 
 

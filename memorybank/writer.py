@@ -11,7 +11,7 @@ needs (train/continual.py).
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from io import BytesIO
@@ -22,11 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.files import is_finished, partial, publishing, write_atomic
-from data.references import References
+from data.files import is_finished, partial, publishing, write_atomic, writing
+from data.references import ReferenceTokens
 from memorybank.codec import Codec
-from memorybank.store import IDS, KIND, VERSION, GenerationSettings, records_file
-from memorybank.windows import Passages, cut_batches
+from memorybank.store import IDS, KIND, VERSION, Generation, GenerationSettings, records_file
+from memorybank.windows import EncodeBatch, cut_batches
 from model.memory import ExplicitMemory
 
 Ids = NDArray[np.int64]
@@ -36,7 +36,7 @@ Encode = Callable[..., ExplicitMemory]
 
 def compile_generation(
     encode: Encode,
-    references: References,
+    references: ReferenceTokens,
     ids: Ids,
     codec: Codec,
     folder: Path,
@@ -68,15 +68,135 @@ def compile_generation(
         batch: references encoded at once.
         progress: is told how many more records all ranks have finished.
     """
-    ids_N = np.unique(ids).astype(np.int64)
+
+    def cut(ids_N: Ids) -> list[EncodeBatch]:
+        return cut_batches(references, ids_N, batch=batch, window_tokens=settings.window_tokens)
+
+    def encoded(ids_N: Ids, num_batches: int) -> Iterator[Tensor]:
+        return _encoded(encode, cut(ids_N), codec, num_batches=num_batches)
+
+    _publish(
+        encoded,
+        lambda ids_N: len(cut(ids_N)),
+        np.unique(ids).astype(np.int64),
+        folder,
+        settings=settings,
+        codec_name=codec.name,
+        record_bytes=codec.record_bytes,
+        records_per_shard=records_per_shard,
+        batch=batch,
+        rank=rank,
+        world_size=world_size,
+        barrier=barrier,
+        progress=progress,
+    )
+
+
+def copy_generation(
+    records: Generation,
+    read: Callable[[Ids], Tensor],
+    ids: Ids,
+    folder: Path,
+    *,
+    settings: GenerationSettings,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Publish a generation of records that were compiled before; nothing is encoded.
+
+    Args:
+        records: a generation whose codec, shards and batches the new one states.
+        read: the records of references, uint8 (N, record_bytes).
+        ids: the references that get a record.
+        folder: to be published.
+        settings: what the generation is made from.
+        progress: is told how many more records are written.
+    """
+
+    def copied(ids_N: Ids, num_batches: int) -> Iterator[Tensor]:
+        for begin in range(0, len(ids_N), records.batch):
+            yield read(ids_N[begin : begin + records.batch])
+
+    _publish(
+        copied,
+        lambda ids_N: -(-len(ids_N) // records.batch),
+        ids,
+        folder,
+        settings=settings,
+        codec_name=records.codec,
+        record_bytes=records.record_bytes,
+        records_per_shard=records.records_per_shard,
+        batch=records.batch,
+        progress=progress,
+    )
+
+
+def encode_records(
+    encode: Encode,
+    references: ReferenceTokens,
+    ids_N: Ids,
+    codec: Codec,
+    *,
+    batch: int,
+    window_tokens: int | None = None,
+) -> Tensor:
+    """Return the records of distinct, ascending references, uint8 (N, record_bytes) on the CPU.
+
+    `window_tokens` is that of `GenerationSettings`.
+    """
+    batches = cut_batches(references, ids_N, batch=batch, window_tokens=window_tokens)
+    return torch.cat(list(_encoded(encode, batches, codec)))
+
+
+@torch.no_grad()
+def _encoded(
+    encode: Encode, batches: Sequence[EncodeBatch], codec: Codec, *, num_batches: int = 1
+) -> Iterator[Tensor]:
+    """Yield records batch by batch, in the order of their references; with documents, all of them at the end.
+
+    `num_batches` may ask for more batches than there are: what is superfluous is encoded again, and dropped.
+    """
+    positions = [part.positions_N for part in batches]
+    ordered = bool((np.diff(np.concatenate(positions)) == 1).all())
+    made: list[Tensor] = []
+    for number in range(max(num_batches, len(batches))):
+        records = codec.encode(encode(*batches[number % len(batches)].arguments())).cpu()
+        made += [records[: len(at)] for at in positions[number : number + 1]]
+        if ordered or number + 1 == len(batches):
+            place = np.argsort(np.concatenate(positions)) if not ordered else slice(None)
+            yield torch.cat([records[:0], *made])[place]
+            made = []
+        else:
+            yield records[:0]
+
+
+def _publish(
+    make: Callable[[Ids, int], Iterator[Tensor]],
+    count: Callable[[Ids], int],
+    ids_N: Ids,
+    folder: Path,
+    *,
+    settings: GenerationSettings,
+    codec_name: str,
+    record_bytes: int,
+    records_per_shard: int,
+    batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Publish a generation whose records `make(ids, least number of batches)` yields batch by batch.
+
+    A shard needs `count(ids)` batches by itself.
+    """
     if len(ids_N) == 0:
         raise ValueError(f"{folder}: no reference to compile; a bank needs at least one")
     stated = asdict(settings)
     inputs = {name: str(stated.pop(name)) for name in ("weights", "references", "tokenizer")}
     decided = {
         **stated,
-        "codec": codec.name,
-        "record_bytes": codec.record_bytes,
+        "codec": codec_name,
+        "record_bytes": record_bytes,
         "records_per_shard": records_per_shard,
         "batch": batch,
         "num_records": len(ids_N),
@@ -100,52 +220,18 @@ def compile_generation(
             progress(len(ids_N) - sum(len(shards[shard]) for shard in missing))
         for first in range(0, len(missing), world_size):
             dealt = missing[first : first + world_size]
-            num_batches = max(
-                len(cut_batches(references, shards[shard], batch=batch, window_tokens=settings.window_tokens))
-                for shard in dealt
-            )
+            num_batches = max(count(shards[shard]) for shard in dealt)
             shard = dealt[rank % len(dealt)]  # without a shard of its own, a rank encodes along for nothing
-            records = encode_records(
-                encode,
-                references,
-                shards[shard],
-                codec,
-                batch=batch,
-                num_batches=num_batches,
-                window_tokens=settings.window_tokens,
-            )
-            if rank < len(dealt):
-                write_atomic(work / records_file(shard), records.numpy().tobytes())
-            if progress is not None:
-                progress(sum(len(shards[shard]) for shard in dealt))
+            due, told = sum(len(shards[shard]) for shard in dealt), 0
+            with writing(work / records_file(shard)) if rank < len(dealt) else nullcontext() as file:
+                for done, records in enumerate(make(shards[shard], num_batches), start=1):
+                    if file is not None:
+                        file.write(records.numpy().data)
+                    if progress is not None:
+                        progress(due * done // num_batches - told)
+                        told = due * done // num_batches
         barrier()  # every shard is there
     barrier()  # the generation is published
-
-
-@torch.no_grad()
-def encode_records(
-    encode: Encode,
-    references: Passages,
-    ids_N: Ids,
-    codec: Codec,
-    *,
-    batch: int,
-    num_batches: int | None = None,
-    window_tokens: int | None = None,
-) -> Tensor:
-    """Return the records of references, uint8 (N, record_bytes) on the CPU.
-
-    `ids_N` are distinct and ascending. `num_batches` asks for more batches than they need (`windows`): what is
-    superfluous is encoded again, and dropped. `window_tokens` is that of `GenerationSettings`.
-    """
-    batches = cut_batches(references, ids_N, batch=batch, window_tokens=window_tokens)
-    records = torch.empty((len(ids_N), codec.record_bytes), dtype=torch.uint8)
-    for number in range(max(num_batches or 1, len(batches))):
-        part = batches[number % len(batches)]
-        made = codec.encode(encode(*part.arguments()))
-        if number < len(batches):
-            records[torch.from_numpy(part.positions_N)] = made[: len(part.positions_N)].cpu()
-    return records
 
 
 def _write_ids(path: Path, ids_N: Ids) -> None:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.references import Citation, References
+from data.references import Citation, ReferenceSource
 from data.tokenizer import Tokenizer
 from memorybank.bank import BankReader
 from memorybank.config import QueryMode
@@ -202,7 +202,7 @@ def inspect_row(
     reader: BankReader,
     *,
     tokenizer: Tokenizer,
-    references: References,
+    references: ReferenceSource,
     prompt_tokens: int | None = None,
 ) -> Inspection:
     """Look into a row.
@@ -285,7 +285,7 @@ def _ablated(
 
 
 def _sources(
-    memory: MemoryBatch, ids_CK: Ids, tokenizer: Tokenizer, references: References
+    memory: MemoryBatch, ids_CK: Ids, tokenizer: Tokenizer, references: ReferenceSource
 ) -> dict[int, Source]:
     """Return the references of a pool, by number."""
     ids = np.unique(ids_CK[ids_CK >= 0])

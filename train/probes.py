@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from data.corpus import Corpus
 from data.documents import Probe
-from data.references import References
+from data.references import ReferenceSource
 from data.tokenizer import Tokenizer
 from memorybank.config import RetrievalConfig
 from memorybank.index import SearchIndex
@@ -57,23 +58,35 @@ class FoundProbes:
 def search_probes(
     probes: Sequence[Probe],
     tokenizer: Tokenizer,
-    references: References,
+    corpus: Corpus,
+    references: ReferenceSource,
     embed: Embed,
     index: SearchIndex,
     retrieval: RetrievalConfig,
 ) -> FoundProbes:
-    """Find references for probes with their questions alone; what overlaps question and answer is refused."""
-    corpus = references.shards.corpus
-    documents = [corpus.number(probe.document) for probe in probes]
+    """Find references for probes with their questions alone; what overlaps question and answer is refused.
+
+    Args:
+        probes: Questions about documents of the corpus.
+        tokenizer: Encodes questions and answers.
+        corpus: Says which documents belong to a probe's group.
+        references: What is searched; not every document of the corpus need be among them.
+        embed: Texts to unit vectors.
+        index: Over the references that may be read.
+        retrieval: Candidates and filters.
+    """
     group_of = corpus.table["group"]
+    groups = [int(group_of[corpus.number(probe.document)]) for probe in probes]
     candidates = {
-        group: references.of_documents(np.flatnonzero(group_of == group))
-        for group in {int(group_of[document]) for document in documents}
+        group: references.of_documents(
+            references.document_numbers(
+                [corpus.document(int(n)).id for n in np.flatnonzero(group_of == group)]
+            )
+        )
+        for group in set(groups)
     }
     holding = holders(
-        [probe.answer for probe in probes],
-        [candidates[int(group_of[document])] for document in documents],
-        references.text,
+        [probe.answer for probe in probes], [candidates[group] for group in groups], references.text
     )
     probe_set = ProbeSet.encode(
         probes, tokenizer, holding=holding, majority={probe.relation: probe.majority for probe in probes}
@@ -91,7 +104,8 @@ def search_probes(
         candidates=retrieval.candidates,
         limit=retrieval.overlap_evaluation,
     )
-    return FoundProbes(probe_set, found.ids_MCk[:, 0], [np.asarray([d], np.int64) for d in documents])
+    documents = references.document_numbers([probe.document for probe in probes])
+    return FoundProbes(probe_set, found.ids_MCk[:, 0], list(documents[:, None]))
 
 
 def question_text(probe: Probe) -> str:

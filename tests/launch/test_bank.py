@@ -1,39 +1,222 @@
-"""`memory3 bank`: compiling everything with the newest weights, and describing what there is."""
+"""`memory3 bank`: the life of a bank on the command line, on the Python documentation."""
 
+import errno
+import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from launch.opened import open_run
-from memorybank import quantizer
+from memorybank.config import CodecKind
+from memorybank.library import Library
 from memorybank.store import Generation
-from tests.support.launch import trained, within
+from memorybank.writer import encode_records
+from tests.support.launch import Finished, trained, within
+
+WORD = "Zanzibarquartz"
+TEXT = f"The word of the day is {WORD}, which nobody said before. " * 3
 
 
-def test_refresh_compiles_all_that_may_be_read_and_evaluate_accepts_it(tmp_path: Path) -> None:
-    root = shutil.copytree(trained().root, tmp_path / "runs")
-    done = within("bank", "refresh", "m", "--root", str(root))
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A bank of all that run `m` may read, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("bank") / "library"
+    done = bank("build", folder=folder)
     assert done.code == 0, done.err
-    opened = open_run("m", str(root))
-    generation = Generation.open(root / "m/bank/generation-refreshed")
-    assert np.array_equal(generation.ids, opened.bank_ids)
-    assert generation.settings.weights == opened.engine.weights_hash()
-    assert generation.settings.step == 4
-    assert f"{len(generation):,} memories of {generation.record_bytes:,} bytes" in done.out
-    reading = ("--bank", "generation-refreshed", "--max-new-tokens", "4")
-    done = within("generate", "m", "--root", str(root), "--prompt", "The import statement", *reading)
+    assert f"{folder}: state 1, " in done.out
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(built, tmp_path / "library")
+
+
+def bank(action: str, *arguments: str, folder: Path, run: str = "m") -> Finished:
+    return within("bank", action, run, *arguments, "--root", str(trained().root), "--bank", str(folder))
+
+
+def said(done: Finished) -> str:
     assert done.code == 0, done.err
-    assert "memories of generation-refreshed, compiled 0 steps before these weights" in done.out
+    return done.out
 
 
-def test_stat_lists_every_generation_with_its_age_and_size() -> None:
-    done = within("bank", "stat", "m", "--root", str(trained().root))
-    assert done.code == 0
+def lines(path: Path, *records: dict[str, str]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def test_build_compiles_all_that_may_be_read_with_the_newest_weights(built: Path) -> None:
+    opened = open_run("m", str(trained().root))
+    library = Library.open(built)
+    corpus, ids = opened.context.prepared.references, opened.bank_ids
+    assert len(library) == len(ids)
+    assert [library.describe(number) for number in range(20)] == [corpus.describe(int(n)) for n in ids[:20]]
+    assert library.settings.weights == opened.engine.weights_hash()
+    assert library.settings.step == 4
+    made = encode_records(opened.engine.encode, corpus, ids[:32], opened.codec(), batch=32)
+    assert torch.equal(library.read(np.arange(32)), made)
+    refused = bank("build", folder=built)
+    assert refused.code == 2
+    assert f"there is a bank in {built} already" in refused.err
+
+
+def test_add_search_replace_remove_compact(folder: Path, tmp_path: Path) -> None:
+    new = lines(tmp_path / "new.jsonl", {"id": "mine", "title": "A day", "text": TEXT})
+    out = said(bank("add", new, "--licence", "CC0", folder=folder))
+    assert "state 2, " in out
+    found = said(bank("search", f"the word of the day {WORD}", folder=folder))
+    assert "A day [mine, characters 0 to " in found.splitlines()[0]
+    assert WORD in found.splitlines()[1]
+    again = bank("add", new, folder=folder)
+    assert again.code == 2
+    assert again.err.endswith(
+        "document 'mine' is in the bank already; put a new text in its place with `memory3 bank replace`\n"
+    )
+    other = lines(
+        tmp_path / "other.jsonl", {"id": "mine", "title": "A day", "text": "The word is Fluorspar."}
+    )
+    said(bank("replace", other, folder=folder))
+    found = said(bank("search", f"the word of the day {WORD}", folder=folder))
+    assert WORD not in found
+    assert "Fluorspar" in found
+    out = said(bank("remove", "mine", folder=folder))
+    assert "removed 1 documents of 1 references" in out
+    assert "what the model learnt from them in training, and the prepared corpus, are not the bank's" in out
+    assert "Fluorspar" not in said(bank("search", "The word is Fluorspar.", folder=folder))
+    there = bank("verify", "--absent", "mine", "--text", "Fluorspar", folder=folder)
+    assert there.code == 1
+    assert "has the id 'mine'" in there.out
+    assert "the text given stands at byte" in there.out
+    said(bank("compact", folder=folder))
+    gone = said(bank("verify", "--absent", "mine", "--text", "Fluorspar", folder=folder))
+    assert f"{folder}: document 'mine' is in none of its files" in gone
+    assert said(bank("verify", "--sample", "8", folder=folder)) == f"{folder}: sound\n"
+    assert WORD.encode() not in b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_what_training_still_holds_of_a_removed_document_is_named(folder: Path) -> None:
+    generation = Generation.open(sorted((trained().main / "bank").glob("generation-continual-*"))[-1])
+    references = open_run("m", str(trained().root)).context.prepared.references
+    document = references.describe(int(generation.ids[0])).document
+    said(bank("remove", document, folder=folder))
+    out = said(bank("compact", folder=folder))
+    assert "1 of these documents are in the prepared corpus" in out
+    assert f"{generation.folder}, a generation of training, holds " in out
+
+
+def test_remove_takes_a_source_and_refuses_what_is_not_there(folder: Path, tmp_path: Path) -> None:
+    new = lines(tmp_path / "new.jsonl", *({"id": f"mine{n}", "text": TEXT} for n in range(3)))
+    said(bank("add", new, "--source", "diary", folder=folder))
+    before = Library.open(folder).num_documents
+    for arguments, problem in (
+        (["mine1", "nope"], "holds no document 'nope'; nothing was removed"),
+        (["--source", "dairy"], "holds nothing of source 'dairy'; it has diary, documents"),
+        ([], "name the documents to remove by their ids, or all of a source by --source LABEL"),
+    ):
+        done = bank("remove", *arguments, folder=folder)
+        assert done.code == 2
+        assert problem in done.err
+    assert Library.open(folder).num_documents == before
+    assert "removed 3 documents" in said(bank("remove", "--source", "diary", folder=folder))
+    assert Library.open(folder).num_documents == before - 3
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"id": "a"}', "line 1: a document without text"),
+        ('{"text": "words"}', "a document without id (field 'id'); give it one"),
+        ("words", "line 1 is no JSON"),
+        ("", "there are no documents to put in"),
+    ],
+)
+def test_files_that_cannot_be_added_are_refused(
+    folder: Path, tmp_path: Path, line: str, problem: str
+) -> None:
+    (tmp_path / "bad.jsonl").write_text(line + "\n")
+    done = bank("add", str(tmp_path / "bad.jsonl"), folder=folder)
+    assert done.code == 2
+    assert problem in done.err
+    assert Library.open(folder).number == 1
+
+
+def test_a_full_disk_leaves_the_bank_as_it_was(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = lines(tmp_path / "new.jsonl", {"id": "mine", "title": "A day", "text": TEXT})
+    before = Library.open(folder).fingerprint
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        done = bank("add", new, folder=folder)
+    assert done.code == 2
+    assert "No space left on device; the bank is as it was before" in done.err
+    assert Library.open(folder).fingerprint == before
+    assert "state 2, " in said(bank("add", new, folder=folder))
+
+
+def test_dry_runs_say_bytes_and_time_and_write_nothing(folder: Path, tmp_path: Path) -> None:
+    new = lines(tmp_path / "new.jsonl", *({"id": f"mine{n}", "text": TEXT} for n in range(3)))
+    there = sorted(folder.rglob("*"))
+    library = Library.open(folder)
+    out = said(bank("add", new, "--dry-run", folder=folder))
+    assert "documents                   3\n" in out
+    for name in (
+        "search vectors",
+        "records",
+        "time, about",
+        "codec                       bfloat16",
+        "index",
+        "free",
+    ):
+        assert name in out
+    assert f"{len(library):,}" in said(bank("refresh", "--dry-run", folder=folder))
+    assert "0.0% of the references were removed" in said(bank("compact", "--dry-run", folder=folder))
+    assert f"{len(library):,}" in said(bank("build", "--dry-run", folder=tmp_path / "nowhere"))
+    assert sorted(folder.rglob("*")) == there
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_verify_names_damage_and_fix_makes_it_anew(folder: Path) -> None:
+    (piece,) = folder.glob("records-*")
+    shard = piece / "records-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[7] ^= 1
+    shard.write_bytes(bytes(content))
+    done = bank("verify", folder=folder)
+    assert done.code == 1
+    assert f"{shard}: is missing, or its bytes differ from the manifest" in done.out
+    out = said(bank("verify", "--fix", folder=folder))
+    assert f"made anew: {piece.name}" in out
+    assert out.endswith(f"{folder}: sound\n")
+    assert Library.open(folder).number == 1
+
+
+def test_fetch_brings_a_bank_into_another_folder(folder: Path, tmp_path: Path) -> None:
+    done = within("bank", "fetch", str(folder), str(tmp_path / "there"))
+    assert "state 1; 3 pieces were missing" in said(done)
+    shutil.rmtree(folder)
+    assert "sound" in said(bank("verify", folder=tmp_path / "there"))
+
+
+def test_stat_describes_the_bank_and_lists_every_generation_of_training(built: Path) -> None:
+    done = bank("stat", folder=built)
+    library = Library.open(built)
+    for words in (f"{library.num_documents:,}", f"{len(library):,}", library.settings.weights, "m, step 4"):
+        assert words in said(done)
     for path in (trained().main / "bank").glob("generation-*"):
         generation = Generation.open(path)
-        (line,) = [line for line in done.out.splitlines() if path.name in line]
+        (line,) = [line for line in done.out.splitlines() if path.name in line and "│" in line]
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         assert cells[1:4] == [
             str(generation.settings.step), f"{len(generation):,}", f"{generation.record_bytes:,}",
@@ -41,47 +224,29 @@ def test_stat_lists_every_generation_with_its_age_and_size() -> None:
         assert cells[-1] == generation.settings.weights
 
 
-def test_run_without_a_bank_is_refused_with_the_command() -> None:
+def test_a_run_without_a_bank_is_refused_with_the_command() -> None:
     done = within("bank", "stat", "c", "--root", str(trained().root))
     assert done.code == 2
     assert done.err == (
-        f"memory3 bank: {trained().control}/bank holds no generation; make one with `memory3 bank refresh c`\n"
+        f"memory3 bank: {trained().control}/bank holds no bank; make one with `memory3 bank build c`\n"
     )
 
 
-def test_refresh_with_a_quantiser_is_read_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantizer, "_ROUNDS", 2)
-    monkeypatch.setattr(quantizer, "_OPQ_ROUNDS", 1)
-    root = shutil.copytree(trained().root, tmp_path / "runs")
-    done = within("bank", "refresh", "m", "--root", str(root), "--codec", "residual2x8_pq8x8", "--separate")
+def test_another_codec_is_kept_by_later_edits_and_read(folder: Path, tmp_path: Path) -> None:
+    exact = Library.open(folder).record_bytes
+    said(bank("refresh", "--codec", "int8", folder=folder))
+    library = Library.open(folder)
+    assert (library.settings.codec, library.record_bytes) == ("int8", 8 * (2 * (64 + 2) + 1))
+    assert library.record_bytes < exact
+    new = lines(tmp_path / "new.jsonl", {"id": "mine", "title": "A day", "text": TEXT})
+    said(bank("add", new, folder=folder))
+    reading = ("--bank", str(folder), "--max-new-tokens", "4", "--root", str(trained().root))
+    done = within("generate", "m", "--prompt", f"The word of the day is {WORD}", *reading)
     assert done.code == 0, done.err
-    # 8 entries, each of two vectors of 10 bytes and one kept token.
-    generation = Generation.open(root / "m/bank/generation-refreshed")
-    assert generation.record_bytes == 8 * (2 * 10 + 1)
-    assert "memories of 168 bytes (160 of keys and values), codec OPQ16_64,Residual2x8,PQ8x8:" in done.out
-    reading = ("--bank", "generation-refreshed", "--max-new-tokens", "4")
-    done = within("generate", "m", "--root", str(root), "--prompt", "The import statement", *reading)
-    assert done.code == 0, done.err
-    (folder,) = (root / "m/bank").glob("codec-residual2x8_pq8x8-separate-*")
-    shutil.rmtree(folder)
-    done = within("generate", "m", "--root", str(root), "--prompt", "The import statement", *reading)
-    assert done.code == 2
-    assert f"written with the codec {generation.codec}, which is not there (found: none)" in done.err
+    assert "A day [mine, " in done.out
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            ["--codec", "residual2x14_pq8x10"],
-            "codec.kind=residual2x14_pq8x10 needs 16,384 vectors to be trained",
-        ),
-        (["--separate"], "--separate says nothing without --codec"),
-        (["--codec", "int8", "--separate"], "codec.kind=int8 learns nothing from keys or values"),
-    ],
-)
-def test_codecs_that_cannot_be_had_are_refused(options: list[str], message: str) -> None:
-    done = within("bank", "refresh", "m", "--root", str(trained().root), *options)
-    assert done.code == 2
-    assert message in done.err
-    assert not list((trained().main / "bank").glob("codec-*"))
+def test_a_codec_that_is_fitted_is_refused(tmp_path: Path) -> None:
+    opened = open_run("m", str(trained().root))
+    with pytest.raises(ValueError, match=r"codec pq16x8 is fitted .* choose --codec from model, float16"):
+        opened.compiler(tmp_path / "nowhere", CodecKind.pq16x8)

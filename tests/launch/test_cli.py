@@ -22,8 +22,15 @@ def _logging(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
 
-@pytest.mark.parametrize("command", [*(command.name for command in cli.COMMANDS), None])
-def test_help_answers_at_once_without_heavy_imports(command: str | None) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        *(command.name for command in cli.COMMANDS),
+        *(f"bank {action.name}" for action in cli.BANK_ACTIONS),
+    ],
+)
+def test_help_answers_at_once_without_heavy_imports(command: str) -> None:
     program = (
         "import sys; from launch.cli import main\n"
         "try: main(sys.argv[1:])\n"
@@ -31,7 +38,7 @@ def test_help_answers_at_once_without_heavy_imports(command: str | None) -> None
     )
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", program, *filter(None, [command]), "--help"],
+        [sys.executable, "-c", program, *command.split(), "--help"],
         cwd=Path(__file__).parents[2],
         input=" ".join(HEAVY),
         capture_output=True,
@@ -40,7 +47,7 @@ def test_help_answers_at_once_without_heavy_imports(command: str | None) -> None
         env={**os.environ, "COLUMNS": "120"},
     )
     assert time.monotonic() - started < 2  # a tenth of a second on an idle machine
-    assert done.stdout.splitlines()[0].startswith(f"usage: memory3 {command or ''}".rstrip())
+    assert done.stdout.splitlines()[0].startswith(f"usage: memory3 {command}".rstrip())
     assert done.stdout.splitlines()[-1] == "code 0 []"
 
 

@@ -6,19 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from launch.opened import OpenedRun, open_run
+from data.documents import Split
+from launch.bank import corpus_documents
+from launch.evaluate import evaluate
+from launch.opened import OpenedRun, library_folder, open_run
+from memorybank.edits import Editor
 from tests.support.launch import trained, within
+from train.arms import Arm
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of what was trained, with a bank of all that may be read, compiled two steps before the end."""
+    """A copy of what was trained, with a library of all that may be read, compiled two steps before the end."""
     root = tmp_path_factory.mktemp("evaluate") / "runs"
     shutil.copytree(trained().root, root)
     now = open_run("m", str(root))
     before = now.context.checkpoints(root / "m").open(root / "m/checkpoints/continual-00000002")
     older = OpenedRun(now.folder, now.config, now.context, before, now.context.inference_engine(before))
-    older.compile(now.bank_ids, "generation-older")
+    editor = Editor(folder=library_folder(root / "m", None), compiler=older.compiler())
+    editor.build(corpus_documents(now, editor))
     yield root
     shutil.rmtree(root)
 
@@ -42,33 +48,46 @@ def test_control_is_evaluated_without_memory(root: Path) -> None:
     assert "memory: " not in done.out.replace("no memory: ", "")
 
 
-def test_generation_of_other_weights_is_refused_by_name(root: Path) -> None:
-    for name in ("generation-continual-0000", "generation-older"):
-        done = within("evaluate", "m", "--root", str(root), "--bank", name)
-        assert done.code == 2
-        assert done.err.startswith(f"memory3 evaluate: generation {root}/m/bank/{name}: weights is ")
-        assert "compile it for these weights with `memory3 bank refresh`" in done.err
-        assert done.err.count("\n") == 1
-
-
-def test_stale_generation_is_read_when_allowed_and_its_age_stated(root: Path) -> None:
-    done = within("evaluate", "m", "--root", str(root), "--bank", "generation-older", "--stale", "allow")
+def test_bank_of_other_weights_is_refused_by_name_unless_allowed_and_its_age_stated(root: Path) -> None:
+    done = within("evaluate", "m", "--root", str(root), "--bank")
+    assert done.code == 2
+    assert done.err.startswith(f"memory3 evaluate: bank {root}/m/bank/library: weights is ")
+    assert "compile it for these weights with `memory3 bank refresh`" in done.err
+    assert done.err.count("\n") == 1
+    prompt = ("--prompt", "The import statement", "--max-new-tokens", "4")
+    done = within("generate", "m", "--root", str(root), *prompt, "--bank", f"{root}/m/bank/library")
+    assert done.code == 2
+    assert "weights is " in done.err
+    done = within("generate", "m", "--root", str(root), *prompt, "--bank", "--stale", "allow")
+    assert done.code == 0, done.err
+    assert f"memories of {root}/m/bank/library, compiled 2 steps before these weights" in done.out
+    assert "read at retrieval 0: " in done.out
+    done = within("evaluate", "m", "--root", str(root), "--bank", "--stale", "allow")
     assert done.code == 0, done.err
     assert "| 2 steps |" in done.out
     assert "| 0 steps |" not in done.out
 
 
-def test_generation_that_lacks_what_is_read_is_refused(root: Path) -> None:
-    arguments = ("--bank", "generation-continual-0000", "--stale", "allow")
-    done = within("evaluate", "m", "--root", str(root), *arguments)
-    assert done.code == 2
-    assert "generation-continual-0000 holds no memory of " in done.err
+def test_a_refreshed_bank_gives_the_numbers_of_what_evaluate_compiles_itself(root: Path) -> None:
+    opened = open_run("m", str(root))
+    itself = evaluate(opened, Split.validation)
+    folder = root / "refreshed"
+    shutil.copytree(root / "m/bank/library", folder)
+    done = within("bank", "refresh", "m", "--root", str(root), "--bank", str(folder))
+    assert done.code == 0, done.err
+    name = opened.context.embedder().name
+    read = evaluate(opened, Split.validation, library=opened.library(str(folder), embedder=name, stale=False))
+    by_arm = [(result.arm, result.query, result.pattern) for result in itself]
+    assert by_arm == [(result.arm, result.query, result.pattern) for result in read]
+    for ours, theirs in zip(read, itself, strict=True):
+        if ours.arm in (Arm.none, Arm.memory):
+            assert ours.loss == pytest.approx(theirs.loss, abs=2e-3)
 
 
-def test_missing_generation_and_missing_run_are_named(root: Path) -> None:
-    done = within("evaluate", "m", "--root", str(root), "--bank", "generation-nope")
+def test_missing_bank_and_missing_run_are_named(root: Path) -> None:
+    done = within("evaluate", "m", "--root", str(root), "--bank", f"{root}/nope")
     assert done.code == 2
-    assert f"there is no generation in {root}/m/bank/generation-nope" in done.err
+    assert f"there is no bank in {root}/nope; make one with `memory3 bank build RUN`" in done.err
     done = within("evaluate", "nope", "--root", str(root))
     assert done.code == 2
     assert done.err == (

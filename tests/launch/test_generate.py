@@ -31,16 +31,6 @@ def test_no_memory_leaves_the_second_completion_out() -> None:
     assert "--- with memory" not in done.out
 
 
-def test_stale_generation_is_refused_unless_allowed_and_its_age_stated() -> None:
-    bank = ("--max-new-tokens", "4", "--bank", "generation-continual-0000")
-    refused = complete(*bank)
-    assert refused.code == 2
-    assert "generation-continual-0000: weights is " in refused.err
-    allowed = complete(*bank, "--stale", "allow")
-    assert allowed.code == 0, allowed.err
-    assert "memories of generation-continual-0000, compiled 4 steps before these weights" in allowed.out
-
-
 FACT = "The lighthouse of Mirador was painted green by the sailor Ottoline."
 FILLER = "A for statement loops over the items of a sequence, in the order that they appear in it. "
 

@@ -4,6 +4,7 @@ import atexit
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,15 +14,18 @@ import torch
 
 from data.config import DataConfig, SourceConfig, SourceKind
 from data.factbook import load
+from data.files import fingerprint
 from data.prepare import Prepared, prepare
 from data.references import References
 from data.tokenizer import Tokenizer
 from memorybank import codecs
 from memorybank.codec import Codec
 from memorybank.config import CodecKind
+from memorybank.edits import Compiler, Documents
 from memorybank.embedder import StaticEmbedder
 from memorybank.index import ExactIndex
 from memorybank.record import MemoryShape
+from memorybank.segment import DocumentCutter
 from memorybank.store import GenerationSettings
 from model.config import ModelConfig
 from model.transformer import Memory3LM
@@ -129,3 +133,29 @@ def on_ranks(world_size: int, function: Callable[[int, Callable[[], None]], None
         thread.join()
     if errors:
         raise errors[0]
+
+
+def compiler(*, seed: int = 0, **changes: object) -> Compiler:
+    """Return what compiles a library with `model(seed=seed)`, in small shards."""
+    network = model(seed=seed)
+    given = {
+        "encode": network.encode,
+        "codec": codec(),
+        "embedder": embedder(),
+        "cutter": DocumentCutter(tokenizer(), references().reference_tokens),
+        "layout": model_config().layout(),
+        "weights": f"w{seed}",
+        "lineage": "run",
+        "step": seed,
+        "batch": 4,
+        "records_per_shard": 8,
+    }
+    return Compiler(**(given | changes))  # type: ignore[arg-type]
+
+
+def texts(first: int, last: int, **changes: str) -> Documents:
+    """Return raw sections of the factbook on their way into a library, with fields changed."""
+    cutter = DocumentCutter(tokenizer(), references().reference_tokens)
+    corpus = references().shards.corpus
+    documents = [replace(corpus.document(number), **changes) for number in range(first, last)]  # type: ignore[arg-type]
+    return Documents({"origin": fingerprint([first, last, changes])}, lambda: map(cutter.cut, documents))

@@ -26,7 +26,9 @@ def search(probes: list[Probe], ids: np.ndarray | None = None, *, limit: float =
     index = ExactIndex(vectors.shape[1])
     index.add(ids, vectors)
     retrieval = RetrievalConfig(candidates=32, overlap_evaluation=limit)
-    return search_probes(probes, PREPARED.tokenizer, REFERENCES, EMBED, index, retrieval)
+    return search_probes(
+        probes, PREPARED.tokenizer, PREPARED.shards.corpus, REFERENCES, EMBED, index, retrieval
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,617 @@
+"""Edits of a library: each makes the pieces it needs, then publishes the next state.
+
+    documents --build / add / replace--> new segments, vectors, records --> state
+    numbers of documents --remove-->                                        state
+    newer weights --refresh--> records for every segment              --> state
+    --compact--> segments without what was removed, copied            --> state; everything older is deleted
+
+Invariants: an edit is one rename: until then readers see the library as it was, whatever becomes of the writer; an
+interrupted edit that is repeated goes on after the last whole shard; the bytes do not depend on the number of ranks;
+nothing but one shard is held in memory. A library has one writer at a time.
+
+Retention: the newest state and `KEPT_STATES - 1` before it stay, and those that somebody reads; older ones are swept by
+the next edit, with the pieces that no state names any more. `compact` keeps the newest alone.
+
+Not here: reading (library.py), verification and repair (soundness.py), where documents come from (`data`).
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.files import (
+    MANIFEST,
+    Manifest,
+    delete_artefact,
+    fingerprint,
+    is_held,
+    only_writer,
+    open_manifest,
+    publishing,
+    write_atomic,
+)
+from data.references import ReferenceTokens
+from memorybank import segment as segments
+from memorybank.codec import Codec
+from memorybank.embedder import Embedder
+from memorybank.library import (
+    KIND,
+    PIECE,
+    REMOVED,
+    VERSION,
+    Library,
+    LibrarySettings,
+    Part,
+    open_piece,
+    piece_folder,
+    settings_of,
+    state_folder,
+    state_numbers,
+)
+from memorybank.segment import CutDocument, DocumentCutter, Segment, write_segment
+from memorybank.store import GenerationSettings, differences
+from memorybank.vectors import compile_vectors, copy_vectors
+from memorybank.writer import Encode, compile_generation, copy_generation
+
+KEPT_STATES = 2
+REFERENCES_PER_SEGMENT = 1 << 18
+"""Bounds a segment's manifests (a checksum per MiB) and tables; 1e8 references make 382 segments."""
+RECORDS_PER_SHARD = 2048
+BATCH = 32
+"""References encoded at once; the last batch is filled up, so that it also is the least that an edit encodes."""
+
+Ids = NDArray[np.int64]
+Told = Callable[[str, int, int, int], None]
+"""What, how many in all, how many more are done, bytes of each: for a progress bar."""
+
+
+class Team(Protocol):
+    """The processes that share an edit (`train.distributed.Ranks`)."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def barrier(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """A team of one."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def barrier(self) -> None:
+        """Wait for nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Documents on their way into a library."""
+
+    origin: Mapping[str, str]
+    """Fingerprints of what they are read from: an interrupted edit goes on only where these are the same."""
+    read: Callable[[], Iterator[CutDocument]]
+    """Reads and cuts them, always in the same order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiler:
+    """Everything that turns references into vectors and records."""
+
+    encode: Encode
+    codec: Codec
+    embedder: Embedder
+    cutter: DocumentCutter
+    layout: Mapping[str, Any]
+    weights: str
+    lineage: str
+    step: int
+    batch: int = BATCH
+    records_per_shard: int = RECORDS_PER_SHARD
+
+    @property
+    def settings(self) -> LibrarySettings:
+        """What a library compiled with this states."""
+        return LibrarySettings(
+            layout=self.layout,
+            weights=self.weights,
+            lineage=self.lineage,
+            step=self.step,
+            tokenizer=self.cutter.fingerprint,
+            codec=self.codec.name,
+            embedder=self.embedder.name,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Editor:
+    """How a library is edited: where, with what, by whom; each edit is a method that returns the new state's number."""
+
+    folder: Path
+    compiler: Compiler | None = None
+    team: Team = Alone()
+    told: Told = lambda what, total, done, size: None
+    references_per_segment: int = REFERENCES_PER_SEGMENT
+
+    def build(self, documents: Documents) -> int:
+        """Make a library of documents.
+
+        Raises:
+            ValueError: there is one already, or two documents have one id.
+        """
+        with self._writing():
+            if state_numbers(self.folder):
+                raise ValueError(
+                    f"there is a bank in {self.folder} already: change it with `memory3 bank add`, `replace`, `remove` "
+                    "or `refresh`, or name another folder with --bank"
+                )
+            return self._put(None, documents, replaces=False, action="build")
+
+    def add(self, documents: Documents) -> int:
+        """Put in documents whose ids are not there yet.
+
+        Raises:
+            ValueError: an id is there, or the library was compiled with something else.
+        """
+        return self._change(documents, replaces=False, action="add")
+
+    def replace(self, documents: Documents) -> int:
+        """Put in documents, and take out those of the same ids, in one state.
+
+        Raises:
+            ValueError: an id is not there, or the library was compiled with something else.
+        """
+        return self._change(documents, replaces=True, action="replace")
+
+    def remove(self, documents: Ids) -> int:
+        """Take out documents by their numbers (`Library.document_numbers`): no search finds them from now on."""
+        with self._writing(), Library.open(self.folder) as base:
+            left = base.without(np.union1d(base.removed, documents))
+            return self._publish(base, base.settings, *left, base.next_reference, action="remove")
+
+    def refresh(self) -> int:
+        """Compile all records with the compiler's weights; search vectors stay, unless the embedder is another one."""
+        compiler = self._compiler()
+        expect = {"tokenizer": compiler.cutter.fingerprint}
+        with self._writing(), Library.open(self.folder, expect=expect) as base:
+            if not _changes(base.settings, compiler):
+                return base.number
+            number = base.number + 1
+            renewed = compiler.embedder.name != base.settings.embedder
+            parts = []
+            for place, part in enumerate(base.parts):
+                texts, ids = base.segments[place], base.live_ids(place)
+                vectors = self.folder / part.vectors
+                if renewed:
+                    vectors = piece_folder(self.folder, "vectors", number, place)
+                    self._embed(texts, vectors, sum(map(len, base.segments)))
+                records = piece_folder(self.folder, "records", number, place)
+                self._encode(texts, base, ids, records, len(base))
+                parts.append(replace(part, vectors=vectors.name, records=records.name))
+            return self._publish(
+                base, compiler.settings, parts, base.removed, base.next_reference, action="refresh"
+            )
+
+    def compact(self) -> int:
+        """Rewrite what holds removed documents, join small segments, and delete everything older.
+
+        Nothing is encoded or embedded: records and vectors are copied. After this, nothing of a removed document is
+        left in the folder.
+
+        Raises:
+            ValueError: somebody still reads an older state, which therefore stays; the new one is published.
+        """
+        with self._writing(), Library.open(self.folder) as base:
+            assert self.team.world_size == 1, "copying is one process's work"
+            number, none = base.number, np.zeros(0, np.int64)
+            groups = compaction(base, self.references_per_segment)
+            if len(base.removed) or len(groups) < len(base.parts):
+                parts = self._rewritten(base, groups)
+                number = self._publish(
+                    base, base.settings, parts, none, base.next_reference, action="compact"
+                )
+            base.close()
+            held = sweep(self.folder, kept=1)
+        if held:
+            raise ValueError(
+                f"bank {self.folder} is compact in state {number}, but {', '.join(path.name for path in held)} is "
+                "being read, and still holds what was removed; when the reader is done, run `memory3 bank compact` "
+                "again"
+            )
+        return number
+
+    def make_again(self, state: Manifest, part: Part, name: str) -> None:
+        """Make the vectors or records of a part from its text, where what a state names was lost.
+
+        Raises:
+            ValueError: the library was compiled with something else.
+        """
+        compiler = self._compiler()
+        _refuse_changes(self.folder, settings_of(state), compiler)
+        texts = Segment(open_piece(self.folder / part.text))
+        if name == part.vectors:
+            return self._embed(texts, self.folder / name, len(texts))
+        ids = texts.numbers
+        if PIECE.fullmatch(part.records)[2] != PIECE.fullmatch(part.text)[2]:  # type: ignore[index]  # refreshed since
+            removed = state.mapped(REMOVED).read_all().view(np.int64)
+            of = texts.document_numbers[texts.references["document"]]
+            ids = ids[~np.isin(of, removed)]
+        then = replace(compiler, lineage=state.settings["lineage"], step=state.settings["step"])
+        return replace(self, compiler=then)._encode(
+            texts, _PlainSegment(texts), ids, self.folder / name, len(ids)
+        )
+
+    def rename(self, state: Manifest, fingerprints: Mapping[str, str]) -> None:
+        """Publish a state like `state` whose pieces have other fingerprints now, and delete those of the lost ones."""
+        publish_state(
+            self.folder,
+            int(state.settings["number"]) + 1,
+            settings_of(state),
+            [Part(**part) for part in state.settings["parts"]],
+            state.mapped(REMOVED).read_all().view(np.int64),
+            int(state.settings["next_reference"]),
+            action="repair",
+            known=fingerprints,
+        )
+        for number in state_numbers(self.folder)[:-1]:
+            delete_artefact(state_folder(self.folder, number))
+        sweep(self.folder)
+
+    # -- steps
+
+    def _change(self, documents: Documents, *, replaces: bool, action: str) -> int:
+        compiler = self._compiler()
+        with self._writing(), Library.open(self.folder) as base:
+            _refuse_changes(self.folder, base.settings, compiler)
+            return self._put(base, documents, replaces=replaces, action=action)
+
+    def _put(self, base: Library | None, documents: Documents, *, replaces: bool, action: str) -> int:
+        compiler = self._compiler()
+        number = 1 if base is None else base.number + 1
+        first = 0 if base is None else base.next_reference
+        if self.team.rank == 0:
+            self._write_segments(number, documents, first)
+        self.team.barrier()
+        made = self._segments_of(number)
+        removed = np.zeros(0, np.int64) if base is None else base.removed
+        if self.team.rank == 0:
+            removed = np.union1d(removed, clashes(made, base, replaces=replaces))
+        parts, total = [], sum(map(len, made))
+        for place, texts in enumerate(made):
+            vectors = piece_folder(self.folder, "vectors", number, place)
+            records = piece_folder(self.folder, "records", number, place)
+            self._embed(texts, vectors, total)
+            self._encode(texts, _PlainSegment(texts), texts.numbers, records, total)
+            parts.append(_part(texts, vectors, records))
+        after = int(made[-1].numbers[-1]) + 1
+        kept: list[Part] = []
+        if base is not None:
+            kept, removed = base.without(removed)
+        return self._publish(base, compiler.settings, [*kept, *parts], removed, after, action=action)
+
+    def _write_segments(self, number: int, documents: Documents, first: int) -> None:
+        compiler = self._compiler()
+
+        def numbered() -> Iterator[tuple[int, CutDocument]]:
+            next_number = first
+            for document in documents.read():
+                self.told("cutting", 0, len(document.passages), 0)
+                yield next_number, document
+                next_number += len(document.passages)
+
+        stream = numbered()
+        for part in count():
+            peeked = next(stream, None)
+            folder = piece_folder(self.folder, "text", number, part)
+            if peeked is None:
+                # What an abandoned edit of the same number left behind must not be taken for a part of this one.
+                for leftover in self.folder.glob(f"*-{number:06d}-*"):
+                    match = PIECE.fullmatch(leftover.name.removesuffix(".partial"))
+                    if match and int(match[3]) >= part:
+                        delete_artefact(leftover)
+                if part == 0:
+                    raise ValueError("there are no documents to put in; give files that hold some")
+                return
+            write_segment(
+                folder,
+                chain([peeked], stream),
+                tokenizer=compiler.cutter.fingerprint,
+                settings={
+                    **compiler.cutter.settings,
+                    "origin": dict(documents.origin),
+                    "part": part,
+                    "first": first,
+                },
+                max_references=self.references_per_segment,
+            )
+
+    def _segments_of(self, number: int) -> list[Segment]:
+        found: list[Segment] = []
+        for part in count():
+            folder = piece_folder(self.folder, "text", number, part)
+            if not (folder / MANIFEST).is_file():
+                return found
+            found.append(Segment(open_manifest(folder, kind=segments.KIND, version=segments.VERSION)))
+        raise AssertionError
+
+    def _embed(self, texts: Segment, folder: Path, total: int) -> None:
+        embedder = self._compiler().embedder
+        compile_vectors(
+            embedder,
+            texts,
+            folder,
+            rank=self.team.rank,
+            world_size=self.team.world_size,
+            barrier=self.team.barrier,
+            progress=lambda done: self.told("embedding", total, done, 4 * embedder.size),
+        )
+
+    def _encode(
+        self, texts: Segment, references: ReferenceTokens, ids: Ids, folder: Path, total: int
+    ) -> None:
+        compiler = self._compiler()
+        compile_generation(
+            compiler.encode,
+            references,
+            ids,
+            compiler.codec,
+            folder,
+            settings=_generation_settings(compiler.settings, texts),
+            rank=self.team.rank,
+            world_size=self.team.world_size,
+            barrier=self.team.barrier,
+            records_per_shard=compiler.records_per_shard,
+            batch=compiler.batch,
+            progress=lambda done: self.told("compiling", total, done, compiler.codec.record_bytes),
+        )
+
+    def _rewritten(self, base: Library, groups: Sequence[Sequence[int]]) -> list[Part]:
+        """Copy what is left of each group of parts into one; a group that loses nothing stays as it is."""
+        number, parts = base.number + 1, []
+        for place, group in enumerate(groups):
+            if len(group) == 1 and base.live_ids(group[0]).size == base.parts[group[0]].references:
+                parts.append(base.parts[group[0]])
+                continue
+            text, vectors, records = (
+                piece_folder(self.folder, what, number, place) for what in ("text", "vectors", "records")
+            )
+            old = base.segments[group[0]]
+            cut = {key: old.manifest.settings[key] for key in ("reference_tokens", "pad_id", "vocab_size")}
+            ids = np.concatenate([base.live_ids(at) for at in group])
+            left = hashlib.sha256(ids.tobytes()).hexdigest()
+            origin = fingerprint([[base.segments[at].fingerprint for at in group], left])
+
+            def copied(group: Sequence[int] = group) -> Iterator[tuple[int, CutDocument]]:
+                for at in group:
+                    for row in base.live_documents(at).tolist():
+                        yield base.segments[at].cut_document(row)
+
+            write_segment(
+                text,
+                copied(),
+                tokenizer=base.settings.tokenizer,
+                settings={
+                    **cut,
+                    "origin": {"segments": origin},
+                    "part": place,
+                    "first": base.parts[group[0]].first,
+                },
+                max_references=len(ids),
+            )
+            made = Segment(open_manifest(text, kind=segments.KIND, version=segments.VERSION))
+            copy_vectors(base.vectors(group[0]), base.read_vectors, made, vectors)
+            copy_generation(
+                base.generation(group[0]),
+                base.read,
+                made.numbers,
+                records,
+                settings=_generation_settings(base.settings, made),
+                progress=lambda done: self.told("copying", len(base), done, base.record_bytes),
+            )
+            parts.append(_part(made, vectors, records))
+        return parts
+
+    def _publish(
+        self,
+        base: Library | None,
+        settings: LibrarySettings,
+        parts: Sequence[Part],
+        removed: Ids,
+        next_reference: int,
+        *,
+        action: str,
+    ) -> int:
+        number, known = (1, {}) if base is None else (base.number + 1, base.manifest.inputs)
+        if self.team.rank == 0:
+            if not parts:
+                raise ValueError(
+                    f"nothing would be left in bank {self.folder}: delete the folder instead, if that is meant"
+                )
+            publish_state(
+                self.folder, number, settings, parts, removed, next_reference, action=action, known=known
+            )
+            if base is not None:
+                base.close()
+            sweep(self.folder)
+        self.team.barrier()
+        return number
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return only_writer(self.folder) if self.team.rank == 0 else nullcontext()
+
+    def _compiler(self) -> Compiler:
+        assert self.compiler is not None, "this edit compiles"
+        return self.compiler
+
+
+def compaction(library: Library, references_per_segment: int = REFERENCES_PER_SEGMENT) -> list[list[int]]:
+    """Return the parts of a library in groups that become one segment each: neighbours, small enough together."""
+    groups: list[list[int]] = []
+    size = 0
+    for place in range(len(library.parts)):
+        live = library.live_ids(place).size
+        if live == 0:
+            continue
+        if not groups or size + live > references_per_segment:
+            groups.append([])
+            size = 0
+        groups[-1].append(place)
+        size += live
+    return groups
+
+
+def clashes(made: Sequence[Segment], base: Library | None, *, replaces: bool) -> Ids:
+    """Return the numbers of the documents that new ones replace.
+
+    Raises:
+        ValueError: two new documents have one id; or one is there already, and is not to be replaced, or the reverse.
+    """
+    for place, new in enumerate(made):
+        twice = next(new.repeated_ids(), None)
+        for other in made[:place]:
+            twice = twice or next((id for id, _, _ in new.shared_ids(other)), None)
+        if twice is not None:
+            raise ValueError(f"two of the documents have the id {twice!r}; ids must be unique")
+    replaced: list[int] = []
+    num_new = sum(new.num_documents for new in made)
+    for new in made:
+        for old in [] if base is None else base.segments:
+            assert base is not None
+            for document_id, _, row in new.shared_ids(old):
+                number = int(old.numbers[old.documents[row]["first"]])
+                if number in base.removed:
+                    continue
+                if not replaces:
+                    raise ValueError(
+                        f"document {document_id!r} is in the bank already; put a new text in its place with "
+                        "`memory3 bank replace`"
+                    )
+                replaced.append(number)
+    if replaces and len(replaced) < num_new:
+        assert base is not None
+        for new in made:
+            for row in range(new.num_documents):
+                document_id = new.document(row).id
+                if base.document_numbers([document_id])[0] < 0:
+                    raise ValueError(
+                        f"document {document_id!r} is not in the bank, so there is nothing to replace; put it in with "
+                        "`memory3 bank add`"
+                    )
+    return np.array(sorted(replaced), np.int64)
+
+
+def publish_state(
+    folder: Path,
+    number: int,
+    settings: LibrarySettings,
+    parts: Sequence[Part],
+    removed: Ids,
+    next_reference: int,
+    *,
+    action: str,
+    known: Mapping[str, str],
+) -> None:
+    """Publish a state of a library; `known` are fingerprints of pieces that need not be opened for them."""
+    stated = asdict(settings)
+    inputs = {name: str(stated.pop(name)) for name in ("weights", "tokenizer")}
+    for name in (name for part in parts for name in part.pieces):
+        inputs[name] = known[name] if name in known else open_piece(folder / name).fingerprint
+    decided = {
+        **stated,
+        "number": number,
+        "action": action,
+        "record_bytes": int(open_piece(folder / parts[0].records).settings["record_bytes"]),
+        "next_reference": next_reference,
+        "parts": [asdict(part) for part in parts],
+    }
+    with publishing(
+        state_folder(folder, number), kind=KIND, version=VERSION, settings=decided, inputs=inputs
+    ) as work:
+        write_atomic(work / REMOVED, removed.astype("<i8").tobytes())
+
+
+def sweep(folder: Path, *, kept: int = KEPT_STATES) -> list[Path]:
+    """Delete the states before the newest `kept`, and pieces that none names; return the older states that are read.
+
+    A state that cannot be read any more keeps every piece from being deleted.
+    """
+    numbers = state_numbers(folder)
+    held = []
+    for number in numbers[:-kept]:
+        state = state_folder(folder, number)
+        if is_held(state):
+            held.append(state)
+        else:
+            delete_artefact(state)
+    named: set[str] = set()
+    for number in state_numbers(folder):
+        try:
+            manifest = open_manifest(state_folder(folder, number), kind=KIND, version=VERSION)
+        except ValueError:
+            return held
+        named |= manifest.inputs.keys()
+    for path in folder.iterdir():
+        piece = path.name.removesuffix(".partial").removesuffix(".outdated")
+        if path.name not in named and PIECE.fullmatch(piece):
+            delete_artefact(path)
+    return held
+
+
+@dataclass(frozen=True, slots=True)
+class _PlainSegment:
+    """The references of a segment that no state names yet, by number."""
+
+    segment: Segment
+
+    def tokens(self, ids: Sequence[int] | Ids) -> tuple[Ids, Ids, Ids]:
+        return self.segment.padded(np.searchsorted(self.segment.numbers, np.asarray(ids)))
+
+
+def _changes(settings: LibrarySettings, compiler: Compiler) -> list[tuple[str, Any, Any]]:
+    """Return what was not made with the compiler: setting, its value, the compiler's value."""
+    expected = {
+        key: value for key, value in asdict(compiler.settings).items() if key not in ("lineage", "step")
+    }
+    return list(differences(asdict(settings), expected))
+
+
+def _refuse_changes(folder: Path, settings: LibrarySettings, compiler: Compiler) -> None:
+    """Refuse to mix records of different weights, or vectors of different embedders."""
+    for key, found, wanted in _changes(settings, compiler):
+        raise ValueError(
+            f"bank {folder}: {key} is {found}, but the run's newest is {wanted}; compile it for these weights with "
+            "`memory3 bank refresh` first"
+        )
+
+
+def _part(segment: Segment, vectors: Path, records: Path) -> Part:
+    return Part(
+        text=segment.folder.name,
+        vectors=vectors.name,
+        records=records.name,
+        first=int(segment.numbers[0]),
+        documents=segment.num_documents,
+        references=segment.num_references,
+    )
+
+
+def _generation_settings(settings: LibrarySettings, segment: Segment) -> GenerationSettings:
+    return GenerationSettings(
+        layout=settings.layout,
+        weights=settings.weights,
+        lineage=settings.lineage,
+        step=settings.step,
+        references=segment.fingerprint,
+        tokenizer=settings.tokenizer,
+    )

@@ -1,0 +1,454 @@
+"""A library: a bank that its users keep and edit, in a folder of its own that can be copied anywhere.
+
+    <library>/
+      state-SSSSSS/            what the library held after its S-th edit
+        manifest.json            settings: what it was compiled with, its parts; inputs: fingerprints of all pieces
+        removed.bin              <i8, ascending: numbers of the documents that were taken out since
+      text-SSSSSS-PPPP/        a segment, made for state S                      (segment.py)
+      vectors-SSSSSS-PPPP/     its search vectors                               (vectors.py)
+      records-SSSSSS-PPPP/     its records, a generation of the segment         (store.py, writer.py)
+
+Every piece is published by one rename and never changes; a state names the three pieces of each of its parts by
+fingerprint. An edit makes the pieces it needs, then publishes the next state, again by one rename. A reader keeps
+the state it opened; the newest is the one of the largest number, whatever the clocks say. Nothing points out of the
+folder.
+
+Invariants: a document that was removed is found by no search and its references cannot be read; a library of other
+weights, layout, tokenizer, codec or embedder than expected is refused by the setting's name; a piece that is missing,
+cut short, foreign or damaged is refused by its name, at the latest when the block in question is read.
+
+Not here: how states come about (edits.py), verification (soundness.py).
+"""
+
+import os
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.files import MANIFEST, Manifest, hold, open_manifest
+from data.references import Citation
+from memorybank import segment, store, vectors
+from memorybank.segment import Segment
+from memorybank.store import Generation, differences
+from memorybank.vectors import Vectors, search_exact
+
+KIND, VERSION = "library", 1
+REMOVED = "removed.bin"
+STATE = re.compile(r"state-(\d{6,})")
+PIECE = re.compile(r"(text|vectors|records)-(\d{6,})-(\d{4,})")
+"""Names of pieces: what it is, the state that it was made for, its part of it."""
+_FORMATS = {
+    "text": (segment.KIND, segment.VERSION),
+    "vectors": (vectors.KIND, vectors.VERSION),
+    "records": (store.KIND, store.VERSION),
+}
+
+Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LibrarySettings:
+    """What all records and vectors of a library were made with: everything by which it may be refused."""
+
+    layout: Mapping[str, Any]
+    """ModelConfig.layout(): what gives a record's numbers their meaning."""
+    weights: str
+    """Hash of the weights."""
+    lineage: str
+    """The run that trained them."""
+    step: int
+    """Their step in that run."""
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    codec: str
+    """Codec.name."""
+    embedder: str
+    """Embedder.name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A segment with its vectors and records, as a state names them."""
+
+    text: str
+    vectors: str
+    records: str
+    first: int
+    """Number of its first reference; all its numbers lie below the next part's."""
+    documents: int
+    references: int
+
+    @property
+    def pieces(self) -> tuple[str, str, str]:
+        """Names of its folders."""
+        return self.text, self.vectors, self.records
+
+
+def settings_of(state: Manifest) -> LibrarySettings:
+    """Return what the records and vectors of a state were made with."""
+    found = {**state.settings, **state.inputs}
+    return LibrarySettings(**{field.name: found[field.name] for field in fields(LibrarySettings)})
+
+
+def open_piece(folder: Path) -> Manifest:
+    """Open a piece by what its name says it is."""
+    kind, version = _FORMATS[folder.name.split("-")[0]]
+    return open_manifest(folder, kind=kind, version=version)
+
+
+def state_folder(folder: Path, number: int) -> Path:
+    """Return where a state stands."""
+    return folder / f"state-{number:06d}"
+
+
+def piece_folder(folder: Path, what: str, number: int, part: int) -> Path:
+    """Return where a piece stands: `what` is text, vectors or records."""
+    return folder / f"{what}-{number:06d}-{part:04d}"
+
+
+def state_numbers(folder: Path) -> list[int]:
+    """Return the numbers of all published states, ascending."""
+    if not folder.is_dir():
+        return []
+    found = (STATE.fullmatch(path.name) for path in folder.iterdir() if (path / MANIFEST).is_file())
+    return sorted(int(match[1]) for match in found if match)
+
+
+class Library:
+    """One state of a library, opened for reading; it lasts for as long as this is open.
+
+    Serves `data.references.ReferenceSource` and `memorybank.bank.Records`; ids are the library's reference numbers.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Wrap an opened state; use `Library.open`."""
+        self.folder = folder
+        self.manifest = manifest
+        self.fingerprint = manifest.fingerprint
+        stated = manifest.settings
+        self.number = int(stated["number"])
+        self.action = str(stated["action"])
+        self.parts = [Part(**part) for part in stated["parts"]]
+        self.next_reference = int(stated["next_reference"])
+        """The number that the next reference gets."""
+        self.record_bytes = int(stated["record_bytes"])
+        self.settings = settings_of(manifest)
+        self.removed: Ids = manifest.mapped(REMOVED).read_all().view(np.int64)
+        self.segments = [Segment(self._piece(part.text)) for part in self.parts]
+        self._vectors = [Vectors(self._piece(part.vectors)) for part in self.parts]
+        self._records = [Generation(self._piece(part.records)) for part in self.parts]
+        self._firsts = np.array([part.first for part in self.parts], np.int64)
+        for part, text, found, records in zip(
+            self.parts, self.segments, self._vectors, self._records, strict=True
+        ):
+            made_of = {found.segment, records.settings.references, text.fingerprint}
+            if len(made_of) > 1 or (len(text), text.num_documents) != (part.references, part.documents):
+                raise ValueError(
+                    f"{manifest.folder}: {', '.join(part.pieces)} do not belong together; restore the library from a "
+                    "copy with `memory3 bank fetch`"
+                )
+
+    @classmethod
+    def open(
+        cls, folder: Path, *, number: int | None = None, expect: Mapping[str, Any] | None = None
+    ) -> "Library":
+        """Open the newest state of a library, or that of a number.
+
+        Args:
+            folder: of the library.
+            number: of a state.
+            expect: values that settings must have (`LibrarySettings`).
+
+        Raises:
+            ValueError: there is none, a piece is damaged, or it was made with something else than expected.
+        """
+        while True:
+            numbers = state_numbers(folder)
+            if not numbers or number not in (None, *numbers):
+                what = f"state {number} of a bank" if numbers else "bank"
+                raise ValueError(f"there is no {what} in {folder}; make one with `memory3 bank build RUN`")
+            state = state_folder(folder, number or numbers[-1])
+            if state.is_symlink():
+                raise ValueError(f"{state} is a symbolic link, and a bank holds folders only")
+            try:
+                descriptor = hold(state)
+            except FileNotFoundError:  # swept between the two lines: there is a newer one
+                continue
+            try:
+                library = cls(folder, open_manifest(state, kind=KIND, version=VERSION))
+            except BaseException:
+                os.close(descriptor)
+                raise
+            library.close = weakref.finalize(library, os.close, descriptor)
+            break
+        found = asdict(library.settings)
+        for key, is_value, expected in differences(found, expect or {}):
+            library.close()
+            raise ValueError(
+                f"bank {folder}: {key} is {is_value}, but {expected} is expected; "
+                "compile it for these weights with `memory3 bank refresh`"
+            )
+        return library
+
+    close: Callable[[], object]
+    """Lets go of the state: it may be swept then. What was not read before may be gone."""
+
+    def __enter__(self) -> "Library":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """References that can be found."""
+        count = 0
+        for place, part in enumerate(self.parts):
+            removed = self._removed_rows(place)
+            count += part.references - (0 if removed is None else int(removed.sum()))
+        return count
+
+    @property
+    def num_documents(self) -> int:
+        """Documents that can be found."""
+        return sum(part.documents for part in self.parts) - len(self.removed)
+
+    def live_ids(self, part: int | None = None) -> Ids:
+        """Return the numbers of all references that can be found, or of those of one part."""
+        places = range(len(self.parts)) if part is None else [part]
+        found = [np.zeros(0, np.int64)]
+        for place in places:
+            removed = self._removed_rows(place)
+            numbers = self.segments[place].numbers
+            found.append(numbers if removed is None else numbers[~removed])
+        return np.concatenate(found)
+
+    def live_documents(self, part: int) -> Ids:
+        """Return the rows of all documents of a part that can be found."""
+        return np.flatnonzero(~np.isin(self.segments[part].document_numbers, self.removed))
+
+    def without(self, removed: Ids) -> tuple[list[Part], Ids]:
+        """Return the parts that still hold a document when these are removed, and what is removed from them."""
+        bounds = [*self._firsts.tolist(), self.next_reference]
+        parts, kept = [], [np.zeros(0, np.int64)]
+        for place, part in enumerate(self.parts):
+            first, last = np.searchsorted(removed, bounds[place : place + 2])
+            if last - first < part.documents:
+                parts.append(part)
+                kept.append(removed[first:last])
+        return parts, np.concatenate(kept)
+
+    def is_live(self, ids: Ids) -> NDArray[np.bool_]:
+        """Return for each reference whether it is there and was not removed."""
+        places, rows = self._locate(ids)
+        return (places >= 0) & ~np.isin(self._documents_at(places, rows), self.removed)
+
+    # -- ReferenceSource
+
+    def documents_of(self, ids: Ids) -> Ids:
+        """The number of each reference's document, in the shape of `ids`; -1 for what is not there."""
+        return self._documents_at(*self._locate(ids))
+
+    def of_documents(self, documents: Ids) -> Ids:
+        """The ids of all references of these documents, ascending; of those that can be found."""
+        found = [np.zeros(0, np.int64)]
+        for document in np.setdiff1d(documents, self.removed):
+            (place,), (row,) = self._locate(np.array([document]))
+            if place >= 0:
+                of = self.segments[place]
+                count = int(of.documents[int(of.references[int(row)]["document"])]["references"])
+                found.append(np.arange(document, document + count))
+        return np.concatenate(found)
+
+    def document_numbers(self, ids: Sequence[str]) -> Ids:
+        """The numbers of documents by id; -1 where there is none that can be found."""
+        return np.array([next(iter(self._numbers_of(id)), -1) for id in ids], np.int64)
+
+    def of_source(self, label: str) -> Ids:
+        """The numbers of all documents of a source that can be found, ascending."""
+        found = [np.zeros(0, np.int64)]
+        for of in self.segments:
+            if label in of.sources:
+                found.append(of.document_numbers[of.documents["source"] == of.sources.index(label)])
+        return np.setdiff1d(np.concatenate(found), self.removed)
+
+    def sources(self) -> list[str]:
+        """Labels of all sources, sorted."""
+        return sorted({label for of in self.segments for label in of.sources})
+
+    def tokens(self, ids: Sequence[int] | Ids) -> tuple[Ids, Ids, Ids]:
+        """The tokens of references: tokens_NR padded, lengths_N, titles_N."""
+        asked = np.asarray(ids, np.int64)
+        places, rows = self._found(asked)
+        width = self.segments[0].reference_tokens
+        tokens_NR = np.zeros((len(asked), width), np.int64)
+        lengths_N, titles_N = np.zeros(len(asked), np.int64), np.zeros(len(asked), np.int64)
+        for place in np.unique(places).tolist():
+            mine = places == place
+            tokens_NR[mine], lengths_N[mine], titles_N[mine] = self.segments[place].padded(rows[mine])
+        return tokens_NR, lengths_N, titles_N
+
+    def content_tokens(self, reference: int) -> list[int]:
+        """The tokens of a reference without its title line."""
+        place, row = self._found_one(reference)
+        tokens, title = self.segments[place].tokens(row)
+        content: list[int] = tokens[title:].tolist()
+        return content
+
+    def text(self, reference: int) -> str:
+        """Title line and text of a reference."""
+        place, row = self._found_one(reference)
+        return self.segments[place].text(row)
+
+    def describe(self, reference: int) -> Citation:
+        """Where a reference comes from."""
+        place, row = self._found_one(reference)
+        return self.segments[place].citation(row)[0]
+
+    # -- Records, and search
+
+    def read(self, ids_N: Ids) -> Tensor:
+        """Return the records of references, uint8 (N, record_bytes), in the order asked for.
+
+        Raises:
+            ValueError: a reference is not there or was removed, or a block of bytes is damaged.
+        """
+        places, _ = self._found(ids_N)
+        records = torch.empty((len(ids_N), self.record_bytes), dtype=torch.uint8)
+        for place in np.unique(places).tolist():
+            mine = places == place
+            records[torch.from_numpy(mine)] = self._records[place].read(ids_N[mine])
+        return records
+
+    def read_vectors(self, ids_N: Ids) -> Floats:
+        """Return the search vectors of references, (N, X)."""
+        places, rows = self._found(ids_N)
+        found = np.empty((len(ids_N), self._vectors[0].size), np.float32)
+        for place in np.unique(places).tolist():
+            mine = places == place
+            found[mine] = self._vectors[place].read(rows[mine])
+        return found
+
+    def search(self, queries: Floats, k: int) -> tuple[Floats, Ids]:
+        """Return the scores and ids, both (n, k), best first, of what can be found; -1 and -inf for no more."""
+        return search_exact(self._blocks(), queries, k)
+
+    def generation(self, part: int) -> Generation:
+        """The records of a part."""
+        return self._records[part]
+
+    def vectors(self, part: int) -> Vectors:
+        """The search vectors of a part."""
+        return self._vectors[part]
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes on disk of text, vectors and records, this state's alone."""
+        sums = dict.fromkeys(("text", "vectors", "records"), 0)
+        for part in self.parts:
+            for what, name in zip(sums, part.pieces, strict=True):
+                sums[what] += sum(
+                    file.stat().st_size for file in (self.folder / name).iterdir() if file.is_file()
+                )
+        return sums
+
+    def part_names(self) -> set[str]:
+        """Names of all pieces of this state."""
+        return {name for part in self.parts for name in part.pieces}
+
+    def _blocks(self) -> Iterator[tuple[Ids, Floats]]:
+        for place, of in enumerate(self.segments):
+            removed = self._removed_rows(place)
+            for first, block in self._vectors[place].shards():
+                rows = slice(first, first + len(block))
+                if removed is None or not removed[rows].any():
+                    yield of.numbers[rows], block
+                else:
+                    yield of.numbers[rows][~removed[rows]], block[~removed[rows]]
+
+    def _numbers_of(self, document_id: str) -> Iterator[int]:
+        for of in self.segments:
+            for row in of.find(document_id):
+                number = int(of.numbers[of.documents[row]["first"]])
+                if not self._was_removed(number):
+                    yield number
+
+    def _was_removed(self, document: int) -> bool:
+        place = int(np.searchsorted(self.removed, document))
+        return place < len(self.removed) and int(self.removed[place]) == document
+
+    def _removed_rows(self, place: int) -> NDArray[np.bool_] | None:
+        """Which references of a part belong to documents that were removed; None when none does."""
+        if place not in self._masks:
+            of, bounds = self.segments[place], [*self._firsts.tolist(), self.next_reference]
+            first, last = np.searchsorted(self.removed, bounds[place : place + 2])
+            self._masks[place] = None
+            if first < last:
+                gone = np.isin(of.document_numbers, self.removed[first:last])
+                self._masks[place] = gone[of.references["document"]]
+        return self._masks[place]
+
+    @cached_property
+    def _masks(self) -> dict[int, NDArray[np.bool_] | None]:
+        return {}
+
+    def _locate(self, ids: Ids) -> tuple[Ids, Ids]:
+        """Return the part and row of each reference, in the shape of `ids`; -1 where there is none."""
+        places = np.searchsorted(self._firsts, ids, side="right") - 1
+        rows = np.full(ids.shape, -1, np.int64)
+        for place in np.unique(places[places >= 0]).tolist():
+            mine = places == place
+            numbers = self.segments[place].numbers
+            found = np.minimum(np.searchsorted(numbers, ids[mine]), len(numbers) - 1)
+            rows[mine] = np.where(numbers[found] == ids[mine], found, -1)
+        return np.where(rows >= 0, places, -1), rows
+
+    def _documents_at(self, places: Ids, rows: Ids) -> Ids:
+        documents = np.full(places.shape, -1, np.int64)
+        for place in np.unique(places[places >= 0]).tolist():
+            mine, of = places == place, self.segments[place]
+            documents[mine] = of.numbers[of.documents["first"][of.references["document"][rows[mine]]]]
+        return documents
+
+    def _found(self, ids: Ids) -> tuple[Ids, Ids]:
+        places, rows = self._locate(ids)
+        gone = (places < 0) | np.isin(self._documents_at(places, rows), self.removed)
+        if gone.any():
+            raise ValueError(
+                f"bank {self.folder}: {int(gone.sum())} of {len(ids)} references are not there, or were removed "
+                f"(first: {ids[gone][0]})"
+            )
+        return places, rows
+
+    def _found_one(self, reference: int) -> tuple[int, int]:
+        places, rows = self._found(np.array([reference]))
+        return int(places[0]), int(rows[0])
+
+    def _piece(self, name: str) -> Manifest:
+        folder = self.folder / name
+        if not PIECE.fullmatch(name):
+            raise ValueError(
+                f"{self.manifest.folder / MANIFEST} names the piece {name!r}, which is no piece's name"
+            )
+        if folder.is_symlink():
+            raise ValueError(
+                f"{folder} is a symbolic link, and a bank holds folders only; put the folder in its place"
+            )
+        try:
+            manifest = open_piece(folder)
+        except ValueError as problem:
+            raise ValueError(f"{problem}; for a bank: `memory3 bank verify --fix`") from problem
+        if manifest.fingerprint != self.manifest.inputs[name]:
+            raise ValueError(
+                f"{folder} is not the piece that state {self.number} names: its fingerprint is {manifest.fingerprint}, "
+                f"and {self.manifest.inputs[name]} is named; see `memory3 bank verify`"
+            )
+        return manifest
