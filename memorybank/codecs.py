@@ -162,7 +162,8 @@ def obtain(
 def draw(config: CodecConfig, shape: MemoryShape, ids: Ids) -> tuple[Ids, Ids]:
     """Return references drawn uniformly, in two parts: to measure a quantiser's error on, and to train it on."""
     each = shape.num_kept * (1 if config.separate else 2)
-    wanted = max(LEAST_SAMPLED, -(-quantizer.advised_vectors(config.kind) // each))
+    # A tenth more than whole references would need: short ones give fewer vectors.
+    wanted = max(LEAST_SAMPLED, -(-quantizer.advised_vectors(config.kind) * 11 // (10 * each)))
     drawn = np.random.default_rng(0).permutation(np.unique(ids))
     held_out = min(MOST_HELD_OUT, -(-(len(drawn) - 1) // 10))
     return drawn[:held_out], drawn[held_out : held_out + wanted]
