@@ -23,7 +23,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     now = open_run("m", str(root))
     before = now.context.checkpoints(root / "m").open(root / "m/checkpoints/continual-00000002")
     older = OpenedRun(now.folder, now.config, now.context, before, now.context.inference_engine(before))
-    editor = Editor(folder=library_folder(root / "m", None), compiler=older.compiler())
+    folder = library_folder(root / "m", None)
+    editor = Editor(folder=folder, compiler=older.compiler(folder))
     editor.build(corpus_documents(now, editor))
     yield root
     shutil.rmtree(root)

@@ -234,9 +234,9 @@ def test_documents_are_encoded_first_where_the_bank_says_so(tmp_path: Path) -> N
         epochs(tmp_path, model=wide, bank=BankConfig(context=context)) for context in BankContext
     )
     ids = documents.bank_ids(read(*SECTIONS[:2]))
-    generation = documents.compile(writes, ids, name="generation-continual-0000", step=4)
+    generation = documents.compile(writes, ids, read(*SECTIONS[:2]), name="generation-continual-0000", step=4)
     assert (generation.settings.context, generation.settings.window_tokens) == ("document", 256)
-    alone = plain.compile(writes, ids, name="generation-continual-0001", step=4)
+    alone = plain.compile(writes, ids, read(*SECTIONS[:2]), name="generation-continual-0001", step=4)
     differs = (generation.read(ids) != alone.read(ids)).any(dim=1).numpy()
     first = np.searchsorted(REFERENCES.document_of, REFERENCES.document_of[ids])
     assert (ids != first).sum() > 10
