@@ -37,9 +37,10 @@ from torch import Tensor
 from data.files import MANIFEST, Manifest, hold, open_manifest
 from data.references import Citation
 from memorybank import segment, store, vectors
+from memorybank.index import search_spans
 from memorybank.segment import Segment
 from memorybank.store import Generation, differences
-from memorybank.vectors import Vectors, search_exact
+from memorybank.vectors import Vectors
 
 KIND, VERSION = "library", 1
 REMOVED = "removed.bin"
@@ -340,7 +341,7 @@ class Library:
 
     def search(self, queries: Floats, k: int) -> tuple[Floats, Ids]:
         """Return the scores and ids, both (n, k), best first, of what can be found; -1 and -inf for no more."""
-        return search_exact(self._blocks(), queries, k)
+        return search_spans(self._blocks(), queries, k)
 
     def generation(self, part: int) -> Generation:
         """The records of a part."""

@@ -1,4 +1,4 @@
-"""The search vectors of a segment on disk, and exhaustive search over them.
+"""The search vectors of a segment on disk.
 
     <library>/vectors-SSSSSS-PPPP/
       manifest.json      settings: embedder, size, vectors_per_shard, num_vectors; inputs: segment
@@ -10,15 +10,13 @@ Invariants: the bytes do not depend on the number of ranks, nor on interruptions
 that its batches are always the same); a block is checked against its checksum before it is searched; nothing is kept
 in memory but one shard.
 
-Not here: which references may be found (library.py), larger indices (index.py).
+Not here: which references may be found (library.py), the search itself (index.py).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import faiss
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from data.files import Manifest, is_finished, partial, publishing, write_atomic
@@ -179,30 +177,3 @@ class Vectors:
             shard, begin = divmod(row, self.per_shard)
             found[place] = self._shards[shard].read(4 * self.size * begin, 4 * self.size).view("<f4")
         return found
-
-
-def search_exact(blocks: Iterable[tuple[Ids, Floats]], queries: Floats, k: int) -> tuple[Floats, Ids]:
-    """Return the scores and ids, both (n, k), of the largest inner products; -inf and -1 where there is no more.
-
-    Equal scores are ordered by id. One block is in memory at a time.
-
-    Args:
-        blocks: ids and vectors (m, X) of what may be found.
-        queries: (n, X).
-        k: results per query.
-    """
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    queries = np.ascontiguousarray(queries, np.float32)
-    scores = np.full((len(queries), k), -np.inf, np.float32)
-    ids = np.full((len(queries), k), -1, np.int64)
-    for block_ids, vectors in blocks:
-        if len(block_ids) == 0 or len(queries) == 0:
-            continue
-        found, places = faiss.knn(
-            queries, np.ascontiguousarray(vectors), min(k, len(block_ids)), faiss.METRIC_INNER_PRODUCT
-        )
-        all_scores = np.concatenate([scores, found], axis=1)
-        all_ids = np.concatenate([ids, block_ids[places]], axis=1)
-        best = np.lexsort((all_ids, -all_scores), axis=1)[:, :k]
-        scores, ids = np.take_along_axis(all_scores, best, 1), np.take_along_axis(all_ids, best, 1)
-    return scores, ids
