@@ -4,7 +4,6 @@
 Not here: what they do with it.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,16 +108,9 @@ class OpenedRun:
             settings=self.settings,
         )
 
-    def compile(
-        self,
-        ids: Ids,
-        name: str,
-        *,
-        codec: Codec | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> Generation:
-        """A generation of these weights, with the run's codec by default; one that stands there already is reused."""
-        codec, settings = codec or self.codec(), self.settings
+    def compile(self, ids: Ids, name: str) -> Generation:
+        """A generation of these weights, in the run's codec; one that stands there already is reused."""
+        codec, settings = self.codec(), self.settings
         compile_generation(
             self.engine.encode,
             self.context.prepared.references,
@@ -126,7 +118,6 @@ class OpenedRun:
             codec,
             self.bank / name,
             settings=settings,
-            progress=progress,
         )
         return Generation.open(self.bank / name, expect=asdict(settings) | {"codec": codec.name})
 

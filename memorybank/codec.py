@@ -145,7 +145,7 @@ class Codec:
         if records.shape[1] != self.record_bytes:
             raise ValueError(
                 f"records of {records.shape[1]} bytes, but codec {self.name} makes {self.record_bytes}: "
-                "they were written for another model or codec; compile them anew with `memory3 bank refresh`"
+                "they were written for another model or codec; read them with the run that compiled them"
             )
         shape = self._shape
         kept_NLGS = (len(records), shape.num_layers, shape.num_kv_heads, shape.tokens_kept)

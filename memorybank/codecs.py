@@ -24,7 +24,7 @@ from memorybank import quantizer
 from memorybank.codec import Codec, Floats, Integers, VectorCoder
 from memorybank.config import STAGES, CodecConfig, CodecKind
 from memorybank.record import MemoryShape
-from memorybank.store import GenerationSettings
+from memorybank.store import MAKE_ANEW, GenerationSettings
 from memorybank.writer import Encode, encode_records
 from model.memory import ExplicitMemory
 
@@ -92,8 +92,7 @@ def folder_of(name: str, bank: Path) -> Path:
     if name not in found:
         raise ValueError(
             f"{bank}: memories were written with the codec {name}, which is not there (found: "
-            f"{', '.join(found) or 'none'}); restore its folder, or compile the memories anew with "
-            "`memory3 bank refresh`"
+            f"{', '.join(found) or 'none'}); restore its folder, or make the memories anew: {MAKE_ANEW}"
         )
     return found[name]
 

@@ -231,7 +231,7 @@ def open_codec(folder: Path, shape: MemoryShape) -> Codec:
     if head_size != shape.head_size:
         raise ValueError(
             f"{folder}: the codec is for vectors of {head_size} numbers, and model.head_size={shape.head_size}; "
-            "compile the bank anew with `memory3 bank refresh`"
+            "read it with the run that fitted it"
         )
     coders = [
         ProductQuantizer.of_tensors(name, load_tensors(bytes(manifest.mapped(file).read_all())))

@@ -29,6 +29,10 @@ from torch import Tensor
 from data.files import Manifest, open_manifest
 from memorybank.config import BankContext
 
+MAKE_ANEW = (
+    "a bank that you keep is compiled anew by `memory3 bank refresh`, a generation of training after deleting it, "
+    "from a checkpoint of an earlier bank epoch"
+)
 KIND, VERSION = "generation", 2
 IDS = "ids.npy"
 
@@ -88,8 +92,7 @@ class Generation:
         if not len(self.ids) == manifest.settings["num_records"] == num_bytes / self.record_bytes:
             raise ValueError(
                 f"{self.folder}: {manifest.settings['num_records']} records of {self.record_bytes} bytes are "
-                f"stated, but {len(self.ids)} ids and {num_bytes} bytes found; "
-                "compile it anew with `memory3 bank refresh`"
+                f"stated, but {len(self.ids)} ids and {num_bytes} bytes found; {MAKE_ANEW}"
             )
 
     @classmethod
@@ -108,8 +111,7 @@ class Generation:
         found = {"context": BankContext.reference.value, **manifest.settings, **manifest.inputs}
         for key, is_value, expected in differences(found, expect or {}):
             raise ValueError(
-                f"generation {folder}: {key} is {is_value}, but {expected} is expected; "
-                "compile it for these weights with `memory3 bank refresh`"
+                f"generation {folder}: {key} is {is_value}, but {expected} is expected; {MAKE_ANEW}"
             )
         return cls(manifest)
 
@@ -134,7 +136,7 @@ class Generation:
         if len(missing):
             raise ValueError(
                 f"generation {self.folder} holds no memory of {len(missing)} of {len(ids_N)} references "
-                f"(first: {missing[0]}); compile them with `memory3 bank refresh`"
+                f"(first: {missing[0]}); {MAKE_ANEW}"
             )
         records = np.empty((len(ids_N), self.record_bytes), np.uint8)
         for row, position in enumerate(positions_N.tolist()):
