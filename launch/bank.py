@@ -184,6 +184,7 @@ def stat(arguments: argparse.Namespace) -> int:
     generations = _generations(run_folder)
     there = next(folder.glob("state-*/" + MANIFEST), None) is not None
     if not there and not generations.row_count:
+        load_config(run_folder / "config.yaml")  # a run that is not there is named as such
         raise ValueError(
             f"{run_folder / 'bank'} holds no bank; make one with `memory3 bank build {arguments.run}`"
         )

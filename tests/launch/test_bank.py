@@ -230,6 +230,9 @@ def test_a_run_without_a_bank_is_refused_with_the_command() -> None:
     assert done.err == (
         f"memory3 bank: {trained().control}/bank holds no bank; make one with `memory3 bank build c`\n"
     )
+    done = within("bank", "stat", "nope", "--root", str(trained().root))
+    assert done.code == 2
+    assert f"{trained().root}/nope is not a run folder" in done.err
 
 
 def test_another_codec_is_kept_by_later_edits_and_read(folder: Path, tmp_path: Path) -> None:
