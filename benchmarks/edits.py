@@ -39,15 +39,16 @@ from data.files import fingerprint, write_atomic
 from data.tokenizer import Tokenizer
 from launch import build, cli
 from launch.opened import OpenedRun, open_run
-from memorybank.bank import BankReader
+from memorybank.bank import BankReader, OnlineReader
 from memorybank.edits import Compiler, Documents, Editor
 from memorybank.embedder import VectorCache
 from memorybank.library import Library
 from memorybank.retriever import Retriever
 from model.transformer import Memory3LM
-from train.arms import Arm, Reading, fold
-from train.evaluate import ProbeSet, Setting, evaluate_probes
+from train.arms import fold
+from train.evaluate import Setting, answer_losses
 from train.probes import question_text
+from train.stages import Reader
 from train.statistics import Interval, group_sums, mean_interval
 
 Ids = NDArray[np.int64]
@@ -69,7 +70,7 @@ def main() -> int:
     parser.add_argument(
         "--commands",
         type=int,
-        default=7,
+        default=3,
         help="edits of each run made by the command line too (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, required=True, help="path without ending: .md and .json")
@@ -296,18 +297,15 @@ class Bench:
 
     def ask(self, folder: Path | None, edits: Sequence[Edit]) -> list[Asked]:
         """Ask every edit's question in a library, or without memory, for its true answer and its false one."""
-        probes = [edit.probe for edit in edits]
         if folder is None:
-            losses = self._losses(edits, Setting(label="M", reader=None), Reading(Arm.none))  # type: ignore[arg-type]
-            return [Asked(true, false) for true, false in losses]
+            reader = OnlineReader(self.opened.context.prepared.references)  # of what nobody reads
+            return [Asked(true, false) for true, false in self._losses(edits, None, reader)]
         with Library.open(folder) as library:
             found = self._retriever(library).neighbours(
-                [question_text(probe) for probe in probes],
-                tokens=[self._tokens(probe.question) for probe in probes],
+                [question_text(edit.probe) for edit in edits],
+                tokens=[self._tokens(edit.probe.question) for edit in edits],
             )
-            reader = BankReader(library, self.opened.codec_of(library))
-            setting = Setting(label="M", reader=reader, batch_rows=self.opened.config.evaluation.batch_rows)
-            losses = self._losses(edits, setting, Reading(Arm.memory, found.ids_MCk))
+            losses = self._losses(edits, found.ids_MCk, BankReader(library, self.opened.codec_of(library)))
             return [
                 self._asked(
                     library, edit, ids[ids >= 0].tolist(), float(scores[ids >= 0].min(initial=np.inf)), *loss
@@ -352,28 +350,26 @@ class Bench:
         held = holds(own, edit.true), holds(own, edit.false)
         return Asked(true, false, tuple(dict.fromkeys(cited)), held, holds(rest, edit.true), lowest)
 
-    def _losses(self, edits: Sequence[Edit], setting: Setting, reading: Reading) -> list[tuple[float, float]]:
-        losses = []
-        for value in (lambda edit: edit.true, lambda edit: edit.false):
-            probes = [replace(edit.probe, answer=f" {value(edit)}") for edit in edits]
-            (result,) = evaluate_probes(
-                self._model,
-                ProbeSet.encode(
-                    probes, self._tokenizer, holding=[np.zeros(0, np.int64)] * len(probes), majority={}
-                ),
-                [reading],
-                setting,
-                tokenizer=self._tokenizer,
-                reference_tokens=lambda _: [],  # of RAG, which is not asked for
-                row_tokens=self.opened.config.model.row_tokens,
-                answer_tokens=1,  # losses are wanted, not what decoding says
-            )
-            losses.append([item.loss for item in result.items])
-        return list(zip(*losses, strict=True))
+    def _losses(
+        self, edits: Sequence[Edit], ids_MCK: Ids | None, reader: Reader
+    ) -> list[tuple[float, float]]:
+        setting = Setting(label="M", reader=reader, batch_rows=self.opened.config.evaluation.batch_rows)
+        prompts = [[self._tokenizer.bos_id, *self._tokens(edit.probe.question)] for edit in edits]
+        true, false = (
+            answer_losses(self._model, prompts, list(answers), ids_MCK, setting).tolist()
+            for answers in zip(*map(self._answers, edits), strict=True)
+        )
+        return list(zip(true, false, strict=True))
 
     def lengths(self, edit: Edit) -> tuple[int, int]:
         """Tokens of the true answer and of the false one, with the end mark."""
-        true, false = (len(self._tokens(f" {value}")) + 1 for value in (edit.true, edit.false))
+        true, false = map(len, self._answers(edit))
+        return true, false
+
+    def _answers(self, edit: Edit) -> tuple[list[int], list[int]]:
+        true, false = (
+            [*self._tokens(f" {value}"), self._tokenizer.newline_id] for value in (edit.true, edit.false)
+        )
         return true, false
 
     def _tokens(self, text: str) -> list[int]:

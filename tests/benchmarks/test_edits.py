@@ -67,7 +67,7 @@ def test_the_tables_count_answers_that_changed_places() -> None:
             states |= {"edited": Asked(true=3.5, false=3.0), "removed": Asked(true=2.5, false=3.0)}
         run.append(Measured(edit, (2, 2), states))
     lines = render([run]).splitlines()
-    (edited,) = [line for line in lines if line.startswith("| edited | 75.0%")]
+    edited = next(line for line in lines if line.startswith("| edited | 75.0%"))
     assert edited.split(" | ")[3].startswith("+0.125 [")  # three of 0.5, one of -1
     assert any(line.startswith("| before | +75.0% [") and " | + | " in line for line in lines)
     assert any(line.startswith("| removed | 75.0% [") and "-0.375 [" in line for line in lines)
