@@ -8,8 +8,8 @@ found with the question alone, one memory each, the likelihood of an answer and 
 the run is written but search vectors, in the prepared corpus's cache.
 
 An edit puts a false value in place of the true one, everywhere in the document that the probe asks about. The false
-value is another held-out country's, of the same relation and the same shape (digits, words), and stands nowhere in the
-document. A third value, chosen alike, is the sharper control: it tells that the true value went from that the false
+value is another held-out country's, of the same relation and shape (digits, words) and of like length, and stands
+nowhere in the document. A third value, chosen alike, is the sharper control: it tells that the true value went from that the false
 one came.
 
 All countries of one half are edited at once, one relation at a time, and the other half's questions see what an edit
@@ -42,7 +42,7 @@ from launch.opened import OpenedRun, open_run
 from memorybank.bank import BankReader, OnlineReader
 from memorybank.edits import Compiler, Documents, Editor
 from memorybank.embedder import VectorCache
-from memorybank.library import Library
+from memorybank.library import Library, state_numbers
 from memorybank.retriever import Retriever
 from model.transformer import Memory3LM
 from train.arms import fold
@@ -53,6 +53,7 @@ from train.statistics import Interval, group_sums, mean_interval
 
 Ids = NDArray[np.int64]
 
+NEAREST = 8
 STATES = ("without memory", "before", "edited", "third value", "elsewhere", "removed", "removed elsewhere")
 
 
@@ -84,7 +85,7 @@ def main() -> int:
         opened = open_run(run, arguments.root)
         probes = opened.context.prepared.probes
         bench = Bench(opened, (arguments.work or Path(arguments.root) / "edits") / opened.config.run, probes)
-        edits, left_out = choose_edits(probes, bench.text, seed=arguments.seed)
+        edits, left_out = choose_edits(probes, bench.text, bench.length, seed=arguments.seed)
         read = [asked.holds[0] for asked in bench.ask(bench.base, edits)]
         left_out["held by nothing that the question reads"] = read.count(False)
         measured = measure(bench, [edit for edit, is_read in zip(edits, read, strict=True) if is_read])
@@ -211,13 +212,14 @@ def holds(text: str, value: str) -> bool:
 
 
 def choose_edits(
-    probes: Sequence[Probe], text: Callable[[str], str], *, seed: int = 0
+    probes: Sequence[Probe], text: Callable[[str], str], length: Callable[[str], int], *, seed: int = 0
 ) -> tuple[list[Edit], dict[str, int]]:
     """Return an edit for every probe that has one, and how many were left out, by reason.
 
     Args:
         probes: Questions; values are exchanged within a relation, among countries.
         text: Text of a document by id.
+        length: Tokens of a value; the two are drawn from the `NEAREST` in length, since a short answer is a likely one.
         seed: Chooses values and halves.
     """
     rng = np.random.default_rng(seed)
@@ -240,7 +242,8 @@ def choose_edits(
         elif not replaced(own, true, "")[1]:
             left_out["not in the document as it stands"] += 1
         else:
-            false, third = rng.choice(values, size=2, replace=False).tolist()
+            nearest = sorted(values, key=lambda value: abs(length(value) - length(true)))[:NEAREST]
+            false, third = rng.choice(nearest, size=2, replace=False).tolist()
             edits.append(Edit(probe, false, third, half_of[probe.group]))
     return edits, left_out
 
@@ -261,7 +264,7 @@ class Bench:
         self._model = Memory3LM(opened.config.model)  # in float32: bfloat16 rounds answers apart
         self._model.load_state_dict(opened.engine.model.state_dict())
         self._model.to(opened.engine.device).eval()
-        if not self.base.exists():
+        if not state_numbers(self.base):
             Editor(folder=self.base, compiler=self.compiler).build(self._cut(self._held_out(probes)))
 
     def text(self, document_id: str) -> str:
@@ -360,6 +363,10 @@ class Bench:
             for answers in zip(*map(self._answers, edits), strict=True)
         )
         return list(zip(true, false, strict=True))
+
+    def length(self, value: str) -> int:
+        """Tokens of a value."""
+        return len(self._tokens(f" {value}"))
 
     def lengths(self, edit: Edit) -> tuple[int, int]:
         """Tokens of the true answer and of the false one, with the end mark."""

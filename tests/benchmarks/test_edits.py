@@ -44,7 +44,7 @@ def test_a_false_value_is_another_countrys_of_the_same_relation_and_shape() -> N
     text = {each.document: f"It is{each.answer}." for each in probes}
     text["c0/capital"] += " Not Rome."
     text["c1/coastline"] = "It is not said."
-    edits, left_out = choose_edits(probes, text.__getitem__)
+    edits, left_out = choose_edits(probes, text.__getitem__, len)
     assert left_out == {"no other value of that shape": 2, "not in the document as it stands": 1}
     assert [edit.probe.id for edit in edits[:4]] == [f"c{place}/capital" for place in range(4)]
     for edit in edits:
@@ -55,7 +55,7 @@ def test_a_false_value_is_another_countrys_of_the_same_relation_and_shape() -> N
         }
     assert {edits[0].false, edits[0].third} == {"Oslo", "Bern"}
     assert len({(edit.probe.group, edit.half) for edit in edits}) == len({e.probe.group for e in edits})
-    assert choose_edits(probes, text.__getitem__)[0] == edits
+    assert choose_edits(probes, text.__getitem__, len)[0] == edits
 
 
 def test_the_tables_count_answers_that_changed_places() -> None:
