@@ -9,8 +9,8 @@ the run is written but search vectors, in the prepared corpus's cache.
 
 An edit puts a false value in place of the true one, everywhere in the document that the probe asks about. The false
 value is another held-out country's, of the same relation and shape (digits, words) and of like length, and stands
-nowhere in the document. A third value, chosen alike, is the sharper control: it tells that the true value went from that the false
-one came.
+nowhere in the document. A third value, chosen alike, is the sharper control: it tells that the true value went from
+that the false one came.
 
 All countries of one half are edited at once, one relation at a time, and the other half's questions see what an edit
 elsewhere does. That is the same as one edit at a time unless a question reads, or would have read, a reference of
