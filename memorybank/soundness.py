@@ -174,7 +174,12 @@ def find_document(
         document_id: looked up in every segment that lies there, and searched for in the bytes of every file.
         text: some words of it, searched for likewise.
         progress: is told the bytes that were read.
+
+    Raises:
+        ValueError: there is no such folder, or a segment cannot be opened.
     """
+    if not folder.is_dir():
+        raise ValueError(f"there is no bank in {folder}; name the folder to be searched by --bank")
     found = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith("text-") and (path / MANIFEST).is_file():

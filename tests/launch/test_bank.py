@@ -189,6 +189,16 @@ def test_what_is_not_whole_is_refused_by_name_by_every_command(
     assert not (tmp_path / "there").exists() or not list((tmp_path / "there").glob("state-*"))
 
 
+@pytest.mark.parametrize(
+    "command", [("stat",), ("verify",), ("verify", "--absent", "a"), ("refresh", "--dry-run")]
+)
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path, command: tuple[str, ...]) -> None:
+    done = bank(*command, folder=tmp_path / "nowhere")
+    assert done.code == 2
+    assert f"there is no bank in {tmp_path / 'nowhere'}" in done.err
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_a_damaged_record_is_refused_when_generation_reads_it_and_the_remedy_named(folder: Path) -> None:
     shard = folder / "records-000001-0000" / "records-00000.bin"
     content = np.frombuffer(shard.read_bytes(), np.uint8).copy()
