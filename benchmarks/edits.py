@@ -26,7 +26,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,10 +77,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="path without ending: .md and .json")
     arguments = parser.parse_args()
     build.quiet_third_parties()
-    runs, largest = [], 0.0
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+    runs: list[list[Measured]] = []
+    differences: list[float] = []
     for run in arguments.runs:
         opened = open_run(run, arguments.root)
         probes = opened.context.prepared.probes
@@ -88,26 +86,18 @@ def main() -> int:
         edits, left_out = choose_edits(probes, bench.text, bench.length, seed=arguments.seed)
         read = [asked.holds[0] for asked in bench.ask(bench.base, edits)]
         left_out["held by nothing that the question reads"] = read.count(False)
-        measured = measure(bench, [edit for edit, is_read in zip(edits, read, strict=True) if is_read])
-        step = max(1, len(measured) // max(1, arguments.commands))
-        largest = max(largest, by_command(bench, measured[::step][: arguments.commands], arguments.root))
+        edits = [edit for edit, is_read in zip(edits, read, strict=True) if is_read]
+        measured: list[Measured] = []
+        for relation in dict.fromkeys(edit.probe.relation for edit in edits):
+            measured += measure(bench, [edit for edit in edits if edit.probe.relation == relation])
+            print(f"{run}, {relation}: {len(measured)} of {len(edits)} edits", file=sys.stderr, flush=True)
+            if not runs:
+                _write(arguments, [measured], left_out, differences)  # of the relations so far
         runs.append(measured)
-        head = (
-            f"# Edits\n\n`python -m benchmarks.edits {' '.join(sys.argv[1:])}` at commit {commit.stdout.strip()}\n\n"
-            f"{_remarks(runs)} Of {len(probes)} probes left out: "
-            f"{'; '.join(f'{count} {reason}' for reason, count in left_out.items())}. {arguments.commands} edits of "
-            "each run were made by `memory3 bank replace` and `remove` as well, one by one: answers differ by at most "
-            f"{largest:.4f} nats from those below.\n\n"
-        )
-        text = head + render(runs)
-        write_atomic(arguments.output.with_suffix(".md"), text.encode())  # of the runs so far
-        rows = ",\n".join(
-            json.dumps(_plain(one, run))
-            for run, found in zip(arguments.runs, runs, strict=False)
-            for one in found
-        )
-        write_atomic(arguments.output.with_suffix(".json"), f"[\n{rows}\n]\n".encode())
-    print(text)
+        step = max(1, len(measured) // max(1, arguments.commands))
+        differences += by_command(bench, measured[::step][: arguments.commands], arguments.root)
+        _write(arguments, runs, left_out, differences)
+    print(arguments.output.with_suffix(".md").read_text())
     return 0
 
 
@@ -399,49 +389,46 @@ class Bench:
 
 
 def measure(bench: Bench, edits: Sequence[Edit]) -> list[Measured]:
-    """Ask every question in every state."""
+    """Make the edits of a relation, and ask every question in every state."""
     measured = [Measured(edit, bench.lengths(edit)) for edit in edits]
-    for relation in dict.fromkeys(edit.probe.relation for edit in edits):
-        these = [one for one in measured if one.edit.probe.relation == relation]
-        asking = [one.edit for one in these]
-        for state, folder in (("without memory", None), ("before", bench.base)):
-            _note(these, state, bench.ask(folder, asking))
-        rivals = bench.rivals(asking)
-        for half in (0, 1):
-            made = [edit for edit in asking if edit.half == half]
-            documents = {edit.probe.document for edit in made}
-            states = _edited(bench, made, asking)
-            for place, one in enumerate(these):
-                found = {state: answers[place] for state, answers in states.items()}
-                if one.edit.half != half:
-                    one.states |= {"elsewhere": found["edited"], "removed elsewhere": found["removed"]}
-                    continue
-                others = documents - {one.edit.probe.document}
-                one.alone = any(
-                    not others.isdisjoint(asked.documents)
-                    or any(rivals[place].get(other, -np.inf) >= asked.lowest for other in others)
-                    for asked in found.values()
-                )
-                if one.alone:
-                    alone = _edited(bench, [one.edit], [one.edit])
-                    found = {state: answers[0] for state, answers in alone.items()}
-                one.states |= found
-        print(f"{relation}: {len(these)} questions", file=sys.stderr, flush=True)
+    for state, folder in (("without memory", None), ("before", bench.base)):
+        for one, asked in zip(measured, bench.ask(folder, edits), strict=True):
+            one.states[state] = asked
+    rivals = bench.rivals(edits)
+    for half in (0, 1):
+        made = [edit for edit in edits if edit.half == half]
+        documents = {edit.probe.document for edit in made}
+        states = _edited(bench, made, edits)
+        for place, one in enumerate(measured):
+            found = {state: answers[place] for state, answers in states.items()}
+            if one.edit.half != half:
+                one.states |= {"elsewhere": found["edited"], "removed elsewhere": found["removed"]}
+                continue
+            others = documents - {one.edit.probe.document}
+            one.alone = any(
+                not others.isdisjoint(asked.documents)
+                or any(rivals[place].get(other, -np.inf) >= asked.lowest for other in others)
+                for asked in found.values()
+            )
+            if one.alone:
+                alone = _edited(bench, [one.edit], [one.edit])
+                found = {state: answers[0] for state, answers in alone.items()}
+            one.states |= found
     return measured
 
 
-def by_command(bench: Bench, measured: Sequence[Measured], root: str) -> float:
-    """Make edits one at a time by `memory3 bank`, and return the largest difference to what was measured, in nats."""
-    largest, folder = 0.0, bench.base.parent / "edited"
+def by_command(bench: Bench, measured: Sequence[Measured], root: str) -> list[float]:
+    """Make edits one at a time by `memory3 bank`; return their largest differences to what was measured, nats."""
+    differences = []
     for one in measured:
-        bench.fresh_copy()
+        folder, file, largest = bench.fresh_copy(), bench.base.parent / "corrected.jsonl", 0.0
         (document,) = bench.changed([one.edit], lambda edit: edit.false)
-        file = bench.base.parent / "corrected.jsonl"
         line = {"id": document.id, "title": document.title, "text": document.text}
         file.write_text(json.dumps(line) + "\n", encoding="utf-8")
+        run = str(bench.opened.folder)
         for state, arguments in (
-            ("edited", ("replace", str(bench.opened.folder), str(file), "--source", document.source)),
-            ("removed", ("remove", str(bench.opened.folder), document.id)),
+            ("edited", ("replace", run, str(file), "--source", document.source)),
+            ("removed", ("remove", run, document.id)),
         ):
             with redirect_stdout(sys.stderr):
                 code = cli.main(["bank", *arguments, "--bank", str(folder), "--root", root])
@@ -449,7 +436,8 @@ def by_command(bench: Bench, measured: Sequence[Measured], root: str) -> float:
                 raise ValueError(f"memory3 bank {' '.join(arguments)} ended with {code}")
             (asked,), before = bench.ask(folder, [one.edit]), one.states[state]
             largest = max(largest, abs(asked.true - before.true), abs(asked.false - before.false))
-    return largest
+        differences.append(largest)
+    return differences
 
 
 def _edited(bench: Bench, made: Sequence[Edit], asking: Sequence[Edit]) -> dict[str, list[Asked]]:
@@ -463,9 +451,31 @@ def _edited(bench: Bench, made: Sequence[Edit], asking: Sequence[Edit]) -> dict[
     return states
 
 
-def _note(measured: Sequence[Measured], state: str, answers: Sequence[Asked]) -> None:
-    for one, asked in zip(measured, answers, strict=True):
-        one.states[state] = asked
+def _write(
+    arguments: argparse.Namespace,
+    runs: Sequence[Sequence[Measured]],
+    left_out: Mapping[str, int],
+    differences: Sequence[float],
+) -> None:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    head = (
+        f"# Edits\n\n`python -m benchmarks.edits {' '.join(sys.argv[1:])}` at commit {commit.stdout.strip()}\n\n"
+        f"{_remarks(runs)} Probes left out: {'; '.join(f'{count} {why}' for why, count in left_out.items())}. "
+    )
+    if differences:
+        head += (
+            f"{len(differences)} edits were made by `memory3 bank replace` and `remove` as well, one by one: answers "
+            f"differ by at most {max(differences):.4f} nats from those below.\n\n"
+        )
+    write_atomic(arguments.output.with_suffix(".md"), (head + render(runs)).encode())
+    rows = [
+        json.dumps(_plain(one, run))
+        for run, found in zip(arguments.runs, runs, strict=False)
+        for one in found
+    ]
+    write_atomic(arguments.output.with_suffix(".json"), ("[\n" + ",\n".join(rows) + "\n]\n").encode())
 
 
 def render(runs: Sequence[Sequence[Measured]]) -> str:
