@@ -26,7 +26,7 @@ from train.evaluate import Setting, TextSet, memory_attention, validation_losses
 from train.loop import train_epoch
 from train.metrics import Metrics
 from train.rows import plan_epoch
-from train.schedule import Schedule
+from train.schedule import Schedule, epoch_begins
 from train.stages import MemoryStage, PlainStage, Reader, Stage, encodes_online, reads_bank
 from train.state import History, RunState
 
@@ -67,6 +67,14 @@ def run_stage(parts: Parts, state: RunState, history: History) -> tuple[RunState
         The position at the end, and the history then.
     """
     schedule = parts.schedule
+    if parts.config.memory is not None and (begins := epoch_begins(parts.config)):
+        log.info(
+            "%s: %d bank epochs in %d steps (epoch_steps=%s), each compiled anew",
+            parts.name,
+            len(begins),
+            schedule.num_steps,
+            parts.config.epoch_steps,
+        )
     while True:
         rows = plan_epoch(
             parts.shards,
@@ -75,8 +83,8 @@ def run_stage(parts: Parts, state: RunState, history: History) -> tuple[RunState
             history,
             source_weights=parts.source_weights,
             row_tokens=parts.row_tokens,
-            steps_left=schedule.num_steps - state.epoch_step,
             epoch=state.epoch,
+            epoch_step=state.epoch_step,
             seed=parts.seed,
         )
         last_step = state.epoch_step + rows.steps

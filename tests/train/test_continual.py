@@ -74,12 +74,12 @@ def planned(history: History, *, steps: int) -> RowPlan:
     return plan_epoch(
         PREPARED.shards,
         "continual",
-        continual_config(epoch_steps=steps),
+        continual_config(epoch_steps=str(steps)),
         history,
         source_weights={},
         row_tokens=128,
-        steps_left=steps,
         epoch=0,
+        epoch_step=0,
         seed=0,
     ).plan
 

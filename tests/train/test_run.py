@@ -50,7 +50,7 @@ def all_runs(root: Path) -> dict[str, str]:
             "m": continual_config(branch_from=str(root / "w")),
             "c": continual_config(branch_from=str(root / "w"), memory=None),
             "x": continual_config(
-                branch_from=str(root / "w"), memory=MIXED, steps=6, epoch_steps=3, rows_per_step=8
+                branch_from=str(root / "w"), memory=MIXED, steps=6, epoch_steps="3", rows_per_step=8
             ),
         }
         configs = {
@@ -200,8 +200,8 @@ def test_fact_documents_are_drawn_once_their_section_is_in_the_bank(runs: Path) 
             history,
             source_weights={"factbook": 1.0},
             row_tokens=128,
-            steps_left=8,
             epoch=int(epoch_end == "continual-16"),
+            epoch_step=8 * int(epoch_end == "continual-16"),
             seed=0,
         ).plan
         facts = [number for number in set(plan.documents.tolist()) if requires[number] >= 0]
