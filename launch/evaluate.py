@@ -66,7 +66,7 @@ def save_results(opened: OpenedRun, split: Split, *, library: Library | None = N
     identity = {
         "weights": opened.engine.weights_hash(),
         "bank": None if library is None else library.fingerprint,
-        "settings": fingerprint([asdict(config.evaluation), str(config.retrieval), str(config.bank)]),
+        "settings": fingerprint([asdict(config.evaluation), str(config.retrieval), config.bank.context.name]),
         "inputs": opened.context.inputs,
     }
     if path.exists():
