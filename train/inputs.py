@@ -1,6 +1,7 @@
 """What the steps of an epoch are given, made ahead.
 
-While a step runs, a thread gathers the records that the next rows read, through a cache, and decodes them on the device.
+While a step runs, a thread gathers the records that the next rows read, through a cache, and decodes them on the
+device.
 
 Invariants: inputs are those that the stage would make when they are asked for, bit for bit; the cursor counts what was
 handed out, not what was made ahead. On a GPU the thread queues its copies and its decoding on the stream that trains:
