@@ -1,8 +1,8 @@
 """`memory3 evaluate`: what memory buys a trained run, on held-out text and on fact probes.
 
-The references that any arm reads are found with the held-out text and the questions alone, encoded with the run's
-final weights (and kept: `memorybank.cold`), and read by every arm in turn. The results go to `<run>/evaluation-<split>.json`; the table can be made
-later from several runs and seeds (`memory3 report`).
+The references that any arm reads are found with the held-out text and the questions alone, encoded with the run's final
+weights (and kept: `memorybank.cold`), and read by every arm in turn. The results go to `<run>/evaluation-<split>.json`;
+the table can be made later from several runs and seeds (`memory3 report`).
 Not here: the arms (`train.arms`), losses and tables (`train.evaluate`).
 """
 

@@ -259,7 +259,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_what_was_kept(
     with monkeypatch.context() as patch:
         patch.setattr(cold.os, "pwrite", full)
         with pytest.raises(
-            ValueError, match="cannot be written: .*No space left on device; make room"
+            ValueError, match=r"cannot be written: .*No space left on device; make room"
         ) as refused:
             start.read(np.array([3]))
     assert "\n" not in str(refused.value)
