@@ -1,7 +1,7 @@
 """Cold start: encoded once, kept across processes, trusted after any kill."""
 
 import logging
-import multiprocessing
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +19,7 @@ from memorybank.store import Generation
 from memorybank.writer import compile_generation
 from model.transformer import Memory3LM
 from tests.support.memorybank import codec, model, references, settings
+from tests.support.spawn import spawn
 
 PLENTY = 2**30
 BYTES = codec().record_bytes
@@ -163,21 +164,16 @@ def test_a_damaged_record_is_refused_by_name(tmp_path: Path) -> None:
         kept.read(np.array([6]))
 
 
-def _keep(bank: Path, begin: int) -> None:
-    kept = ColdRecords.obtain(bank, settings(), codec(), max_bytes=PLENTY)
+def _keep(bank: Path) -> None:
+    kept = obtain(bank)
+    begin = 10 * int(os.environ["RANK"])
     for first in range(begin, begin + 20):
         kept.keep(np.arange(first, first + 4), made)
 
 
 def test_two_processes_keep_each_reference_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_keep, args=(tmp_path, begin)) for begin in (0, 10)]
     reader = obtain(tmp_path)
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(60)
-        assert writer.exitcode == 0
+    spawn(_keep, tmp_path, world_size=2)
     reader.keep(np.arange(33), refuse)  # opened before, it learns of what others kept
     assert len(reader) == 33
     assert torch.equal(reader.read(np.arange(33)), made(np.arange(33)))
