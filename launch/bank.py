@@ -104,8 +104,9 @@ def remove(arguments: argparse.Namespace) -> int:
                     f"bank {folder} holds nothing of source {arguments.source!r}; it has {', '.join(library.sources())}"
                 )
         else:
-            numbers = library.document_numbers(arguments.documents)
-            for document_id, number in zip(arguments.documents, numbers.tolist(), strict=True):
+            documents = list(dict.fromkeys(arguments.documents))
+            numbers = library.document_numbers(documents)
+            for document_id, number in zip(documents, numbers.tolist(), strict=True):
                 if number < 0:
                     raise ValueError(f"bank {folder} holds no document {document_id!r}; nothing was removed")
         num_references = len(library.of_documents(numbers))
@@ -149,6 +150,10 @@ def verify(arguments: argparse.Namespace) -> int:
     folder = _folder(arguments)
     if arguments.absent is not None:
         return _verify_absent(arguments, folder)
+    if arguments.text is not None:
+        raise ValueError("--text is searched for beside a document; name that too, by --absent DOC")
+    if arguments.sample < 0:
+        raise ValueError(f"--sample {arguments.sample} is below 0; set 0 to compare none")
     editor = Editor(folder=folder)
     if arguments.sample or arguments.fix:
         _, editor = _opened(arguments)
@@ -184,13 +189,13 @@ def stat(arguments: argparse.Namespace) -> int:
     run_folder, folder = builders.run_folder(arguments.run, arguments.root), _folder(arguments)
     generations = _generations(run_folder)
     there = next(folder.glob("state-*/" + MANIFEST), None) is not None
-    if not there and not generations.row_count:
+    if not there and arguments.bank is None and not generations.row_count:
         load_config(run_folder / "config.yaml")  # a run that is not there is named as such
         raise ValueError(
             f"{run_folder / 'bank'} holds no bank; make one with `memory3 bank build {arguments.run}`"
         )
     wide = Console(width=max(Console().width, 120))  # names and hashes in full, in a pipe too
-    if there:
+    if there or arguments.bank is not None:
         with Library.open(folder) as library:
             wide.print(_described(library))
     if generations.row_count:
