@@ -37,6 +37,7 @@ from launch.compose import load_config
 from launch.opened import OpenedRun, library_folder, open_run
 from memorybank import embedder as embedders
 from memorybank import soundness
+from memorybank.cold import ColdRecords, stores
 from memorybank.config import CodecKind
 from memorybank.edits import Documents, Editor, Told
 from memorybank.library import Library
@@ -184,7 +185,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def stat(arguments: argparse.Namespace) -> int:
-    """Describe the bank, and list the generations that training compiled."""
+    """Describe the bank, and list the generations that training compiled and what cold start kept."""
     run_folder, folder = builders.run_folder(arguments.run, arguments.root), _folder(arguments)
     generations = _generations(run_folder)
     there = next(folder.glob("state-*/" + MANIFEST), None) is not None
@@ -340,6 +341,10 @@ def _elsewhere(arguments: argparse.Namespace, document_ids: list[str]) -> Iterat
         held = int(Generation.open(path).has(ids).sum())
         if held:
             yield f"{path}, a generation of training, holds {held:,} of their memories; delete it if it is not needed"
+    for path in stores(run_folder / "bank"):
+        held = int(ColdRecords(path).has(ids).sum())
+        if held:
+            yield f"{path}, kept by cold start, holds {held:,} of their memories; delete it if it is not needed"
 
 
 def _removed_ids(library: Library) -> list[str]:
@@ -365,7 +370,7 @@ def _generations(run_folder: Path) -> Table:
         "MB",
         "codec",
         "weights",
-        title=f"of training: {run_folder / 'bank'}",
+        title=f"of training, and of cold start: {run_folder / 'bank'}",
     )
     for path in _generation_folders(run_folder):
         generation = Generation.open(path)
@@ -378,6 +383,17 @@ def _generations(run_folder: Path) -> Table:
             f"{size / 1e6:,.1f}",
             generation.codec,
             generation.settings.weights,
+        )
+    for path in stores(run_folder / "bank"):
+        kept = ColdRecords(path)
+        table.add_row(
+            path.name,
+            str(kept.settings["step"]),
+            f"{len(kept):,}",
+            f"{kept.record_bytes:,}",
+            f"{len(kept) * kept.record_bytes / 1e6:,.1f}",
+            kept.settings["codec"],
+            kept.settings["weights"],
         )
     return table
 

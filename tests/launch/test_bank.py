@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from launch.opened import open_run
+from memorybank.cold import stores
 from memorybank.config import CodecKind
 from memorybank.library import Library
 from memorybank.store import Generation
@@ -103,12 +104,15 @@ def test_add_search_replace_remove_compact(folder: Path, tmp_path: Path) -> None
 
 def test_what_training_still_holds_of_a_removed_document_is_named(folder: Path) -> None:
     generation = Generation.open(sorted((trained().main / "bank").glob("generation-continual-*"))[-1])
-    references = open_run("m", str(trained().root)).context.prepared.references
-    document = references.describe(int(generation.ids[0])).document
+    opened = open_run("m", str(trained().root))
+    opened.cold_start()[0].compile(generation.ids[:1])
+    document = opened.context.prepared.references.describe(int(generation.ids[0])).document
     said(bank("remove", document, folder=folder))
     out = said(bank("compact", folder=folder))
     assert "1 of these documents are in the prepared corpus" in out
     assert f"{generation.folder}, a generation of training, holds " in out
+    (kept,) = stores(trained().main / "bank")
+    assert f"{kept}, kept by cold start, holds " in out
 
 
 def test_remove_takes_a_source_and_refuses_what_is_not_there(folder: Path, tmp_path: Path) -> None:
