@@ -62,7 +62,7 @@ class Costs:
 def run(arguments: argparse.Namespace) -> int:
     """Compute, then print the tables or the JSON, and draw the picture when one is asked for."""
     config = compose_config(arguments.overrides)
-    references = _whole_number(arguments.references)
+    references = whole_number(arguments.references)
     hardware = Hardware(
         disk_gb_per_second=arguments.disk,
         bus_gb_per_second=arguments.bus,
@@ -174,7 +174,7 @@ def draw(found: Costs, *, references: int, codec: str, title: str, path: Path) -
         uses.text(
             (low * high) ** 0.5,
             1.12 * cost.implicit_write / factor,
-            f"memory is cheapest\n{_three(low)} to {_three(high)} uses",
+            f"memory is cheapest\n{three(low)} to {three(high)} uses",
             ha="center",
             va="center",
             fontsize=9,
@@ -195,7 +195,7 @@ def draw(found: Costs, *, references: int, codec: str, title: str, path: Path) -
         times,
         [work.name for work in found.chunk],
         [work.seconds for work in found.chunk],
-        [_seconds(work.seconds) for work in found.chunk],
+        [seconds_text(work.seconds) for work in found.chunk],
         colours=["C3" if work.bytes else "C0" for work in found.chunk],
     )
     times.set(
@@ -237,7 +237,7 @@ def _knowledge_table(found: Costs, model: ModelConfig) -> Table:
         f"read, each use ({prefix}FLOP)",
         title="One reference (the paper's cost model, appendix A)",
         caption=(
-            f"memory is the cheapest from {_three(low)} to {_three(high)} uses"
+            f"memory is the cheapest from {three(low)} to {three(high)} uses"
             if low < high
             else "memory is never the cheapest at these sizes"
         )
@@ -245,11 +245,11 @@ def _knowledge_table(found: Costs, model: ModelConfig) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    table.add_row("implicit memory: parameters", _three(cost.implicit_write / factor), "0 or more")
+    table.add_row("implicit memory: parameters", three(cost.implicit_write / factor), "0 or more")
     table.add_row(
-        "explicit memory", _three(cost.explicit_write / factor), _three(cost.explicit_read / factor)
+        "explicit memory", three(cost.explicit_write / factor), three(cost.explicit_read / factor)
     )
-    table.add_row("text, retrieved and read", "0", f"{_three(cost.text_read / factor)} or more")
+    table.add_row("text, retrieved and read", "0", f"{three(cost.text_read / factor)} or more")
     return table
 
 
@@ -299,10 +299,10 @@ def _chunk_table(found: Costs, references: int, codec: str, embedder: str, rates
     for work in found.chunk:
         table.add_row(
             work.name,
-            _decimal(work.flops) if work.flops else "",
+            decimal(work.flops) if work.flops else "",
             _binary(work.bytes) if work.bytes else "",
-            _seconds(work.seconds),
-            _seconds(work.seconds * _TOKENS / found.chunk_tokens),
+            seconds_text(work.seconds),
+            seconds_text(work.seconds * _TOKENS / found.chunk_tokens),
         )
     return table
 
@@ -315,8 +315,8 @@ def _writing_table(writing: Writing, references: int, codec: str) -> Table:
         title=f"Writing {references:,} references, {codec}: again whenever the weights change",
         title_justify="left",
     )
-    table.add_row("the model", f"{_decimal(writing.flops)}FLOP", _seconds(writing.compute_seconds))
-    table.add_row("records to disk", _binary(writing.bytes), _seconds(writing.disk_seconds))
+    table.add_row("the model", f"{decimal(writing.flops)}FLOP", seconds_text(writing.compute_seconds))
+    table.add_row("records to disk", _binary(writing.bytes), seconds_text(writing.disk_seconds))
     return table
 
 
@@ -330,7 +330,7 @@ def _embedder_of(retrieval: RetrievalConfig) -> str:
     return kind.name
 
 
-def _whole_number(text: str) -> int:
+def whole_number(text: str) -> int:
     try:
         number = float(text)
     except ValueError:
@@ -346,9 +346,9 @@ def _scale(value: float) -> tuple[float, str]:
     return next(((factor, prefix) for factor, prefix in _PREFIXES if value >= factor), (1.0, ""))
 
 
-def _decimal(value: float) -> str:
+def decimal(value: float) -> str:
     factor, prefix = _scale(value)
-    return f"{_three(value / factor)} {prefix}"
+    return f"{three(value / factor)} {prefix}"
 
 
 def _binary(num_bytes: float) -> str:
@@ -358,17 +358,17 @@ def _binary(num_bytes: float) -> str:
         if num_bytes < 1024:
             break
         num_bytes, unit = num_bytes / 1024, larger
-    return f"{_three(num_bytes)} {unit}"
+    return f"{three(num_bytes)} {unit}"
 
 
-def _seconds(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
     for least, unit in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
         if seconds >= least:
-            return f"{_three(seconds / least)} {unit}"
-    return f"{_three(seconds * 1e6)} µs"
+            return f"{three(seconds / least)} {unit}"
+    return f"{three(seconds * 1e6)} µs"
 
 
-def _three(value: float) -> str:
+def three(value: float) -> str:
     """A positive number to three significant digits."""
     rounded = float(f"{value:.3g}")
     if not 1e-4 <= rounded < 1e7:
