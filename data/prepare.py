@@ -116,9 +116,7 @@ def prepared_sizes(config: DataConfig, root: Path) -> PreparedSizes | None:
         tokens=int(manifests[shards.KIND].extra["tokens"]),
         references=int(manifests[references.KIND].extra["references"]),
         vocab_size=int(manifests[shards.KIND].extra["vocab_size"]),
-        num_bytes=sum(
-            entry.bytes for manifest in manifests.values() for entry in manifest.files.values()
-        ),
+        num_bytes=sum(entry.bytes for manifest in manifests.values() for entry in manifest.files.values()),
     )
 
 

@@ -317,8 +317,12 @@ def _add_plan_arguments(sub: argparse.ArgumentParser) -> None:
         metavar="X",
         help="share of the device's nominal rate that is reached, by PaLM's count (default: %(default)s)",
     )
-    sub.add_argument("--tflops", type=float, metavar="X", help="the device's rate, in place of the nominal one")
-    sub.add_argument("--memory", type=float, metavar="GIB", help="memory of a rank, in place of the nominal one")
+    sub.add_argument(
+        "--tflops", type=float, metavar="X", help="the device's rate, in place of the nominal one"
+    )
+    sub.add_argument(
+        "--memory", type=float, metavar="GIB", help="memory of a rank, in place of the nominal one"
+    )
     sub.add_argument("--price", type=float, metavar="X", help="of a device for an hour, in any currency")
     sub.add_argument(
         "--references", metavar="N", help="references of the bank (default: those of the prepared corpus)"

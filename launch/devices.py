@@ -45,7 +45,7 @@ DEVICES = {
     "rtx4090": Device("NVIDIA RTX 4090 24 GB", 165, 82.6, 23 * _GIB),
     "cpu": Device("CPU, a thread with AVX512-BF16", 0.2, 0.05, None),
 }
-"""By the name that `--device` takes. GPU memory is what a process sees of it; the CPU's rate is one that oneDNN reaches."""
+"""By the name that `--device` takes. GPU memory is what a process sees; the CPU's rate is one that oneDNN reaches."""
 
 _MODELS = {
     "A100-SXM4-40GB": "a100-40",
@@ -61,7 +61,7 @@ _MODELS = {
 
 
 def device_here(driver: Path = _DRIVER) -> tuple[str, int]:
-    """Return the name of this machine's device and how many there are: GPUs by the driver's words, else the CPU's cores.
+    """Return the name of this machine's device and how many there are: GPUs as the driver names them, else cores.
 
     A GPU that `DEVICES` does not know counts as a CPU: name its figures with `--tflops` and `--memory`.
     """

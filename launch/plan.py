@@ -1,7 +1,7 @@
 """`memory3 plan`: what a run will take, before anything is started. No GPU is needed, and no torch.
 
-Tables of (1) the configuration and the parameters, (2) both stages: FLOPs, rate, time, price, (3) memory of a rank under
-each ZeRO stage, (4) bank and disk; then what will not work, each with what would; or the same as JSON.
+Tables of (1) the configuration and the parameters, (2) both stages: FLOPs, rate, time, price, (3) memory of a rank
+under each ZeRO stage, (4) bank and disk; then what will not work, each with what would; or the same as JSON.
 Not here: the figures (`launch.planning` and what it calls), preparing the corpus, starting ranks.
 """
 
@@ -20,9 +20,9 @@ from rich.text import Text
 
 from launch.compose import compose_config, to_yaml
 from launch.config import RunConfig
-from launch.cost import decimal, seconds_text, three, whole_number
-from launch.devices import DEVICES, Device, device_here, memory_here
-from launch.planning import BankPlan, DiskPlan, Problem, RunPlan, Site, StagePlan, gib, plan
+from launch.devices import DEVICES, device_here, memory_here
+from launch.planning import USABLE, BankPlan, DiskPlan, Problem, RunPlan, Site, StagePlan, plan
+from launch.units import binary, decimal, duration, three, whole_number
 from model.flops import ParameterCount
 from train.footprint import RankMemory, number_bytes
 
@@ -133,7 +133,9 @@ def _json(seen: _Seen, planned: RunPlan, problems: Sequence[Problem]) -> dict[st
 
     stages = []
     for stage in planned.stages:
-        memory = {f"zero_{zero}": {**asdict(taken), "total": taken.total} for zero, taken in enumerate(stage.memory)}
+        memory = {
+            f"zero_{zero}": {**asdict(taken), "total": taken.total} for zero, taken in enumerate(stage.memory)
+        }
         stages.append({**asdict(stage), "days": stage.days, "memory": memory})
     parameters = planned.parameters
     return {
@@ -169,24 +171,30 @@ def _heading(seen: _Seen) -> Group:
         f"{', activations recomputed' if model.activation_checkpointing else ''}",
     )
     memory = (
-        "" if seen.site.memory_bytes is None else f", {gib(seen.site.memory_bytes)} of memory for each rank"
+        ""
+        if seen.site.memory_bytes is None
+        else f", {binary(seen.site.memory_bytes)} of memory for each rank"
     )
     grid.add_row(
         "site",
         f"{seen.site.device.name}: {seen.site.device.peak(config.engine.precision):g} TFLOP/s a rank"
         f"{memory}; MFU {seen.site.mfu:g}",
     )
-    return Group(Text("memory3 plan", style="bold"), grid, Text("every key: memory3 pretrain --cfg ...", style="dim"))
+    return Group(
+        Text("memory3 plan", style="bold"), grid, Text("every key: memory3 pretrain --cfg ...", style="dim")
+    )
 
 
 def _parameters(count: ParameterCount, size: int) -> Table:
     table = _table("parameters", "number", "share", "bytes", title="Parameters, exact")
     parts = [(field.name.replace("_", "-"), getattr(count, field.name)) for field in fields(count)]
     for name, number in parts:
-        table.add_row(name, f"{number:,}", f"{number / count.total:.1%}", gib(number * size))
+        table.add_row(name, f"{number:,}", f"{number / count.total:.1%}", binary(number * size))
     table.add_section()
-    table.add_row("without embedding and head", f"{count.non_embedding:,}", "", gib(count.non_embedding * size))
-    table.add_row("all", f"{count.total:,}", "", gib(count.total * size), style="bold")
+    table.add_row(
+        "without embedding and head", f"{count.non_embedding:,}", "", binary(count.non_embedding * size)
+    )
+    table.add_row("all", f"{count.total:,}", "", binary(count.total * size), style="bold")
     return table
 
 
@@ -232,12 +240,12 @@ def _stages(stages: Sequence[StagePlan], seen: _Seen) -> Table:
         ],
     )
     row("tokens/s", [three(stage.tokens_per_second) for stage in stages])
-    row("time", [seconds_text(stage.seconds) for stage in stages])
+    row("time", [duration(stage.seconds) for stage in stages])
     if site.price is not None:
         row(f"price, {site.price:g} an hour", [three(stage.price or 0.0) for stage in stages])
     if len(stages) > 1:
         table.add_section()
-        total = f"{seconds_text(sum(stage.seconds for stage in stages))}"
+        total = f"{duration(sum(stage.seconds for stage in stages))}"
         if site.price is not None:
             total += f", {three(sum(stage.price or 0.0 for stage in stages))}"
         table.add_row("both", *[""] * (len(stages) - 1), total, style="bold")
@@ -271,8 +279,6 @@ def _memory(stages: Sequence[StagePlan], seen: _Seen) -> Table:
 
 
 def _total(taken: RankMemory, limit: int | None) -> Text:
-    from launch.planning import USABLE
-
     style = "bold" if limit is None else "bold green" if taken.total <= limit * USABLE else "bold red"
     return Text(_bytes(taken.total), style=style)
 
@@ -280,30 +286,32 @@ def _total(taken: RankMemory, limit: int | None) -> Text:
 def _disk(bank: BankPlan | None, disk: DiskPlan, seen: _Seen) -> Table:
     table = _table("in " + seen.config.paths.root, "size", "how", title="Bank and disk")
     unknown = "not known" if seen.site.prepared_bytes is None else ""
-    prepare = "the corpus is not prepared" if seen.site.free_disk is not None else "not looked at (--config-only)"
+    prepare = (
+        "the corpus is not prepared" if seen.site.free_disk is not None else "not looked at (--config-only)"
+    )
     table.add_row(
         "prepared corpus",
-        unknown or gib(disk.prepared or 0),
+        unknown or binary(disk.prepared or 0),
         prepare if unknown else f"{seen.site.documents:,} documents, {three(seen.site.tokens or 0)} tokens",
     )
     if disk.search is not None:
         assert bank is None or bank.index is not None
         how = f"{seen.site.references:,} references"
-        table.add_row("search vectors and index", gib(disk.search), how)
+        table.add_row("search vectors and index", binary(disk.search), how)
     table.add_row(
         "checkpoints",
-        gib((disk.checkpoints + 1) * disk.checkpoint),
-        f"{disk.checkpoints} that stay and one being written, {gib(disk.checkpoint)} each",
+        binary((disk.checkpoints + 1) * disk.checkpoint),
+        f"{disk.checkpoints} that stay and one being written, {binary(disk.checkpoint)} each",
     )
     if bank is not None:
         table.add_row(
             "bank's generations",
-            gib(disk.bank),
-            f"{bank.epochs} epochs, at most {bank.references:,} references and {gib(bank.generation_bytes)} each",
+            binary(disk.bank),
+            f"{bank.epochs} epochs, at most {bank.references:,} references and {binary(bank.generation_bytes)} each",
         )
     table.add_section()
-    free = "" if seen.site.free_disk is None else f"{gib(seen.site.free_disk)} are free"
-    table.add_row(Text("all", style="bold"), Text(gib(disk.total), style="bold"), free)
+    free = "" if seen.site.free_disk is None else f"{binary(seen.site.free_disk)} are free"
+    table.add_row(Text("all", style="bold"), Text(binary(disk.total), style="bold"), free)
     if bank is not None and bank.index is not None:
         table.caption = f"search: {_index_text(bank)}"
     return table
@@ -323,7 +331,9 @@ def _problems(problems: Sequence[Problem]) -> Group:
 
 
 def _table(first: str, *others: str, title: str, caption: str | None = None) -> Table:
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold")
+    table = Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold"
+    )
     table.add_column(first)
     for other in others:
         table.add_column(other, justify="left" if other == "how" else "right", overflow="fold")
@@ -331,4 +341,4 @@ def _table(first: str, *others: str, title: str, caption: str | None = None) -> 
 
 
 def _bytes(num_bytes: int) -> str:
-    return gib(num_bytes) if num_bytes else "-"
+    return binary(num_bytes) if num_bytes else "-"

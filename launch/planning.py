@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from launch.config import RunConfig
 from launch.devices import Device
+from launch.units import binary
 from memorybank.config import CodecKind, check_codec
 from memorybank.cost import CODECS, EMBEDDERS, generation_bytes
 from memorybank.index_plan import IndexPlan, plan_index
@@ -59,7 +60,9 @@ class Site:
     def check(self) -> None:
         """Raise ValueError, naming the option, when a figure cannot be."""
         if not 0 < self.mfu <= 1:
-            raise ValueError(f"--mfu {self.mfu} is no share of the device's rate; set it between 0 and 1 (0.4)")
+            raise ValueError(
+                f"--mfu {self.mfu} is no share of the device's rate; set it between 0 and 1 (0.4)"
+            )
         for option, value in (
             ("--tflops", self.device.tflops),
             ("--memory", self.memory_bytes),
@@ -353,9 +356,10 @@ def _memory_problems(config: RunConfig, site: Site, stages: list[StagePlan]) -> 
         }
         largest = sorted(parts, key=lambda part: -parts[part])[:2]
         yield Problem(
-            f"{stage.name}: a rank takes {gib(chosen.total)}, and {gib(limit)} of {gib(site.memory_bytes)} may be "
-            f"filled; largest: {', '.join(f'{part} {gib(parts[part])}' for part in largest)}",
-            found or f"nothing fits, not even on 4,096 ranks: choose a smaller model or a larger device, not "
+            f"{stage.name}: a rank takes {binary(chosen.total)}; {binary(limit)} of its {binary(site.memory_bytes)} "
+            f"may be filled; largest: {', '.join(f'{part} {binary(parts[part])}' for part in largest)}",
+            found
+            or f"nothing fits, not even on 4,096 ranks: choose a smaller model or a larger device, not "
             f"{site.device.name}",
         )
 
@@ -396,9 +400,11 @@ def fitting(config: RunConfig, name: str, limit: int, *, cpu: bool) -> str | Non
                                 ),
                             }
                             settings = [
-                                f"{key}={str(new).lower()}" for key, (old, new) in changes.items() if old != new
+                                f"{key}={str(new).lower()}"
+                                for key, (old, new) in changes.items()
+                                if old != new
                             ]
-                            return f"{' '.join(settings)} takes {gib(taken)}"
+                            return f"{' '.join(settings)} takes {binary(taken)}"
     return None
 
 
@@ -406,7 +412,7 @@ def _disk_problems(config: RunConfig, site: Site, disk: DiskPlan) -> Iterator[Pr
     if site.free_disk is None or disk.written <= site.free_disk:
         return
     yield Problem(
-        f"the run writes {gib(disk.written)}, and {gib(site.free_disk)} are free in {config.paths.root}",
+        f"the run writes {binary(disk.written)}, and {binary(site.free_disk)} are free in {config.paths.root}",
         _smaller(config, site, disk),
     )
 
@@ -429,17 +435,5 @@ def _smaller(config: RunConfig, site: Site, disk: DiskPlan) -> str:
         smaller = _disk(tried, site, _bank(tried, site))
         if smaller.written <= site.free_disk:
             chosen = [] if kind is config.codec.kind else [f"codec.kind={kind.name}"]
-            return f"{' '.join(settings + chosen)} writes {gib(smaller.written)}"
-    return f"free {gib(disk.written - site.free_disk)} there, or set paths.root to a larger disk"
-
-
-def gib(num_bytes: float) -> str:
-    """Return bytes in binary units, two decimals below ten."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            break
-        num_bytes /= 1024
-    else:
-        unit = "TiB"
-    digits = 0 if unit == "B" or num_bytes >= 100 else 1 if num_bytes >= 10 else 2
-    return f"{num_bytes:,.{digits}f} {unit}"
+            return f"{' '.join(settings + chosen)} writes {binary(smaller.written)}"
+    return f"free {binary(disk.written - site.free_disk)} there, or set paths.root to a larger disk"

@@ -2,8 +2,8 @@
 
 The forward pass keeps, for every token and layer, what the backward pass of `model.transformer.Block` reads again; a
 test compares with what autograd really keeps. Importable without torch.
-Invariants: everything is an upper bound that a full micro-batch reaches: every chunk has a reference of its own, of full
-length. The prefix, a few tokens shared by all rows, is left out.
+Invariants: everything is an upper bound that a full micro-batch reaches: every chunk has a reference of its own, of
+full length. The prefix, a few tokens shared by all rows, is left out.
 Not here: weights, gradients and optimizer (``train/footprint.py``), operations (``model/flops.py``).
 """
 
@@ -112,7 +112,9 @@ def _backward_bytes(config: ModelConfig, rows: int, number_bytes: int, *, cpu: b
     """Return the temporaries of the last block's backward pass, beyond what it has freed by then."""
     tokens = rows * config.row_tokens
     heads, kv_heads = (num * config.head_size for num in (config.num_heads, config.num_kv_heads))
-    head = 2 * config.vocab_size * config.width * number_bytes  # the output head's gradient, and it times the loss's
+    head = (
+        2 * config.vocab_size * config.width * number_bytes
+    )  # the output head's gradient, and it times the loss's
     feed_forward = tokens * (2 * config.width + 5 * config.ffn_width) * number_bytes
     freed = tokens * (4 * config.ffn_width + 2 * config.width) * number_bytes
     scores = 0

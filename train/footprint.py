@@ -5,8 +5,8 @@ derives: weights and activations in the training type, AdamW's moments and, for 
 `benchmarks/plan.py` compares it with real runs.
 
 Invariants: a rank's memory is stated at its peak, which is one of three moments: the end of a forward pass, when all
-activations are there; the update; a validation. Libraries, the allocator's gaps, and on rank 0 embedder and search index
-are not counted.
+activations are there; the update; a validation. Libraries, the allocator's gaps, and on rank 0 embedder and search
+index are not counted.
 Not here: activations themselves (`model.footprint`), the engine (`engine`), which settings fit (`launch.planning`).
 """
 
@@ -39,7 +39,7 @@ class RankMemory:
         activations: Kept for the backward pass.
         memories: The pool of memories that a micro-batch reads.
         temporaries: Of the loss and the backward pass, of communication and update, or of a validation.
-        peak: The moment of the peak: "forward and backward", "update", "validation".
+        peak: The moment of the peak: "backward", "update", "validation".
     """
 
     parameters: int
@@ -93,7 +93,10 @@ def rank_memory(
     masters = share * _FLOAT32 if mixed or zero_stage in (1, 2) else 0
     moments = share * _MOMENTS
     weights = parameters * size
-    between, update = 0, 0  # gradients held between micro-batches; what backward pass and update hold beyond that
+    between, update = (
+        0,
+        0,
+    )  # gradients held between micro-batches; what backward pass and update hold beyond that
     if zero_stage == 0:
         between = weights if accumulate > 1 else 0
         update = weights - between + (2 * parameters * _FLOAT32 if mixed else 0)
@@ -113,7 +116,7 @@ def rank_memory(
     reserved = 0 if cpu or zero_stage in (0, 3) or (zero_stage == 1 and mixed) else bucket
     moments_of_run = (
         (
-            "forward and backward",
+            "backward",
             between,
             micro_batch.activations,
             micro_batch.working + reserved,
@@ -121,7 +124,7 @@ def rank_memory(
         ("update", between, 0, update),
         ("validation", 0, 0, micro_batch.validation),
     )
-    peak, gradients, activations, temporaries = max(moments_of_run, key=lambda moment: sum(moment[1:]))  # type: ignore[arg-type]
+    peak, gradients, activations, temporaries = max(moments_of_run, key=lambda moment: sum(moment[1:]))
     return RankMemory(weights, gradients, masters, moments, activations, memories, temporaries, peak)
 
 
