@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 from launch.compose import compose_config, load_config  # noqa: E402
 from launch.config import RunConfig  # noqa: E402
-from launch.planning import stage_memory  # noqa: E402
+from launch.planning import stage_memory, vector_bytes  # noqa: E402
 from launch.units import binary  # noqa: E402
 from memorybank.cost import generation_bytes  # noqa: E402
 from memorybank.store import Generation  # noqa: E402
@@ -37,7 +37,7 @@ from model.flops import count_parameters  # noqa: E402
 from train.config import MemorySource, StageConfig  # noqa: E402
 from train.footprint import checkpoint_bytes  # noqa: E402
 
-STEPS = 3
+STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Three sizes, both stages; for the smallest one every ZeRO stage, recomputing, and encoding online."""
-    for model, ranks, rows in (("nano", 2, 8), ("micro", 2, 4), ("small", 1, 2)):
-        for stage in ("warmup", "continual"):
+    for stage in ("continual", "warmup"):
+        for model, ranks, rows in (("nano", 2, 8), ("micro", 1, 4), ("small", 1, 2)):
             yield Case(stage, _overrides(stage, model, ranks, rows))
     for change in ("engine.zero_stage=0", "engine.zero_stage=2", "engine.zero_stage=3"):
         yield Case("warmup", (*_overrides("warmup", "nano", 2, 8), change))
@@ -244,14 +244,8 @@ def _files(runs: Sequence[Path]) -> Iterator[str]:
             yield _compared(folder, planned)
         for folder in sorted((run / "bank").glob("generation-*")):
             generation = Generation.open(folder)
-            vector_bytes = (
-                (generation.record_bytes // (config.model.num_memory_layers * config.model.num_kv_heads))
-                // config.model.tokens_kept
-                // 2
-            )
-            yield _compared(
-                folder, generation_bytes(config.model, len(generation), vector_bytes=vector_bytes)
-            )
+            planned = generation_bytes(config.model, len(generation), vector_bytes=vector_bytes(config))
+            yield _compared(folder, planned)
     yield ""
 
 

@@ -220,7 +220,7 @@ def _stages(stages: Sequence[StagePlan], seen: _Seen) -> Table:
             for stage, setting in zip(stages, settings, strict=True)
         ],
     )
-    row("text tokens", [f"{three(stage.tokens)}" for stage in stages])
+    row("text tokens", [decimal(stage.tokens) for stage in stages])
     row(
         "micro-batches a step and rank",
         [
@@ -263,17 +263,15 @@ def _memory(stages: Sequence[StagePlan], seen: _Seen) -> Table:
         title=f"Memory of each of {seen.config.engine.num_ranks} ranks at its peak",
         caption="beside libraries (0.4 GiB a process, a GPU's context), embedder and search index on rank 0",
     )
-    limit = seen.site.memory_bytes
     for stage in stages:
+        table.add_row(Text(stage.name, style="bold"))
         for part in _PARTS:
-            table.add_row(part, *(_bytes(getattr(taken, part)) for taken in stage.memory))
-        table.add_row(
-            Text(f"{stage.name}, all", style="bold"),
-            *(_total(taken, limit) for taken in stage.memory),
-        )
-        table.add_row(
-            Text("  peak in", style="dim"), *(Text(taken.peak, style="dim") for taken in stage.memory)
-        )
+            sizes = [getattr(taken, part) for taken in stage.memory]
+            if any(sizes):
+                table.add_row(f"  {part}", *map(_bytes, sizes))
+        table.add_row("  all", *(_total(taken, seen.site.memory_bytes) for taken in stage.memory))
+        if any(taken.peak != "backward" for taken in stage.memory):
+            table.add_row("  peak in", *(taken.peak for taken in stage.memory), style="dim")
         table.add_section()
     return table
 
@@ -292,7 +290,7 @@ def _disk(bank: BankPlan | None, disk: DiskPlan, seen: _Seen) -> Table:
     table.add_row(
         "prepared corpus",
         unknown or binary(disk.prepared or 0),
-        prepare if unknown else f"{seen.site.documents:,} documents, {three(seen.site.tokens or 0)} tokens",
+        prepare if unknown else f"{seen.site.documents:,} documents, {decimal(seen.site.tokens or 0)} tokens",
     )
     if disk.search is not None:
         assert bank is None or bank.index is not None

@@ -294,12 +294,12 @@ def _bank(config: RunConfig, site: Site) -> BankPlan | None:
     return BankPlan(
         epochs=math.ceil(stage.steps / _epoch_steps(stage, config, site)),
         references=references,
-        generation_bytes=generation_bytes(config.model, references, vector_bytes=_vector_bytes(config)),
+        generation_bytes=generation_bytes(config.model, references, vector_bytes=vector_bytes(config)),
         index=None if not site.references else _index(config, site.references),
     )
 
 
-def _vector_bytes(config: RunConfig) -> int:
+def vector_bytes(config: RunConfig) -> int:
     """Return the bytes of a key, and of a value, in the bank."""
     if config.codec.kind is CodecKind.model:
         return config.model.head_size * number_bytes(config.engine.precision)
@@ -436,4 +436,7 @@ def _smaller(config: RunConfig, site: Site, disk: DiskPlan) -> str:
         if smaller.written <= site.free_disk:
             chosen = [] if kind is config.codec.kind else [f"codec.kind={kind.name}"]
             return f"{' '.join(settings + chosen)} writes {binary(smaller.written)}"
-    return f"free {binary(disk.written - site.free_disk)} there, or set paths.root to a larger disk"
+    free = f"free {binary(disk.written - site.free_disk)} there, or set paths.root to a larger disk"
+    if disk.bank > disk.written // 2:
+        free += "; while it runs, generations that no checkpoint names may be deleted"
+    return free
