@@ -8,7 +8,7 @@ called so; a proposal is only made if it fits.
 Not here: looking at the machine and printing (`launch.plan`), whether the machine works (`launch.doctor`).
 """
 
-import math
+import itertools
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from model.flops import ParameterCount, TokenFlops, count_parameters, step_flops
 from model.footprint import micro_batch_bytes
 from train.config import MemorySource, StageConfig
 from train.footprint import RankMemory, checkpoint_bytes, number_bytes, rank_memory
-from train.schedule import schedule_of
+from train.schedule import epoch_begins, schedule_of
 
 USABLE = 0.92
 """Share of a device's memory that a plan may fill: CUDA's context, workspaces and gaps take the rest."""
@@ -251,8 +251,8 @@ def _memory_flops(stage: StageConfig, config: RunConfig, site: Site) -> float:
     online = {MemorySource.bank: 0.0, MemorySource.online: 1.0, MemorySource.mixed: memory.online_share}[
         memory.source
     ]
-    epoch_steps = _epoch_steps(stage, config, site)
-    compiled = _references_read(stage, config, site) / epoch_steps
+    epochs = len(_epoch_steps(stage, config, site))
+    compiled = _references_read(stage, config, site) * epochs / stage.steps
     read = step_flops(model, rows=stage.rows_per_step, slots_filled=slots)
     encoded = step_flops(
         model,
@@ -268,12 +268,13 @@ def _chunks(model: ModelConfig) -> int:
     return model.row_tokens // model.chunk_tokens
 
 
-def _epoch_steps(stage: StageConfig, config: RunConfig, site: Site) -> int:
-    """Return the steps of a bank epoch; of one pass over the rows, where the corpus is known."""
-    steps = stage.epoch_steps or stage.steps
-    if stage.epoch_steps is None and site.tokens:
-        steps = site.tokens // (stage.rows_per_step * config.model.row_tokens)
-    return max(1, min(steps, stage.steps))
+def _epoch_steps(stage: StageConfig, config: RunConfig, site: Site) -> list[int]:
+    """Return the steps of each bank epoch; epochs that are passes over the rows need the corpus, or count as one."""
+    begins = epoch_begins(stage)
+    if not begins:
+        row = stage.rows_per_step * config.model.row_tokens
+        begins = list(range(0, stage.steps, max(1, site.tokens // row) if site.tokens else stage.steps))
+    return [end - begin for begin, end in itertools.pairwise([*begins, stage.steps])]
 
 
 def _references_read(stage: StageConfig, config: RunConfig, site: Site) -> int:
@@ -281,7 +282,7 @@ def _references_read(stage: StageConfig, config: RunConfig, site: Site) -> int:
     assert stage.memory is not None
     rows = config.logging.validation_rows
     if stage.memory.source is not MemorySource.online:
-        rows += _epoch_steps(stage, config, site) * stage.rows_per_step
+        rows += max(_epoch_steps(stage, config, site)) * stage.rows_per_step
     wanted = rows * _chunks(config.model)
     return wanted if site.references is None else min(wanted, site.references)
 
@@ -292,7 +293,7 @@ def _bank(config: RunConfig, site: Site) -> BankPlan | None:
         return None
     references = _references_read(stage, config, site)
     return BankPlan(
-        epochs=math.ceil(stage.steps / _epoch_steps(stage, config, site)),
+        epochs=len(_epoch_steps(stage, config, site)),
         references=references,
         generation_bytes=generation_bytes(config.model, references, vector_bytes=vector_bytes(config)),
         index=None if not site.references else _index(config, site.references),

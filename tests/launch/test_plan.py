@@ -86,7 +86,7 @@ def test_memory_adds_what_its_source_costs() -> None:
 
 def test_disk_that_is_too_small_is_answered_by_a_codec_and_fewer_checkpoints() -> None:
     config = compose_config(["experiment=quick"])
-    config.continual.epoch_steps = 1  # type: ignore[union-attr]
+    config.continual.epoch_steps = "1"  # type: ignore[union-attr]
     site = Site(device=DEVICES["h100"], mfu=0.4)
     needed = plan(config, site)
     assert needed.problems == []
