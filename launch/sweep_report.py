@@ -103,7 +103,7 @@ def draw(
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(3.2 + 2.2 * len(keys), 4.6), width_ratios=[2.2 * len(keys), 2.6]
     )
-    colour = mpl.cm.ScalarMappable(mpl.colors.Normalize(min(losses), max(losses)), mpl.colormaps["viridis_r"])
+    colour = mpl.cm.ScalarMappable(mpl.colors.Normalize(min(losses), max(losses)), mpl.colormaps["viridis"])
     for row in [*pruned, *finished]:
         places = [_place(row.values[key], dimensions[key]) for key in dimensions]
         if row.state == "finished":
@@ -135,11 +135,14 @@ def draw(
         f"{len(finished)} finished trials (thick: the best), {len(pruned)} pruned (grey)", fontsize=9
     )
     shown = sorted(importances.items(), key=lambda item: item[1])
-    right.barh([key.rpartition(".")[2] for key, _ in shown], [share for _, share in shown], color="C0")
+    right.barh(
+        [key.rpartition(".")[2] for key, _ in shown], [share for _, share in shown], color="C0", height=0.5
+    )
     right.set(xlim=(0, 1), xlabel="importance (PED-ANOVA)")
     right.set_title("" if shown else "importance: four finished\ntrials are needed", fontsize=9)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
+    left.spines[:].set_visible(False)
+    right.spines[["top", "right"]].set_visible(False)
+    right.set_ylim(-0.6, max(len(shown), 3) - 0.4)
     figure.suptitle(f"loss: {title}", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
