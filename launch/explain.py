@@ -25,6 +25,30 @@ _KINDS = {
     list: "a list, [a, b]",
 }
 
+_DEEPSPEED = {
+    "train_batch_size": "STAGE.rows_per_step",
+    "train_micro_batch_size_per_gpu": "STAGE.micro_rows",
+    "gradient_accumulation_steps": "STAGE.rows_per_step, which micro_rows and ranks divide",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim.beta1, optim.beta2, optim.eps, optim.weight_decay",
+    "scheduler": "STAGE.peak_lr, STAGE.ramp_steps, STAGE.decay_steps",
+    "zero_optimization": "engine.zero_stage",
+    "stage3_gather_16bit_weights_on_model_save": "engine.zero_stage",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "data_types": "engine.precision",
+    "zero_allow_untested_optimizer": "nothing: AdamW is DeepSpeed's own",
+    "steps_per_print": "logging.progress",
+    "wall_clock_breakdown": "nothing: metrics.jsonl splits the seconds of every step",
+    "tensorboard": "nothing: metrics.jsonl has every value",
+    "csv_monitor": "nothing: metrics.jsonl has every value",
+    "deepspeed": "engine",
+    "deepspeed_config": "engine",
+    "ds_config": "engine",
+    "local_rank": "engine.num_ranks",
+}
+"""What to set in place of DeepSpeed's own keys, whose JSON is derived (`train.engine`)."""
+
 
 def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
     """Refuse overrides that the schema has no key for; also `+key=...`, which Hydra itself would add.
@@ -145,7 +169,10 @@ def unknown_key(key: str) -> str | None:
 
 
 def _nearest(part: str, path: Sequence[str], names: Sequence[str]) -> str:
-    """Advice: the nearest key of the same section, else of any, else all of the section."""
+    """Advice: the key in place of DeepSpeed's, the nearest one of the same section, else of any, else all there are."""
+    if part in _DEEPSPEED:
+        ours = _DEEPSPEED[part].replace("STAGE", "warmup" if "warmup" in path else "continual")
+        return f"{part} is DeepSpeed's, whose JSON is derived; set {ours}"
     prefix = "".join(f"{name}." for name in path)
     near = [f"{prefix}{name}" for name in difflib.get_close_matches(part, names, n=1)]
     if not near:
