@@ -171,11 +171,11 @@ def test_draws_follow_from_seed_and_history(tmp_path: Path) -> None:
 def test_other_sweeps_runs_and_users_are_refused(tmp_path: Path) -> None:
     control(tmp_path, 1)
     with pytest.raises(
-        ValueError, match="holds a sweep of other settings:\n  seed: 0 -> 1\nchoose another --name"
+        ValueError, match=r"holds a sweep of other settings:\n  seed: 0 -> 1\nchoose another --name"
     ):
         control(tmp_path, 1, seed=1)
     with pytest.raises(
-        ValueError, match="  swept: .*'interval.1,2.'.*\nchoose another --name, or give the old"
+        ValueError, match=r"  swept: .*'interval.1,2.'.*\nchoose another --name, or give the old"
     ):
         control(tmp_path, 1, "warmup.peak_lr=interval(1,2)")
     with (
