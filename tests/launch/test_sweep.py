@@ -36,7 +36,7 @@ def rate(values: dict[str, Value]) -> float:
 
 
 def test_a_sweep_trains_prunes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert control(tmp_path, 9) == 0
+    assert control(tmp_path, 9, picture=True) == 0
     said = capsys.readouterr().out
     ended = rows(tmp_path)
     assert [row.number for row in ended] == list(range(9))
@@ -70,29 +70,29 @@ def test_a_sweep_trains_prunes_and_reports(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """Eight trials that nobody killed."""
+    """Six trials that nobody killed."""
     root = tmp_path_factory.mktemp("undisturbed")
-    assert control(root, 8) == 0
+    assert control(root, 6) == 0
     return rows(root)
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(5, 1), pytest.param(20, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "seed"), [(3, 1), pytest.param(20, 2, marks=pytest.mark.slow)])
 def test_a_killed_controller_repeats_nothing(
     kills: int, seed: int, undisturbed: list[Row], tmp_path: Path
 ) -> None:
     moments = random.Random(seed)
-    command = [sys.executable, "-m", "tests.support.sweep", "control", str(tmp_path), "8"]
+    command = [sys.executable, "-m", "tests.support.sweep", "control", str(tmp_path), "6"]
     environment = {**os.environ, "STEP_SECONDS": "0.05"}
     for _ in range(kills):
         controller = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL)
-        run = tmp_path / f"s-{moments.randrange(6):03d}"
+        run = tmp_path / f"s-{moments.randrange(5):03d}"
         _wait_for(lambda controller=controller, run=run: run.exists() or controller.poll() is not None)  # type: ignore[misc]
         time.sleep(moments.random() * 0.3)
         controller.kill()
         controller.wait()
     assert subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode == 0
     assert rows(tmp_path) == undisturbed
-    assert [starts(tmp_path / f"s-{row.number:03d}") for row in undisturbed] == [1] * 8
+    assert [starts(tmp_path / f"s-{row.number:03d}") for row in undisturbed] == [1] * 6
     for row in undisturbed:
         said = (tmp_path / f"s-{row.number:03d}/metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in said] == list(range(1, len(said) + 1))

@@ -56,9 +56,9 @@ def starts(folder: Path) -> int:
     return len((folder / "starts").read_text().splitlines())
 
 
-def control(root: Path, trials: int, *settings: str, seed: int = 0) -> int:
+def control(root: Path, trials: int, *settings: str, seed: int = 0, picture: bool = False) -> int:
     """Run a sweep of such trials below a root."""
-    from launch import sweep
+    from launch import sweep, sweep_report
     from launch.compose import compose_config
     from launch.space import read_space
     from launch.trial import TrialRun
@@ -67,7 +67,13 @@ def control(root: Path, trials: int, *settings: str, seed: int = 0) -> int:
     space = read_space([*SPACE, f"paths.root={root}", *(settings or [RATES])])
     plan = sweep.Sweep("s", space, trials, seed)
     config = compose_config(next(space.corners()))
-    return sweep.control(plan, config, root / "s", new_run=partial(TrialRun, program=PROGRAM))
+    draw = sweep_report.draw
+    if not picture:  # half a second each
+        sweep_report.draw = lambda *_, **__: None
+    try:
+        return sweep.control(plan, config, root / "s", new_run=partial(TrialRun, program=PROGRAM))
+    finally:
+        sweep_report.draw = draw
 
 
 def _ended(folder: Path, code: int) -> int:
