@@ -258,7 +258,7 @@ def test_dimensions_are_read_by_the_type_of_their_key() -> None:
 def test_shipped_sweeps_compose(name: str) -> None:
     from launch.cli import parser
 
-    plan = sweep.sweep_of(parser().parse_args(["sweep", f"sweep={name}", "debug=smoke", "--trials=3"]))
+    plan = sweep.sweep_of(parser().parse_args(["sweep", f"sweep={name}", "--trials=3"]))
     assert (plan.name, plan.trials) == (name, 3)
     for corner in plan.space.corners():
         config = compose_config(corner)
