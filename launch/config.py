@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from typing import Any
 
 from data.config import DataConfig
 from data.config import check as check_data
@@ -154,13 +155,12 @@ def _check_values(config: RunConfig) -> None:
         raise ValueError("paths.root='' is no folder; set for example paths.root=runs")
 
 
-def _numbers(section: object, prefix: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
     """All floats of a configuration, with their keys."""
-    named = (
-        section.items()
-        if isinstance(section, dict)
-        else ((each.name, getattr(section, each.name)) for each in fields(section))
-    )  # type: ignore[arg-type]
+    if isinstance(section, dict):
+        named = list(section.items())
+    else:
+        named = [(each.name, getattr(section, each.name)) for each in fields(section)]
     for name, value in named:
         if isinstance(value, float):
             yield f"{prefix}{name}", value
