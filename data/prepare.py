@@ -83,6 +83,43 @@ def prepare(config: DataConfig, root: Path, *, progress: Progress | None = None)
     return open_prepared(config, root)
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedSizes:
+    """How large a prepared corpus is.
+
+    Attributes:
+        documents: Of all splits and uses.
+        tokens: Of all documents.
+        references: Cut from them.
+        vocab_size: Of its tokenizer.
+        num_bytes: Of the four artefacts.
+    """
+
+    documents: int
+    tokens: int
+    references: int
+    vocab_size: int
+    num_bytes: int
+
+
+def prepared_sizes(config: DataConfig, root: Path) -> PreparedSizes | None:
+    """The sizes of a prepared corpus, by its manifests alone; None when it is not prepared with these settings."""
+    folder = root / config.name
+    for kind, settings in _settings(config).items():
+        if not is_finished(folder / kind, kind=kind, version=_VERSIONS[kind], settings=settings):
+            return None
+    manifests = {
+        kind: open_manifest(folder / kind, kind=kind, version=version) for kind, version in _VERSIONS.items()
+    }
+    return PreparedSizes(
+        documents=int(manifests[corpus.KIND].extra["documents"]),
+        tokens=int(manifests[shards.KIND].extra["tokens"]),
+        references=int(manifests[references.KIND].extra["references"]),
+        vocab_size=int(manifests[shards.KIND].extra["vocab_size"]),
+        num_bytes=sum(entry.bytes for manifest in manifests.values() for entry in manifest.files.values()),
+    )
+
+
 def open_prepared(config: DataConfig, root: Path) -> Prepared:
     """Opens the artefacts of a corpus; the sources themselves are not needed.
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from launch.devices import DEVICES
 from memorybank.config import STAGES, CodecKind
 from memorybank.cost import CODECS, EMBEDDERS, Hardware
 
@@ -52,6 +53,12 @@ COMMANDS = (
         "cost", "what memory costs a model: operations, bytes and times, before a bank is written", _OVERRIDES
     ),
     Command("sweep", "train with drawn settings, trial by trial, and say which are best", _SWEEP),
+    Command(
+        "plan",
+        "what a run will take: parameters, memory, FLOPs, time, disk, money; and what would fit",
+        _OVERRIDES,
+    ),
+    Command("doctor", "whether this machine can train: versions, devices, disk, locks; a remedy a line", ""),
     Command("report", "one table from the evaluations of several runs and seeds", ""),
     Command(
         "demo", "the whole story on the World Factbook, in a quarter of an hour on two cores", _OVERRIDES
@@ -258,7 +265,14 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         _add_cost_arguments(sub)
     if name == "sweep":
         _add_sweep_arguments(sub)
-    if name in ("prepare", "pretrain", "demo", "cost", "sweep"):
+    if name == "plan":
+        _add_plan_arguments(sub)
+    if name == "doctor":
+        sub.add_argument(
+            "--root", default="runs", help="folder of runs, whose disk is looked at (default: %(default)s)"
+        )
+        sub.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    if name in ("prepare", "pretrain", "demo", "cost", "plan", "sweep"):
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings (see below)")
 
 
@@ -321,6 +335,35 @@ def _add_cost_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--picture", metavar="FILE.png", help="draw costs, storage and times (the paper's Figure 4)"
     )
+
+
+def _add_plan_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--device", choices=list(DEVICES), help="what each rank runs on (default: what this machine has)"
+    )
+    sub.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        metavar="X",
+        help="share of the device's nominal rate that is reached, by PaLM's count (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--tflops", type=float, metavar="X", help="the device's rate, in place of the nominal one"
+    )
+    sub.add_argument(
+        "--memory", type=float, metavar="GIB", help="memory of a rank, in place of the nominal one"
+    )
+    sub.add_argument("--price", type=float, metavar="X", help="of a device for an hour, in any currency")
+    sub.add_argument(
+        "--references", metavar="N", help="references of the bank (default: those of the prepared corpus)"
+    )
+    sub.add_argument(
+        "--config-only",
+        action="store_true",
+        help="look at the configuration alone: not at the prepared corpus, nor at this machine's disk and memory",
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def _add_inspect_arguments(sub: argparse.ArgumentParser) -> None:

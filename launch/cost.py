@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.compose import compose_config
+from launch.units import binary, decimal, duration, scale, three, whole_number
 from memorybank.config import EmbedderKind, RetrievalConfig
 from memorybank.cost import (
     EMBEDDERS,
@@ -31,16 +32,6 @@ from memorybank.cost import (
 from model.config import ModelConfig
 from model.flops import KnowledgeCost, knowledge_cost
 
-_PREFIXES = (
-    (1e24, "Y"),
-    (1e21, "Z"),
-    (1e18, "E"),
-    (1e15, "P"),
-    (1e12, "T"),
-    (1e9, "G"),
-    (1e6, "M"),
-    (1e3, "k"),
-)
 _TOKENS = 1000
 """Traffic is also told for so many tokens."""
 
@@ -62,7 +53,7 @@ class Costs:
 def run(arguments: argparse.Namespace) -> int:
     """Compute, then print the tables or the JSON, and draw the picture when one is asked for."""
     config = compose_config(arguments.overrides)
-    references = _whole_number(arguments.references)
+    references = whole_number(arguments.references)
     hardware = Hardware(
         disk_gb_per_second=arguments.disk,
         bus_gb_per_second=arguments.bus,
@@ -152,7 +143,7 @@ def draw(found: Costs, *, references: int, codec: str, title: str, path: Path) -
 
     figure, (uses, storage, times) = plt.subplots(1, 3, figsize=(16, 4.6), width_ratios=[1.3, 1, 1.1])
     cost, (low, high) = found.knowledge, found.best_uses
-    factor, prefix = _scale(cost.implicit_write)
+    factor, prefix = scale(cost.implicit_write)
     exponents = [-2 + step / 50 for step in range(int(50 * 7.3) + 1)]
     numbers = [10**exponent for exponent in exponents]
     for label, values in (
@@ -174,7 +165,7 @@ def draw(found: Costs, *, references: int, codec: str, title: str, path: Path) -
         uses.text(
             (low * high) ** 0.5,
             1.12 * cost.implicit_write / factor,
-            f"memory is cheapest\n{_three(low)} to {_three(high)} uses",
+            f"memory is cheapest\n{three(low)} to {three(high)} uses",
             ha="center",
             va="center",
             fontsize=9,
@@ -186,7 +177,7 @@ def draw(found: Costs, *, references: int, codec: str, title: str, path: Path) -
         storage,
         [bar.name for bar in bars],
         [float(bar.bytes_per_reference * references) for bar in bars],
-        [_binary(bar.bytes_per_reference * references) for bar in bars],
+        [binary(bar.bytes_per_reference * references) for bar in bars],
         colours=["C0"] * len(found.sparsification) + ["C2"] * len(found.codecs[1:]),
     )
     storage.set(xlabel="bytes", title=f"storage of {references:,} references")
@@ -195,7 +186,7 @@ def draw(found: Costs, *, references: int, codec: str, title: str, path: Path) -
         times,
         [work.name for work in found.chunk],
         [work.seconds for work in found.chunk],
-        [_seconds(work.seconds) for work in found.chunk],
+        [duration(work.seconds) for work in found.chunk],
         colours=["C3" if work.bytes else "C0" for work in found.chunk],
     )
     times.set(
@@ -230,14 +221,14 @@ def _draw_bars(
 
 def _knowledge_table(found: Costs, model: ModelConfig) -> Table:
     cost, (low, high) = found.knowledge, found.best_uses
-    factor, prefix = _scale(cost.implicit_write)
+    factor, prefix = scale(cost.implicit_write)
     table = Table(
         "knowledge kept as",
         f"write ({prefix}FLOP)",
         f"read, each use ({prefix}FLOP)",
         title="One reference (the paper's cost model, appendix A)",
         caption=(
-            f"memory is the cheapest from {_three(low)} to {_three(high)} uses"
+            f"memory is the cheapest from {three(low)} to {three(high)} uses"
             if low < high
             else "memory is never the cheapest at these sizes"
         )
@@ -245,11 +236,9 @@ def _knowledge_table(found: Costs, model: ModelConfig) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    table.add_row("implicit memory: parameters", _three(cost.implicit_write / factor), "0 or more")
-    table.add_row(
-        "explicit memory", _three(cost.explicit_write / factor), _three(cost.explicit_read / factor)
-    )
-    table.add_row("text, retrieved and read", "0", f"{_three(cost.text_read / factor)} or more")
+    table.add_row("implicit memory: parameters", three(cost.implicit_write / factor), "0 or more")
+    table.add_row("explicit memory", three(cost.explicit_write / factor), three(cost.explicit_read / factor))
+    table.add_row("text, retrieved and read", "0", f"{three(cost.text_read / factor)} or more")
     return table
 
 
@@ -261,7 +250,7 @@ def _storage_table(found: Costs, references: int) -> Table:
         "times smaller",
         title="Storage",
         caption=f"our records add {found.position_bytes:,} bytes each, "
-        f"{_binary(found.position_bytes * references)} in all: which tokens were kept",
+        f"{binary(found.position_bytes * references)} in all: which tokens were kept",
         title_justify="left",
         caption_justify="left",
     )
@@ -278,7 +267,7 @@ def _stored_cells(stored: Stored, references: int, first: int) -> tuple[str, str
     return (
         stored.name,
         f"{stored.bytes_per_reference:,}",
-        _binary(stored.bytes_per_reference * references),
+        binary(stored.bytes_per_reference * references),
         f"{first / stored.bytes_per_reference:,.0f}",
     )
 
@@ -299,10 +288,10 @@ def _chunk_table(found: Costs, references: int, codec: str, embedder: str, rates
     for work in found.chunk:
         table.add_row(
             work.name,
-            _decimal(work.flops) if work.flops else "",
-            _binary(work.bytes) if work.bytes else "",
-            _seconds(work.seconds),
-            _seconds(work.seconds * _TOKENS / found.chunk_tokens),
+            decimal(work.flops) if work.flops else "",
+            binary(work.bytes) if work.bytes else "",
+            duration(work.seconds),
+            duration(work.seconds * _TOKENS / found.chunk_tokens),
         )
     return table
 
@@ -315,8 +304,8 @@ def _writing_table(writing: Writing, references: int, codec: str) -> Table:
         title=f"Writing {references:,} references, {codec}: again whenever the weights change",
         title_justify="left",
     )
-    table.add_row("the model", f"{_decimal(writing.flops)}FLOP", _seconds(writing.compute_seconds))
-    table.add_row("records to disk", _binary(writing.bytes), _seconds(writing.disk_seconds))
+    table.add_row("the model", f"{decimal(writing.flops)}FLOP", duration(writing.compute_seconds))
+    table.add_row("records to disk", binary(writing.bytes), duration(writing.disk_seconds))
     return table
 
 
@@ -328,49 +317,3 @@ def _embedder_of(retrieval: RetrievalConfig) -> str:
             f"--embedder, one of {', '.join(EMBEDDERS)}"
         )
     return kind.name
-
-
-def _whole_number(text: str) -> int:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 1 <= number < 1e15:
-        raise ValueError(
-            f"--references {text} is no number of references; give for example 1000000 or 1.12e8"
-        )
-    return round(number)
-
-
-def _scale(value: float) -> tuple[float, str]:
-    return next(((factor, prefix) for factor, prefix in _PREFIXES if value >= factor), (1.0, ""))
-
-
-def _decimal(value: float) -> str:
-    factor, prefix = _scale(value)
-    return f"{_three(value / factor)} {prefix}"
-
-
-def _binary(num_bytes: float) -> str:
-    """Bytes to three digits, in binary units."""
-    unit = "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
-        if num_bytes < 1024:
-            break
-        num_bytes, unit = num_bytes / 1024, larger
-    return f"{_three(num_bytes)} {unit}"
-
-
-def _seconds(seconds: float) -> str:
-    for least, unit in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
-        if seconds >= least:
-            return f"{_three(seconds / least)} {unit}"
-    return f"{_three(seconds * 1e6)} µs"
-
-
-def _three(value: float) -> str:
-    """A positive number to three significant digits."""
-    rounded = float(f"{value:.3g}")
-    if not 1e-4 <= rounded < 1e7:
-        return f"{rounded:.2e}"
-    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:#.3g}"

@@ -54,6 +54,12 @@ EMBEDDERS: Mapping[str, EmbedderSize] = {
 """wordllama's table, all-MiniLM-L6-v2, and BGE-M3, the paper's: layers x 12 x width^2 each."""
 
 
+_ID_BYTES = 8
+_CHECKSUM_BYTES = 12
+"""A checksum's digits in a manifest."""
+_MANIFEST_BYTES = 1024
+"""The rest of it, and the header of the ids."""
+
 PROBES = 64
 """Lists of an inverted file that a query visits."""
 
@@ -73,6 +79,18 @@ def memory_bytes(config: ModelConfig, codec: str = "bfloat16") -> int:
 def position_bytes(config: ModelConfig) -> int:
     """Return the bytes by which our records name a memory's kept tokens, which the paper does not count."""
     return MemoryShape.of(config).record_bytes(0)
+
+
+def generation_bytes(config: ModelConfig, references: int, *, vector_bytes: int) -> int:
+    """Return the bytes of a generation's files: records, ids, and a manifest with a checksum for every MiB.
+
+    Args:
+        config: Sizes.
+        references: That have a record.
+        vector_bytes: Of a key, and of a value.
+    """
+    files = references * (MemoryShape.of(config).record_bytes(vector_bytes) + _ID_BYTES)
+    return files + _MANIFEST_BYTES + files * _CHECKSUM_BYTES // 2**20
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,6 +225,11 @@ def share_threads() -> None:
     faiss.omp_set_num_threads(torch.get_num_threads())
 
 
+def compile_options() -> str:
+    """Return the instructions that this faiss was built for, in its own words."""
+    return str(faiss.get_compile_options()).strip()
+
+
 def has_gpus() -> bool:
     """Return whether this faiss was built for GPUs and sees one."""
     return bool(getattr(faiss, "get_num_gpus", lambda: 0)())

@@ -12,12 +12,19 @@ from model.config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class ParameterCount:
-    """Exact numbers of parameters."""
+    """Exact numbers of parameters, part by part."""
 
-    non_embedding: int
-    """Blocks and norms; what sizes are quoted in."""
+    attention: int
+    """The four projections of all layers."""
+    feed_forward: int
+    norms: int
     embedding: int
     head: int
+
+    @property
+    def non_embedding(self) -> int:
+        """Blocks and norms; what sizes are quoted in."""
+        return self.attention + self.feed_forward + self.norms
 
     @property
     def total(self) -> int:
@@ -27,9 +34,14 @@ class ParameterCount:
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Return the numbers of parameters of ``Memory3LM(config)``; memory adds none."""
-    block = _attention_weights(config) + _ffn_weights(config) + 2 * config.width
-    vocabulary = config.vocab_size * config.width
-    return ParameterCount(config.num_layers * block + config.width, vocabulary, vocabulary)
+    layers, vocabulary = config.num_layers, config.vocab_size * config.width
+    return ParameterCount(
+        attention=layers * _attention_weights(config),
+        feed_forward=layers * _ffn_weights(config),
+        norms=(2 * layers + 1) * config.width,
+        embedding=vocabulary,
+        head=vocabulary,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,77 @@
+"""Devices that a run can be planned for: nominal figures of their makers, and which of them this machine has. No torch.
+
+Not here: measured rates, whether a device works (`launch.doctor`).
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.config import Precision
+
+_GIB = 2**30
+_DRIVER = Path("/proc/driver/nvidia/gpus")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What one rank runs on.
+
+    Attributes:
+        name: As people say it.
+        tflops: Nominal bfloat16 TFLOP/s, dense.
+        float32_tflops: Nominal float32 TFLOP/s.
+        memory_bytes: Of its own; None for a CPU, whose ranks share the machine's.
+    """
+
+    name: str
+    tflops: float
+    float32_tflops: float
+    memory_bytes: int | None
+
+    def peak(self, precision: Precision) -> float:
+        """Nominal TFLOP/s in a run's training type."""
+        return self.tflops if precision is Precision.bf16 else self.float32_tflops
+
+
+DEVICES = {
+    "a100-40": Device("NVIDIA A100 40 GB", 312, 19.5, 39 * _GIB),
+    "a100-80": Device("NVIDIA A100 80 GB", 312, 19.5, 79 * _GIB),
+    "a800": Device("NVIDIA A800 80 GB", 312, 19.5, 79 * _GIB),
+    "h100": Device("NVIDIA H100 80 GB", 989, 67, 79 * _GIB),
+    "h200": Device("NVIDIA H200 141 GB", 989, 67, 139 * _GIB),
+    "b200": Device("NVIDIA B200 180 GB", 2250, 75, 178 * _GIB),
+    "l40s": Device("NVIDIA L40S 48 GB", 362, 91.6, 44 * _GIB),
+    "rtx4090": Device("NVIDIA RTX 4090 24 GB", 165, 82.6, 23 * _GIB),
+    "cpu": Device("CPU, a thread with AVX512-BF16", 0.2, 0.05, None),
+}
+"""By the name that `--device` takes. GPU memory is what a process sees; the CPU's rate is one that oneDNN reaches."""
+
+_MODELS = {
+    "A100-SXM4-40GB": "a100-40",
+    "A100-PCIE-40GB": "a100-40",
+    "A100": "a100-80",
+    "A800": "a800",
+    "H100": "h100",
+    "H200": "h200",
+    "B200": "b200",
+    "L40S": "l40s",
+    "RTX 4090": "rtx4090",
+}
+
+
+def device_here(driver: Path = _DRIVER) -> tuple[str, int]:
+    """Return the name of this machine's device and how many there are: GPUs as the driver names them, else cores.
+
+    A GPU that `DEVICES` does not know counts as a CPU: name its figures with `--tflops` and `--memory`.
+    """
+    models = [path.read_text(errors="replace") for path in sorted(driver.glob("*/information"))]
+    for part, name in _MODELS.items():
+        if models and part in models[0]:
+            return name, len(models)
+    return "cpu", os.cpu_count() or 1
+
+
+def memory_here() -> int:
+    """Return the bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

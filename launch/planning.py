@@ -1,0 +1,442 @@
+"""What a run will take, before it is started: a pure function from a configuration and a site to figures and warnings.
+
+Every figure is another module's formula: parameters and FLOPs (`model.flops`), bytes of a micro-batch
+(`model.footprint`), of ranks and checkpoints (`train.footprint`), of records (`memorybank.cost`), of the index
+(`memorybank.index_plan`). No torch.
+Invariants: nothing is measured; what is not known beforehand (how many references an epoch finds) is an upper bound and
+called so; a proposal is only made if it fits.
+Not here: looking at the machine and printing (`launch.plan`), whether the machine works (`launch.doctor`).
+"""
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+from launch.config import RunConfig
+from launch.devices import Device
+from launch.units import binary
+from memorybank.config import CodecKind, check_codec
+from memorybank.cost import CODECS, EMBEDDERS, generation_bytes
+from memorybank.index_plan import IndexPlan, plan_index
+from model.config import ModelConfig
+from model.flops import ParameterCount, TokenFlops, count_parameters, step_flops, text_token_flops
+from model.footprint import micro_batch_bytes
+from train.config import MemorySource, StageConfig
+from train.footprint import RankMemory, checkpoint_bytes, number_bytes, rank_memory
+from train.schedule import schedule_of
+
+USABLE = 0.92
+"""Share of a device's memory that a plan may fill: CUDA's context, workspaces and gaps take the rest."""
+_SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where a run will be, as far as it is known.
+
+    Attributes:
+        device: One per rank.
+        mfu: Share of the device's nominal rate that is reached (PaLM's count).
+        price: Of a device for an hour; None = not asked for.
+        memory_bytes: Memory of one rank; None = not known.
+        free_disk: Bytes free where the run folder lies; None = not known.
+        documents: Of the prepared corpus; None = not prepared, or not looked at.
+        references: That the bank may hold at most; None = not known.
+        tokens: Of the prepared corpus.
+        prepared_bytes: What the prepared corpus takes already.
+    """
+
+    device: Device
+    mfu: float
+    price: float | None = None
+    memory_bytes: int | None = None
+    free_disk: int | None = None
+    documents: int | None = None
+    references: int | None = None
+    tokens: int | None = None
+    prepared_bytes: int | None = None
+
+    def check(self) -> None:
+        """Raise ValueError, naming the option, when a figure cannot be."""
+        if not 0 < self.mfu <= 1:
+            raise ValueError(
+                f"--mfu {self.mfu} is no share of the device's rate; set it between 0 and 1 (0.4)"
+            )
+        for option, value in (
+            ("--tflops", self.device.tflops),
+            ("--memory", self.memory_bytes),
+            ("--price", self.price),
+        ):
+            if value is not None and not value > 0:
+                raise ValueError(f"{option} {value} is not above 0; set a positive number")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that will not work, or not as one may think, and what would."""
+
+    says: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage.
+
+    Attributes:
+        name: warmup or continual.
+        steps: Updates.
+        tokens: Text tokens, references not counted.
+        accumulate: Micro-batches of an update on each rank.
+        token_flops: Of a text token without memory.
+        memory_token_flops: What reading memory and encoding references adds to each, at most.
+        tokens_per_second: Of all ranks together.
+        seconds: Of the whole stage.
+        price: Of the whole stage; None without a price.
+        memory: Of a rank, for ZeRO stages 0 to 3.
+    """
+
+    name: str
+    steps: int
+    tokens: int
+    accumulate: int
+    token_flops: TokenFlops
+    memory_token_flops: float
+    tokens_per_second: float
+    seconds: float
+    price: float | None
+    memory: list[RankMemory]
+
+    @property
+    def days(self) -> float:
+        return self.seconds / _SECONDS_PER_DAY
+
+
+@dataclass(frozen=True, slots=True)
+class BankPlan:
+    """The generations that training compiles.
+
+    Attributes:
+        epochs: Bank epochs, each with a generation of its own, which stay.
+        references: That a generation holds, at most.
+        generation_bytes: Of a generation with so many.
+        index: Over all references that may be read; None = their number is not known.
+    """
+
+    epochs: int
+    references: int
+    generation_bytes: int
+    index: IndexPlan | None
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPlan:
+    """What lies in paths.root when the run ends; parts that are not known are None.
+
+    Attributes:
+        prepared: Corpus, shards, references.
+        search: Search vectors and index.
+        checkpoint: One checkpoint.
+        checkpoints: How many stay, over all stages.
+        bank: All generations.
+    """
+
+    prepared: int | None
+    search: int | None
+    checkpoint: int
+    checkpoints: int
+    bank: int
+
+    @property
+    def written(self) -> int:
+        """What the run itself writes at most: a checkpoint is written beside those that stay."""
+        return (self.checkpoints + 1) * self.checkpoint + self.bank
+
+    @property
+    def total(self) -> int:
+        return self.written + (self.prepared or 0) + (self.search or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """Everything that is said of one run."""
+
+    parameters: ParameterCount
+    stages: list[StagePlan]
+    bank: BankPlan | None
+    disk: DiskPlan
+    problems: list[Problem]
+
+
+def plan(config: RunConfig, site: Site) -> RunPlan:
+    """Return what a checked configuration will take at a site; `config.model` is the model that will be trained.
+
+    Raises:
+        ValueError: A figure of the site cannot be.
+    """
+    site.check()
+    stages = [_stage(name, stage, config, site) for name, stage in _stages(config)]
+    bank = _bank(config, site)
+    disk = _disk(config, site, bank)
+    problems = [*_memory_problems(config, site, stages), *_disk_problems(config, site, disk)]
+    return RunPlan(count_parameters(config.model), stages, bank, disk, problems)
+
+
+def stage_memory(config: RunConfig, stage: StageConfig, *, zero_stage: int, cpu: bool) -> RankMemory:
+    """Return what a rank holds in a stage."""
+    memory = stage.memory
+    micro_batch = micro_batch_bytes(
+        config.model,
+        rows=stage.micro_rows,
+        number_bytes=number_bytes(config.engine.precision),
+        references_read=config.retrieval.window if memory is not None else 0,
+        encoded_online=memory is not None and memory.source is not MemorySource.bank,
+        cpu=cpu,
+    )
+    return rank_memory(
+        count_parameters(config.model).total,
+        micro_batch,
+        zero_stage=zero_stage,
+        precision=config.engine.precision,
+        num_ranks=config.engine.num_ranks,
+        accumulate=_accumulate(config, stage),
+        cpu=cpu,
+    )
+
+
+def _stages(config: RunConfig) -> Iterator[tuple[str, StageConfig]]:
+    for name in ("warmup", "continual"):
+        stage = getattr(config, name)
+        if stage is not None:
+            yield name, stage
+
+
+def _accumulate(config: RunConfig, stage: StageConfig) -> int:
+    return stage.rows_per_step // (stage.micro_rows * config.engine.num_ranks)
+
+
+def _stage(name: str, stage: StageConfig, config: RunConfig, site: Site) -> StagePlan:
+    model, num_ranks = config.model, config.engine.num_ranks
+    tokens_per_step = stage.rows_per_step * model.row_tokens
+    token = text_token_flops(model)
+    memory_flops = _memory_flops(stage, config, site)
+    rate = site.device.peak(config.engine.precision) * 1e12 * site.mfu * num_ranks
+    seconds = stage.steps * (tokens_per_step * token.palm + memory_flops) / rate
+    price = None if site.price is None else seconds / 3600 * num_ranks * site.price
+    return StagePlan(
+        name=name,
+        steps=stage.steps,
+        tokens=stage.steps * tokens_per_step,
+        accumulate=_accumulate(config, stage),
+        token_flops=token,
+        memory_token_flops=memory_flops / tokens_per_step,
+        tokens_per_second=stage.steps * tokens_per_step / seconds,
+        seconds=seconds,
+        price=price,
+        memory=[
+            stage_memory(config, stage, zero_stage=zero, cpu=site.device.memory_bytes is None)
+            for zero in range(4)
+        ],
+    )
+
+
+def _memory_flops(stage: StageConfig, config: RunConfig, site: Site) -> float:
+    """Return what memory adds to a step: reading, and encoding in the step or its share of an epoch's compilation."""
+    memory, model = stage.memory, config.model
+    if memory is None:
+        return 0.0
+    chunks, window = _chunks(model), config.retrieval.window
+    slots = stage.rows_per_step * sum(min(window, chunk + 1) for chunk in range(chunks))
+    online = {MemorySource.bank: 0.0, MemorySource.online: 1.0, MemorySource.mixed: memory.online_share}[
+        memory.source
+    ]
+    epoch_steps = _epoch_steps(stage, config, site)
+    compiled = _references_read(stage, config, site) / epoch_steps
+    read = step_flops(model, rows=stage.rows_per_step, slots_filled=slots)
+    encoded = step_flops(
+        model,
+        rows=stage.rows_per_step,
+        references_encoded=stage.rows_per_step * chunks,
+        encode_gradient=True,
+    )
+    compilation = compiled * step_flops(model, rows=0, references_encoded=1).encode
+    return read.memory_read + online * encoded.encode + compilation
+
+
+def _chunks(model: ModelConfig) -> int:
+    return model.row_tokens // model.chunk_tokens
+
+
+def _epoch_steps(stage: StageConfig, config: RunConfig, site: Site) -> int:
+    """Return the steps of a bank epoch; of one pass over the rows, where the corpus is known."""
+    steps = stage.epoch_steps or stage.steps
+    if stage.epoch_steps is None and site.tokens:
+        steps = site.tokens // (stage.rows_per_step * config.model.row_tokens)
+    return max(1, min(steps, stage.steps))
+
+
+def _references_read(stage: StageConfig, config: RunConfig, site: Site) -> int:
+    """Return the references that an epoch compiles, at most: one for every chunk of its rows and of the validation."""
+    assert stage.memory is not None
+    rows = config.logging.validation_rows
+    if stage.memory.source is not MemorySource.online:
+        rows += _epoch_steps(stage, config, site) * stage.rows_per_step
+    wanted = rows * _chunks(config.model)
+    return wanted if site.references is None else min(wanted, site.references)
+
+
+def _bank(config: RunConfig, site: Site) -> BankPlan | None:
+    stage = config.continual
+    if stage is None or stage.memory is None:
+        return None
+    references = _references_read(stage, config, site)
+    return BankPlan(
+        epochs=math.ceil(stage.steps / _epoch_steps(stage, config, site)),
+        references=references,
+        generation_bytes=generation_bytes(config.model, references, vector_bytes=vector_bytes(config)),
+        index=None if not site.references else _index(config, site.references),
+    )
+
+
+def vector_bytes(config: RunConfig) -> int:
+    """Return the bytes of a key, and of a value, in the bank."""
+    if config.codec.kind is CodecKind.model:
+        return config.model.head_size * number_bytes(config.engine.precision)
+    return CODECS[config.codec.kind.name](config.model.head_size)
+
+
+def _index(config: RunConfig, references: int) -> IndexPlan | None:
+    embedder = EMBEDDERS.get(config.retrieval.embedder.kind.name)
+    return None if embedder is None else plan_index(references, embedder.vector_size, config.retrieval.index)
+
+
+def _disk(config: RunConfig, site: Site, bank: BankPlan | None) -> DiskPlan:
+    index = None if not site.references else _index(config, site.references)
+    return DiskPlan(
+        prepared=site.prepared_bytes,
+        search=None if index is None else index.num_vectors * index.size * 4 + index.disk_bytes,
+        checkpoint=checkpoint_bytes(
+            count_parameters(config.model).total,
+            zero_stage=config.engine.zero_stage,
+            precision=config.engine.precision,
+            num_documents=site.documents or 0,
+        ),
+        checkpoints=sum(_checkpoints(stage, config) for _, stage in _stages(config)),
+        bank=0 if bank is None else bank.epochs * bank.generation_bytes,
+    )
+
+
+def _checkpoints(stage: StageConfig, config: RunConfig) -> int:
+    """Return how many checkpoints of a stage stay: the newest, its end, and the point that others branch from."""
+    schedule = schedule_of(
+        stage, save_every=config.saving.every_steps, validate_every=config.logging.validate_every
+    )
+    every = config.saving.every_steps
+    regular = range(every, schedule.num_steps + 1, every)
+    saved = sorted({*regular[-config.saving.keep_last :], schedule.branch_step, schedule.num_steps} - {0})
+    return len({*saved[-config.saving.keep_last :], schedule.branch_step, schedule.num_steps} - {0})
+
+
+def _memory_problems(config: RunConfig, site: Site, stages: list[StagePlan]) -> Iterator[Problem]:
+    if site.memory_bytes is None:
+        return
+    limit = round(site.memory_bytes * USABLE)
+    for stage in stages:
+        chosen = stage.memory[config.engine.zero_stage]
+        if chosen.total <= limit:
+            continue
+        found = fitting(config, stage.name, limit, cpu=site.device.memory_bytes is None)
+        parts = {
+            "parameters": chosen.parameters,
+            "gradients": chosen.gradients,
+            "optimizer": chosen.masters + chosen.moments,
+            "activations": chosen.activations,
+            "temporaries": chosen.temporaries,
+        }
+        largest = sorted(parts, key=lambda part: -parts[part])[:2]
+        yield Problem(
+            f"{stage.name}: a rank takes {binary(chosen.total)}; {binary(limit)} of its {binary(site.memory_bytes)} "
+            f"may be filled; largest: {', '.join(f'{part} {binary(parts[part])}' for part in largest)}",
+            found
+            or f"nothing fits, not even on 4,096 ranks: choose a smaller model or a larger device, not "
+            f"{site.device.name}",
+        )
+
+
+def fitting(config: RunConfig, name: str, limit: int, *, cpu: bool) -> str | None:
+    """Return the settings, as overrides, that make a stage fit and slow it least; None if there are none.
+
+    Tried in this order: a higher ZeRO stage, smaller micro-batches, recomputing activations, more ranks.
+    """
+    stage: StageConfig = getattr(config, name)
+    zero = config.engine.zero_stage
+    micros = [rows for rows in range(stage.micro_rows, 0, -1) if stage.micro_rows % rows == 0]
+    recomputing = sorted({config.model.activation_checkpointing, True})
+    ranks = [config.engine.num_ranks]
+    while ranks[-1] * 2 <= 4096:
+        ranks.append(ranks[-1] * 2)
+    for num_ranks in ranks:
+        for recompute in recomputing:
+            for last in (2, 3):  # ZeRO-3 gathers parameters in every pass
+                for rows in micros:
+                    for stage_number in range(zero, last + 1):
+                        tried = deepcopy(config)
+                        tried.model.activation_checkpointing = recompute
+                        tried.engine.num_ranks = num_ranks
+                        part: StageConfig = getattr(tried, name)
+                        part.micro_rows = rows
+                        part.rows_per_step = max(part.rows_per_step, rows * num_ranks)
+                        taken = stage_memory(tried, part, zero_stage=stage_number, cpu=cpu).total
+                        if taken <= limit:
+                            changes = {
+                                "engine.num_ranks": (config.engine.num_ranks, num_ranks),
+                                "engine.zero_stage": (zero, stage_number),
+                                f"{name}.micro_rows": (stage.micro_rows, rows),
+                                f"{name}.rows_per_step": (stage.rows_per_step, part.rows_per_step),
+                                "model.activation_checkpointing": (
+                                    config.model.activation_checkpointing,
+                                    recompute,
+                                ),
+                            }
+                            settings = [
+                                f"{key}={str(new).lower()}"
+                                for key, (old, new) in changes.items()
+                                if old != new
+                            ]
+                            return f"{' '.join(settings)} takes {binary(taken)}"
+    return None
+
+
+def _disk_problems(config: RunConfig, site: Site, disk: DiskPlan) -> Iterator[Problem]:
+    if site.free_disk is None or disk.written <= site.free_disk:
+        return
+    yield Problem(
+        f"the run writes {binary(disk.written)}, and {binary(site.free_disk)} are free in {config.paths.root}",
+        _smaller(config, site, disk),
+    )
+
+
+def _smaller(config: RunConfig, site: Site, disk: DiskPlan) -> str:
+    """Return what makes a run fit on the disk: fewer checkpoints, then a codec with fewer bytes."""
+    assert site.free_disk is not None
+    tried = deepcopy(config)
+    settings = []
+    if config.saving.keep_last > 1:
+        tried.saving.keep_last = 1
+        settings.append("saving.keep_last=1")
+    kinds = [kind for kind in CodecKind if kind not in (CodecKind.float16, CodecKind.model)]
+    for kind in (config.codec.kind, *kinds):
+        tried.codec = replace(config.codec, kind=kind, separate=False)
+        try:
+            check_codec(tried.codec, config.model.head_size)
+        except ValueError:
+            continue
+        smaller = _disk(tried, site, _bank(tried, site))
+        if smaller.written <= site.free_disk:
+            chosen = [] if kind is config.codec.kind else [f"codec.kind={kind.name}"]
+            return f"{' '.join(settings + chosen)} writes {binary(smaller.written)}"
+    free = f"free {binary(disk.written - site.free_disk)} there, or set paths.root to a larger disk"
+    if disk.bank > disk.written // 2:
+        free += "; while it runs, generations that no checkpoint names may be deleted"
+    return free

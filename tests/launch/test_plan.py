@@ -1,0 +1,178 @@
+"""`memory3 plan`: figures against the configuration and real files, what does not fit and what would, and no torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.compose import compose_config
+from launch.devices import DEVICES, device_here
+from launch.planning import Site, plan
+from model.transformer import Memory3LM
+from tests.support.launch import trained, within
+
+PAPER = ("model=paper_2b4", "data.vocab_size=60416", "experiment=quick")
+H100 = ("--device", "h100", "--config-only")
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    done = within("plan", *arguments, "--json")
+    assert done.code == 0, done.err
+    found: dict[str, Any] = json.loads(done.out)
+    return found
+
+
+def test_parameters_are_exact_part_by_part() -> None:
+    found = planned("model=micro", "data.vocab_size=8192", "--config-only")["parameters"]
+    model = Memory3LM(compose_config(["model=micro"]).model)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert found["attention"] == sum(size for name, size in sizes.items() if ".qkv" in name or ".out" in name)
+    assert found["feed_forward"] == sum(size for name, size in sizes.items() if ".ffn." in name)
+    assert found["norms"] == sum(size for name, size in sizes.items() if "norm" in name)
+    assert (found["embedding"], found["head"]) == (sizes["embedding.weight"], sizes["head.weight"])
+    assert found["total"] == sum(sizes.values())
+
+
+def test_the_papers_model_on_gpus() -> None:
+    settings = ("engine.num_ranks=8", "warmup.rows_per_step=2048", "warmup.steps=1000", "warmup.micro_rows=4")
+    found = planned(*PAPER, *settings, "continual=null", *H100, "--mfu", "0.5", "--price", "2")
+    [stage] = found["stages"]
+    assert stage["tokens"] == 1000 * 2048 * 2048
+    palm = 6 * (found["parameters"]["non_embedding"] + found["parameters"]["head"]) + 12 * 44 * 3200 * 2048
+    assert stage["token_flops"]["palm"] == palm
+    assert stage["seconds"] == pytest.approx(stage["tokens"] * palm / (0.5 * 989e12 * 8))
+    assert stage["tokens_per_second"] / 8 == pytest.approx(0.5 * 989e12 / palm)
+    assert stage["price"] == pytest.approx(stage["seconds"] / 3600 * 8 * 2)
+    zero = [stage["memory"][f"zero_{number}"] for number in range(4)]
+    total = found["parameters"]["total"]
+    assert (zero[0]["masters"], zero[0]["moments"]) == (4 * total, 8 * total)
+    assert zero[1]["moments"] == total  # eight bytes, on eight ranks
+    assert zero[1]["gradients"] == 4 * total
+    assert zero[3]["total"] < zero[0]["total"]
+
+
+def test_what_does_not_fit_is_named_with_settings_that_fit() -> None:
+    settings = [
+        *PAPER,
+        "engine.num_ranks=8",
+        "warmup.rows_per_step=128",
+        "warmup.micro_rows=16",
+        "continual=null",
+    ]
+    [problem] = planned(*settings, *H100)["problems"]
+    assert problem["says"].startswith("warmup: a rank takes ")
+    assert "largest: activations" in problem["says"]
+    proposed, taken = problem["remedy"].split(" takes ")
+    assert taken.endswith("GiB")
+    assert planned(*settings, *proposed.split(), *H100)["problems"] == []
+    [hopeless] = planned(*settings, "--device", "h100", "--config-only", "--memory", "0.5")["problems"]
+    assert hopeless["remedy"].startswith("nothing fits, not even on 4,096 ranks")
+
+
+def test_memory_adds_what_its_source_costs() -> None:
+    added = {
+        source: planned("experiment=quick", f"continual.memory.source={source}", "--config-only")["stages"][1]
+        for source in ("bank", "mixed", "online")
+    }
+    assert planned("experiment=quick", "--config-only")["stages"][0]["memory_token_flops"] == 0
+    flops = [stage["memory_token_flops"] for stage in added.values()]
+    assert flops == sorted(flops)
+    activations = [stage["memory"]["zero_1"]["activations"] for stage in added.values()]
+    assert activations[0] < activations[1] == activations[2]
+
+
+def test_disk_that_is_too_small_is_answered_by_a_codec_and_fewer_checkpoints() -> None:
+    config = compose_config(["experiment=quick"])
+    config.continual.epoch_steps = 1  # type: ignore[union-attr]
+    site = Site(device=DEVICES["h100"], mfu=0.4)
+    needed = plan(config, site)
+    assert needed.problems == []
+    small = plan(config, Site(device=DEVICES["h100"], mfu=0.4, free_disk=needed.disk.written * 3 // 4))
+    [problem] = small.problems
+    assert problem.remedy.startswith("saving.keep_last=1")
+    smaller = plan(config, Site(device=DEVICES["h100"], mfu=0.4, free_disk=needed.disk.checkpoint * 8))
+    assert "codec.kind=" in smaller.problems[0].remedy
+    hopeless = plan(config, Site(device=DEVICES["h100"], mfu=0.4, free_disk=1000))
+    assert hopeless.problems[0].remedy.startswith("free ")
+
+
+def test_a_real_run_wrote_what_was_planned() -> None:
+    from tests.support.launch import run_settings
+
+    root = trained().root
+    found = planned(*run_settings(root, "m"))
+    folders = [path for path in (root / "m" / "checkpoints").iterdir() if path.is_dir()]
+    assert len(folders) == found["disk"]["checkpoints"]
+    generations = list((root / "m" / "bank").glob("generation-continual-*"))
+    assert len(generations) == found["bank"]["epochs"]
+    for folder in generations:
+        held = len(json.loads((folder / "manifest.json").read_text())["files"])
+        assert held >= 2
+        assert _size(folder) <= found["bank"]["generation_bytes"]
+    assert found["disk"]["prepared"] > 0
+    assert found["site"]["references"] > 0
+
+
+def test_the_tokenizers_vocabulary_is_what_counts() -> None:
+    found = planned("model=small", "--config-only")
+    assert found["parameters"]["embedding"] == 4096 * 640
+    [problem] = found["problems"]
+    assert problem["says"].startswith("model.vocab_size=16,384 is not what will be trained")
+    assert planned("model=small", "data.vocab_size=16384", "--config-only")["problems"] == []
+
+
+def test_tables_are_as_wide_as_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    done = within("plan", "experiment=demo", "--config-only", "--price", "2")
+    assert done.code == 0, done.err
+    assert max(map(len, done.out.splitlines())) <= 100
+    for said in ("Parameters, exact", "ZeRO-1 (chosen)", "price, 2 an hour", "bank's generations"):
+        assert said in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--mfu", "0"), "--mfu 0.0 is no share"),
+        (("--price", "-1"), "--price -1.0 is not above 0"),
+        (("--tflops", "0"), "--tflops 0.0 is not above 0"),
+        (("--references", "none"), "--references none is no number"),
+        (("warmup.stepz=3",), "warmup.stepz"),
+    ],
+)
+def test_mistakes_are_named(arguments: tuple[str, ...], said: str) -> None:
+    done = within("plan", *arguments, "--config-only")
+    assert done.code == 2
+    assert said in done.err
+
+
+def test_devices_are_read_from_the_drivers_words(tmp_path: Path) -> None:
+    assert device_here(tmp_path)[0] == "cpu"
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ: 5\n")
+    assert device_here(tmp_path) == ("h100", 2)
+
+
+def test_the_configuration_alone_is_planned_in_a_second_without_torch() -> None:
+    program = (
+        "import sys, time; from launch.cli import main; main(['plan', 'experiment=demo', '--config-only']);"
+        "print(time.process_time(), sorted({'torch', 'faiss', 'datasets', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seconds, heavy = done.stdout.splitlines()[-1].split(" ", 1)
+    assert heavy == "[]"
+    assert float(seconds) < 1.0
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,139 @@
+"""The bytes of training: what a rank holds in memory under each ZeRO stage, and what a checkpoint takes on disk.
+
+Pure arithmetic on sizes, no torch. It follows what DeepSpeed keeps for the settings that `engine.deepspeed_settings`
+derives: weights and activations in the training type, AdamW's moments and, for bfloat16, master weights in float32.
+`benchmarks/plan.py` compares it with real runs.
+
+Invariants: a rank's memory is stated at its peak, which is one of three moments: the end of a forward pass, when all
+activations are there; the update; a validation. Libraries, the allocator's gaps, and on rank 0 embedder and search
+index are not counted.
+Not here: activations themselves (`model.footprint`), the engine (`engine`), which settings fit (`launch.planning`).
+"""
+
+from dataclasses import dataclass
+
+from model.footprint import MicroBatchBytes
+from train.config import Precision
+
+_BUCKET = 500_000_000
+"""DeepSpeed's default `reduce_bucket_size`, in numbers: gradients that are reduced at once."""
+_LIVE = 1_000_000_000
+"""Its default `stage3_max_live_parameters`."""
+_FLOAT32 = 4
+_MOMENTS = 2 * _FLOAT32
+_PER_DOCUMENT = 2 + 1 / 8 + 1 / 8
+"""Bytes of a document in a checkpoint: how often it was drawn, whether it is finished, whether it was read."""
+_MANIFEST_BYTES_PER_BYTE = 12 / 2**20
+"""A checksum of some 12 characters for every MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """What one rank holds at its peak, in bytes.
+
+    Attributes:
+        parameters: In the training type; under ZeRO-3 its share, and those that are gathered at a time.
+        gradients: Held when the peak comes.
+        masters: Its share of the float32 master weights.
+        moments: Its share of AdamW's two moments.
+        activations: Kept for the backward pass.
+        memories: The pool of memories that a micro-batch reads.
+        temporaries: Of the loss and the backward pass, of communication and update, or of a validation.
+        peak: The moment of the peak: "backward", "update", "validation".
+    """
+
+    parameters: int
+    gradients: int
+    masters: int
+    moments: int
+    activations: int
+    memories: int
+    temporaries: int
+    peak: str
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        held = self.parameters + self.gradients + self.masters + self.moments
+        return held + self.activations + self.memories + self.temporaries
+
+
+def number_bytes(precision: Precision) -> int:
+    """Return the bytes of a parameter, and of an activation."""
+    return 2 if precision is Precision.bf16 else 4
+
+
+def rank_memory(
+    parameters: int,
+    micro_batch: MicroBatchBytes,
+    *,
+    zero_stage: int,
+    precision: Precision,
+    num_ranks: int,
+    accumulate: int,
+    cpu: bool = False,
+) -> RankMemory:
+    """Return what one rank holds.
+
+    Args:
+        parameters: Of the model.
+        micro_batch: What a micro-batch takes.
+        zero_stage: 0 to 3.
+        precision: Of parameters and activations.
+        num_ranks: Ranks that share what the stage shares.
+        accumulate: Micro-batches of an update on each rank.
+        cpu: Whether ranks compute on CPUs, where memory that is only reserved is not taken, and where the memories
+            of all micro-batches of an update are there at once.
+    """
+    size = number_bytes(precision)
+    mixed = size < _FLOAT32
+    shared = num_ranks if zero_stage else 1
+    share = -(-parameters // shared)
+    bucket = min(_BUCKET, parameters) * size if cpu else _BUCKET * size
+    masters = share * _FLOAT32 if mixed or zero_stage in (1, 2) else 0
+    moments = share * _MOMENTS
+    weights = parameters * size
+    between, update = (
+        0,
+        0,
+    )  # gradients held between micro-batches; what backward pass and update hold beyond that
+    if zero_stage == 0:
+        between = weights if accumulate > 1 else 0
+        update = weights - between + (2 * parameters * _FLOAT32 if mixed else 0)
+    elif zero_stage == 1 and mixed:
+        between = parameters * _FLOAT32
+        copied = parameters if parameters <= _BUCKET else 0  # a larger group is reduced in place
+        update = copied * _FLOAT32 if num_ranks > 1 else 0
+    elif zero_stage == 3:
+        weights = share * size + min(_LIVE, parameters) * size
+        between = share * _FLOAT32 + bucket * (1 if cpu else 2)
+        update = share * _FLOAT32
+    else:
+        partition = (parameters if zero_stage == 1 else share) * _FLOAT32
+        between = partition if accumulate > 1 else 0
+        update = partition - between + max(bucket, share * _FLOAT32)
+    memories = micro_batch.memories * (accumulate if cpu else 1)
+    reserved = 0 if cpu or zero_stage in (0, 3) or (zero_stage == 1 and mixed) else bucket
+    moments_of_run = (
+        (
+            "backward",
+            between,
+            micro_batch.activations,
+            micro_batch.working + reserved,
+        ),
+        ("update", between, 0, update),
+        ("validation", 0, 0, micro_batch.validation),
+    )
+    peak, gradients, activations, temporaries = max(moments_of_run, key=lambda moment: sum(moment[1:]))
+    return RankMemory(weights, gradients, masters, moments, activations, memories, temporaries, peak)
+
+
+def checkpoint_bytes(
+    parameters: int, *, zero_stage: int, precision: Precision, num_documents: int = 0
+) -> int:
+    """Return the size of a checkpoint, all its files together: the same for every number of ranks."""
+    size = number_bytes(precision)
+    masters = _FLOAT32 if size < _FLOAT32 or zero_stage else 0
+    engine = (0 if zero_stage == 3 else size) + masters + _MOMENTS
+    files = parameters * (size + engine) + num_documents * _PER_DOCUMENT
+    return round(files * (1 + _MANIFEST_BYTES_PER_BYTE))
