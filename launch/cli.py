@@ -21,6 +21,18 @@ settings are given in Hydra's grammar:
   continual.memory=null          switch a part off
 `memory3 pretrain --cfg [settings]` prints every key with its value."""
 
+_SWEEP = """\
+settings are given in Hydra's grammar, and some of them vary:
+  warmup.peak_lr=tag(log,interval(1e-4,1e-2))   numbers in between, drawn evenly over their logarithms
+  model.num_layers=interval(2,8)                whole numbers where the key takes them
+  model.width=choice(128,256) model=nano,micro  one of these
+  retrieval.window=range(1,6)                   1 to 5
+  sweep=memory                                  a sweep of conf/sweep/: learning_rate, memory
+
+Trials are drawn by Optuna's TPE and run one after the other; bad ones are pruned. The loss is that of the last
+validation inside training: held-out text, with memory where memory is read, never the test half. A sweep that was
+stopped, or killed, goes on when the same command is given again, and repeats nothing; a greater --trials adds some."""
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -40,6 +52,7 @@ COMMANDS = (
     Command(
         "cost", "what memory costs a model: operations, bytes and times, before a bank is written", _OVERRIDES
     ),
+    Command("sweep", "train with drawn settings, trial by trial, and say which are best", _SWEEP),
     Command(
         "plan",
         "what a run will take: parameters, memory, FLOPs, time, disk, money; and what would fit",
@@ -250,6 +263,8 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         )
     if name == "cost":
         _add_cost_arguments(sub)
+    if name == "sweep":
+        _add_sweep_arguments(sub)
     if name == "plan":
         _add_plan_arguments(sub)
     if name == "doctor":
@@ -257,7 +272,7 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
             "--root", default="runs", help="folder of runs, whose disk is looked at (default: %(default)s)"
         )
         sub.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    if name in ("prepare", "pretrain", "demo", "cost", "plan"):
+    if name in ("prepare", "pretrain", "demo", "cost", "plan", "sweep"):
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings (see below)")
 
 
@@ -275,6 +290,22 @@ def _add_audit_arguments(sub: argparse.ArgumentParser) -> None:
         help="whose text a chunk's references were found with (default: continual.memory.query)",
     )
     sub.add_argument("--output", metavar="FILE.json", help="write the results there as well")
+
+
+def _add_sweep_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--name", help="its folder, and the beginning of its runs' names (default: that of sweep=NAME)"
+    )
+    sub.add_argument(
+        "--trials", type=int, metavar="N", help="trials, failed ones included (default: the file's, or 20)"
+    )
+    sub.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="decides what is drawn; `seed=` is the runs' (default: %(default)s)",
+    )
+    sub.add_argument("--report", action="store_true", help="only say what there is, and train nothing")
 
 
 def _add_cost_arguments(sub: argparse.ArgumentParser) -> None:

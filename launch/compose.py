@@ -33,6 +33,17 @@ def compose_config(overrides: list[str], *, config_name: str = "config") -> RunC
     Raises:
         ValueError: Naming the offending key, and the nearest one that exists.
     """
+    config = compose_unchecked(overrides, config_name=config_name)
+    check(config)
+    return config
+
+
+def compose_unchecked(overrides: list[str], *, config_name: str = "config") -> RunConfig:
+    """Compose and type-check, without the rules across keys.
+
+    Raises:
+        ValueError: Naming the offending key, and the nearest one that exists.
+    """
     refuse_unknown(overrides, CONF)
     ConfigStore.instance().store(name="schema", node=RunConfig)
     GlobalHydra.instance().clear()
@@ -43,7 +54,6 @@ def compose_config(overrides: list[str], *, config_name: str = "config") -> RunC
     except _REFUSALS as problem:
         raise ValueError(explain(problem, overrides, CONF)) from problem
     assert isinstance(config, RunConfig)
-    check(config)
     return config
 
 

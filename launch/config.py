@@ -5,8 +5,11 @@ Field documentation stands under each field, here and in the packages that own t
 Not here: composing (`launch.compose`). This module imports no torch.
 """
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from typing import Any
 
 from data.config import DataConfig
 from data.config import check as check_data
@@ -94,6 +97,7 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: Naming the key, its value, and what to set instead.
     """
+    _check_values(config)
     config.model.check()
     check_data(config.data)
     check_retrieval(config.retrieval)
@@ -105,8 +109,6 @@ def check(config: RunConfig) -> None:
     _at_least(1, "logging", config.logging, "validate_every", "validation_rows")
     sizes = ("text_rows", "max_probes", "answer_tokens", "bootstrap_samples", "batch_rows")
     _at_least(1, "evaluation", config.evaluation, *sizes)
-    if config.seed < 0:
-        raise ValueError(f"seed={config.seed} is below 0; set 0 or more")
     if not config.run or "/" in config.run or config.run.startswith("."):
         raise ValueError(f"run={config.run!r} is not a folder name; set run to letters, digits, '-' and '_'")
     if config.warmup is None and config.continual is None:
@@ -137,6 +139,34 @@ def check(config: RunConfig) -> None:
             f"continual.branch_from={config.continual.branch_from} and warmup are both set; set warmup=null to "
             "branch from that run, or continual.branch_from=null to go on from this run's own warmup"
         )
+
+
+def _check_values(config: RunConfig) -> None:
+    for key, number in _numbers(config):
+        if not math.isfinite(number):
+            raise ValueError(f"{key}={number} is no finite number; set one that is")
+    for key, seed in (
+        ("seed", config.seed),
+        ("data.split_seed", config.data.split_seed),
+        ("evaluation.seed", config.evaluation.seed),
+    ):
+        if seed < 0:
+            raise ValueError(f"{key}={seed} is below 0; set 0 or more")
+    if not config.paths.root:
+        raise ValueError("paths.root='' is no folder; set for example paths.root=runs")
+
+
+def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """All floats of a configuration, with their keys."""
+    if isinstance(section, dict):
+        named = list(section.items())
+    else:
+        named = [(each.name, getattr(section, each.name)) for each in fields(section)]
+    for name, value in named:
+        if isinstance(value, float):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, dict) or is_dataclass(value):
+            yield from _numbers(value, f"{prefix}{name}.")
 
 
 def _check_engine(engine: EngineConfig) -> None:

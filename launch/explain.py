@@ -26,6 +26,30 @@ _KINDS = {
     list: "a list, [a, b]",
 }
 
+_DEEPSPEED = {
+    "train_batch_size": "STAGE.rows_per_step",
+    "train_micro_batch_size_per_gpu": "STAGE.micro_rows",
+    "gradient_accumulation_steps": "STAGE.rows_per_step, which micro_rows and ranks divide",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim.beta1, optim.beta2, optim.eps, optim.weight_decay",
+    "scheduler": "STAGE.peak_lr, STAGE.ramp_steps, STAGE.decay_steps",
+    "zero_optimization": "engine.zero_stage",
+    "stage3_gather_16bit_weights_on_model_save": "engine.zero_stage",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "data_types": "engine.precision",
+    "zero_allow_untested_optimizer": "nothing: AdamW is DeepSpeed's own",
+    "steps_per_print": "logging.progress",
+    "wall_clock_breakdown": "nothing: metrics.jsonl splits the seconds of every step",
+    "tensorboard": "nothing: metrics.jsonl has every value",
+    "csv_monitor": "nothing: metrics.jsonl has every value",
+    "deepspeed": "engine",
+    "deepspeed_config": "engine",
+    "ds_config": "engine",
+    "local_rank": "engine.num_ranks",
+}
+"""What to set in place of DeepSpeed's own keys, whose JSON is derived (`train.engine`)."""
+
 
 def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
     """Refuse overrides that the schema has no key for; also `+key=...`, which Hydra itself would add.
@@ -35,6 +59,8 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
     """
     for override in overrides:
         match = re.match(r"[+~]{0,2}([\w./-]+)", override)
+        if override.startswith("sweep="):
+            raise ValueError(f"{override}: files of conf/sweep/ are run by `memory3 sweep {override}`")
         if match is None or (conf / match[1]).is_dir():  # left to Hydra's grammar, or the choice of a file
             continue
         unknown = unknown_key(match[1])
@@ -42,7 +68,7 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
             raise ValueError(f"{override}: {unknown}")
         if re.search(r"=\{\s*\}$", override):
             raise ValueError(f"{override}: an empty section changes nothing; set its keys")
-        if override.startswith("~") and is_dataclass(_kind_of(match[1].rpartition(".")[0])):
+        if override.startswith("~") and is_dataclass(kind_of(match[1].rpartition(".")[0])):
             raise ValueError(
                 f"{override}: keys cannot be deleted; set {match[1]}=null where a key may be null"
             )
@@ -86,10 +112,7 @@ def _of_group(text: str, overrides: Sequence[str], conf: Path) -> str | None:
     missing = re.search(r"Could not find '([^']+)'", text)
     if missing:
         group, _, choice = missing[1].rpartition("/")
-        choices = _choices(conf / group)
-        near = difflib.get_close_matches(choice, choices, n=1)
-        hint = f"did you mean {group}={near[0]}? " if near else ""
-        return f"{group}={choice} does not exist; {hint}choices: {', '.join(choices)}"
+        return unknown_choice(group, choice, conf)
     if not re.search(r"Config group override|[Mm]ultiple values for|more than once", text):
         return None
     for override in overrides:
@@ -98,6 +121,14 @@ def _of_group(text: str, overrides: Sequence[str], conf: Path) -> str | None:
             listed = ", ".join(_choices(conf / group))
             return f"{override}: write {group}=NAME, once, or leave it away; choices: {listed}"
     return None
+
+
+def unknown_choice(group: str, choice: str, conf: Path) -> str:
+    """That a folder of `conf/` has no such file, with the nearest that it has."""
+    choices = _choices(conf / group)
+    near = difflib.get_close_matches(choice, choices, n=1)
+    hint = f"did you mean {group}={near[0]}? " if near else ""
+    return f"{group}={choice} does not exist; {hint}choices: {', '.join(choices)}"
 
 
 def _of_present_key(text: str, overrides: Sequence[str]) -> str | None:
@@ -122,7 +153,7 @@ def _of_key(text: str, overrides: Sequence[str]) -> str | None:
     ):  # OmegaConf names new elements without the keys above them
         key = re.sub(rf"(\.{re.escape(key)})\b.*", r"\1", _name(override))
     place = f"conf/{file[1]}.yaml" if file else override or key
-    if "not in struct" in text and override and not is_dataclass(_kind_of(key)):
+    if "not in struct" in text and override and not is_dataclass(kind_of(key)):
         return f"{place}: there is no {key} yet; add it with '+{override}'"
     if "mandatory value" in text:
         return f"{place}: a value is missing; set {key}=VALUE"
@@ -149,7 +180,10 @@ def unknown_key(key: str) -> str | None:
 
 
 def _nearest(part: str, path: Sequence[str], names: Sequence[str]) -> str:
-    """Advice: the nearest key of the same section, else of any, else all of the section."""
+    """Advice: the key in place of DeepSpeed's, the nearest one of the same section, else of any, else all there are."""
+    if part in _DEEPSPEED:
+        ours = _DEEPSPEED[part].replace("STAGE", "warmup" if "warmup" in path else "continual")
+        return f"{part} is DeepSpeed's, whose JSON is derived; set {ours}"
     prefix = "".join(f"{name}." for name in path)
     near = [f"{prefix}{name}" for name in difflib.get_close_matches(part, names, n=1)]
     if not near:
@@ -165,7 +199,7 @@ def _nearest(part: str, path: Sequence[str], names: Sequence[str]) -> str:
 def _expected(key: str) -> str:
     """What a key takes, with its default as an example."""
     above, _, name = key.rpartition(".")
-    parent = _kind_of(above)
+    parent = kind_of(above)
     kind = _kind_below(parent, name)
     required = _required(kind)
     if is_dataclass(required):
@@ -221,11 +255,11 @@ def _override_of(key: str, overrides: Sequence[str]) -> str | None:
 
 def _is_optional_section(key: str) -> bool:
     above, _, name = key.rpartition(".")
-    kind = _kind_below(_kind_of(above), name)
+    kind = _kind_below(kind_of(above), name)
     return kind is not _required(kind) and is_dataclass(_required(kind))
 
 
-def _kind_of(key: str) -> Any:
+def kind_of(key: str) -> Any:
     """The type of a key that the schema has, without None; of the whole schema for the empty key."""
     kind: Any = RunConfig
     for part in filter(None, key.split(".")):

@@ -14,8 +14,12 @@ from pathlib import Path
 
 
 @contextmanager
-def only_user(folder: Path) -> Iterator[None]:
-    """Hold a run folder for its launcher.
+def only_user(folder: Path, *, other: str = "set run=NAME") -> Iterator[None]:
+    """Hold a folder for its launcher.
+
+    Args:
+        folder: A run's folder, or a sweep's.
+        other: What to do in order to use another one.
 
     Raises:
         ValueError: The folder is in use by another process.
@@ -27,7 +31,7 @@ def only_user(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             raise ValueError(
-                f"{folder} is in use by a run that {holder or 'another process'} started; wait for it, or set run=NAME"
+                f"{folder} is in use by a run that {holder or 'another process'} started; wait for it, or {other}"
             ) from None
         fcntl.flock(ranks, fcntl.LOCK_UN)
         os.ftruncate(descriptor, 0)
@@ -42,6 +46,17 @@ def one_of_ranks(folder: Path) -> Iterator[None]:
     with _opened(folder / "lock-ranks") as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a launcher, an agent or a rank of the run lives."""
+    try:
+        with _opened(folder / "lock") as descriptor, _opened(folder / "lock-ranks") as ranks:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextmanager

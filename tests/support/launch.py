@@ -121,10 +121,21 @@ def trained() -> Trained:
     return made
 
 
+def prepared_root() -> Path:
+    """paths.root of `trained()`, where the corpus at least is prepared."""
+    assert _prepare().code == 0, _prepare().err
+    return _folder() / "runs"
+
+
+@cache
+def _prepare() -> Finished:
+    return memory3("prepare", *corpus_settings(_folder() / "runs", trained_corpus()))
+
+
 @cache
 def _train() -> Trained:
     root = _folder() / "runs"
-    said = {"prepare": memory3("prepare", *corpus_settings(root, trained_corpus()))}
+    said = {"prepare": _prepare()}
     for name in ("m", "c"):
         if all(finished.code == 0 for finished in said.values()):
             said[name] = memory3("pretrain", "--no-prepare", *run_settings(root, name))

@@ -1,0 +1,181 @@
+"""One trial of a sweep: a run in a process group of its own, which says how it fares in files alone.
+
+    RUN/trial.lock       held by the trial's processes, however they were started; its text is the process group
+    RUN/trial.log        what it says
+    RUN/trial-exit       its exit code, once it has ended by itself
+    RUN/metrics.jsonl    its validation losses
+
+A controller that did not start a trial can so watch, stop and judge it like its own. The trial's process is
+`python -m launch.trial FOLDER DESCRIPTOR SETTINGS`, where the descriptor is that of the lock.
+Not here: which trials there are (`launch.study`), what is made of their losses (`launch.sweep`).
+"""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.files import write_atomic
+from launch import cli
+from launch.config import RunConfig
+from launch.lock import is_in_use
+
+_STOP_SECONDS = 60
+"""Within this time torchrun has ended its ranks, and killed those that did not listen."""
+_POLL_SECONDS = 0.1
+_OBJECTIVES = ("validation_memory", "validation_none")
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A validation of a trial.
+
+    Attributes:
+        step: Finished updates, over both stages.
+        loss: With memory where memory was read, else without; nats per token of held-out text.
+        is_last: Whether nothing comes after it.
+    """
+
+    step: int
+    loss: float
+    is_last: bool
+
+
+@dataclass(slots=True)
+class TrialRun:
+    """The processes and the files of a trial.
+
+    Attributes:
+        folder: The run's folder.
+        config: Its configuration.
+        settings: The overrides that it is composed of.
+        program: What is started, before folder, descriptor and settings.
+    """
+
+    folder: Path
+    config: RunConfig
+    settings: Sequence[str]
+    program: Sequence[str] = (sys.executable, "-m", "launch.trial")
+    _process: "subprocess.Popen[bytes] | None" = None
+    _read: int = 0
+    _file: int | None = field(default=None)
+
+    def start(self) -> None:
+        """Start it, or let it go on at its newest checkpoint; nothing of it may live."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "trial-exit").unlink(missing_ok=True)
+        root = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        with (self.folder / "trial.log").open("ab") as log, (self.folder / "trial.lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._process = subprocess.Popen(
+                [*self.program, str(self.folder), str(lock.fileno()), *self.settings],
+                env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[lock.fileno()],
+            )
+
+    def is_alive(self) -> bool:
+        """Whether any of its processes lives, whoever started it."""
+        if self._process is not None:
+            self._process.poll()
+        if not self.folder.exists():
+            return False
+        with (self.folder / "trial.lock").open("ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        # Asked second: a launcher that begins must not meet our hand on the run's own lock.
+        return is_in_use(self.folder)
+
+    def stop(self) -> None:
+        """End all of its processes."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + _STOP_SECONDS
+            told: int | None = None
+            while self.is_alive():
+                group = self._group()
+                if group is not None and group != told:
+                    with suppress(ProcessLookupError):
+                        os.killpg(group, number)
+                    told = group
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(_POLL_SECONDS)
+            else:
+                (self.folder / "trial-exit").unlink(missing_ok=True)  # that of our signal
+                return
+        raise ValueError(
+            f"{self.folder}: processes of the trial cannot be ended; end them, then the same command goes on"
+        )
+
+    def exit_code(self) -> int | None:
+        """The exit code of a trial that has ended; None when it could not say one, being killed."""
+        path = self.folder / "trial-exit"
+        return int(path.read_text()) if path.exists() else None
+
+    def last_words(self) -> str:
+        """The line that says best why it ended."""
+        path = self.folder / "trial.log"
+        lines = path.read_text(errors="replace").split("\n") if path.exists() else []
+        lines = [line.strip() for line in lines if line.strip()]
+        own = [line for line in lines if line.startswith("memory3 ")]
+        return (own or lines or ["it said nothing"])[-1]
+
+    def new_losses(self) -> Iterator[Loss]:
+        """The validations since the last call; all of them again once a resumed run has rewritten its metrics."""
+        try:
+            file = (self.folder / "metrics.jsonl").open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._file or found.st_size < self._read:
+                self._file, self._read = found.st_ino, 0
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._read += len(line)
+                yield from self._losses(line)
+
+    def _losses(self, line: bytes) -> Iterator[Loss]:
+        values = json.loads(line)
+        key = next((key for key in _OBJECTIVES if key in values), None)
+        if key is not None:
+            before = self.config.warmup.steps if self.config.warmup and values["stage"] == "continual" else 0
+            step = before + int(values["step"])
+            yield Loss(step, float(values[key]), is_last=step == total_steps(self.config))
+
+    def _group(self) -> int | None:
+        text = (self.folder / "trial.lock").read_text().strip()
+        return int(text) if text else None
+
+
+def total_steps(config: RunConfig) -> int:
+    """Updates of both stages."""
+    return sum(stage.steps for stage in (config.warmup, config.continual) if stage is not None)
+
+
+def main(folder: str, descriptor: str, *settings: str) -> int:
+    """Train, and write down how it ended."""
+    os.pwrite(int(descriptor), f"{os.getpid()}\n".encode(), 0)
+    os.set_inheritable(int(descriptor), True)
+    code = cli.main(["pretrain", "--no-prepare", *settings])
+    write_atomic(Path(folder) / "trial-exit", f"{code}\n".encode())
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

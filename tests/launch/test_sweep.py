@@ -1,0 +1,337 @@
+"""Sweeps: what their trials come to, and what kills, failures and a second start change about it."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch import sweep
+from launch.compose import CONF, compose_config
+from launch.space import Numbers, Value, read_space
+from launch.study import Row, Study
+from launch.sweep_report import objective
+from launch.trial import TrialRun
+from tests.support.launch import corpus_settings, memory3, prepared_root, trained_corpus, within
+from tests.support.sweep import RATES, SPACE, control, losses, starts
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def rows(root: Path, *, like: str = RATES) -> list[Row]:
+    """What the journal of a sweep says."""
+    space = read_space([*SPACE, like] if like == RATES else [*SPACE, RATES, like])
+    return Study(root / "s", space.swept, seed=0, settle_steps=2).rows()
+
+
+def rate(values: dict[str, Value]) -> float:
+    return float(values["warmup.peak_lr"])
+
+
+def test_a_sweep_trains_prunes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert control(tmp_path, 9, picture=True) == 0
+    said = capsys.readouterr().out
+    ended = rows(tmp_path)
+    assert [row.number for row in ended] == list(range(9))
+    assert {row.state for row in ended} == {"finished", "pruned"}
+    for row in ended:
+        curve = losses(rate(row.values))
+        run = tmp_path / f"s-{row.number:03d}"
+        assert row.loss in (curve if row.state == "pruned" else curve[-1:])
+        assert 1e-4 <= rate(row.values) <= 1e-1
+        assert starts(run) == 1
+        assert not (run / "trial-exit").exists() or row.state == "finished"
+    best = min((row for row in ended if row.state == "finished"), key=lambda row: row.loss or 0)
+    lines = said.splitlines()
+    assert lines[0].startswith("# Sweep s: 9 of 9 trials (")
+    assert lines[2].startswith(
+        "Loss: held-out text, validation half, 8,192 tokens, without memory, nats per token, at the end"
+    )
+    assert lines[6].startswith(f"| {best.number} | {best.loss:.4f} | {rate(best.values):.4g} | finished |")
+    assert "apart (PED-ANOVA): `warmup.peak_lr` 100%." in said
+    assert f"warmup.peak_lr={rate(best.values)}" in lines[-3]
+    assert (tmp_path / "s/report.md").read_text() in said
+    assert (tmp_path / "s/report.png").read_bytes().startswith(b"\x89PNG")
+
+    assert control(tmp_path, 9) == 0  # nothing is left to do
+    assert rows(tmp_path) == ended
+    assert all(starts(tmp_path / f"s-{row.number:03d}") == 1 for row in ended)
+    assert control(tmp_path, 10) == 0  # and it can be made longer
+    assert rows(tmp_path)[:9] == ended
+    assert len(rows(tmp_path)) == 10
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """Six trials that nobody killed."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    assert control(root, 6) == 0
+    return rows(root)
+
+
+@pytest.mark.parametrize(("kills", "seed"), [(3, 1), pytest.param(20, 2, marks=pytest.mark.slow)])
+def test_a_killed_controller_repeats_nothing(
+    kills: int, seed: int, undisturbed: list[Row], tmp_path: Path
+) -> None:
+    moments = random.Random(seed)
+    command = [sys.executable, "-m", "tests.support.sweep", "control", str(tmp_path), "6"]
+    environment = {**os.environ, "STEP_SECONDS": "0.05"}
+    for _ in range(kills):
+        controller = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL)
+        run = tmp_path / f"s-{moments.randrange(5):03d}"
+        _wait_for(lambda controller=controller, run=run: run.exists() or controller.poll() is not None)  # type: ignore[misc]
+        time.sleep(moments.random() * 0.3)
+        controller.kill()
+        controller.wait()
+    assert subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode == 0
+    assert rows(tmp_path) == undisturbed
+    assert [starts(tmp_path / f"s-{row.number:03d}") for row in undisturbed] == [1] * 6
+    for row in undisturbed:
+        said = (tmp_path / f"s-{row.number:03d}/metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in said] == list(range(1, len(said) + 1))
+
+
+def test_a_trial_that_is_killed_goes_on(tmp_path: Path) -> None:
+    assert control(tmp_path, 1, RATES, "logging.wandb_project=killed-once") == 0
+    (row,) = rows(tmp_path)
+    assert (row.state, row.loss) == ("finished", losses(rate(row.values))[-1])
+    assert starts(tmp_path / "s-000") == 2
+    said = (tmp_path / "s-000/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in said] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("fate", "note", "times"),
+    [
+        ("killed", "ended 3 times by a signal; it said nothing", 3),
+        ("memory", "memory3 pretrain: rank 0: OutOfMemoryError: CUDA out of memory", 1),
+        ("nan", "validation loss is nan at step 3", 1),
+    ],
+)
+def test_bad_trials_fail_and_a_sweep_of_failures_ends(
+    fate: str, note: str, times: int, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="3 trials failed one after the other, the last one so: ") as ended:
+        control(tmp_path, 5, RATES, f"logging.wandb_project={fate}")
+    assert note in str(ended.value)
+    assert [(row.state, row.note) for row in rows(tmp_path)] == [("failed", note)] * 3
+    assert [starts(tmp_path / f"s-{number:03d}") for number in range(3)] == [times] * 3
+    assert not TrialRun(
+        tmp_path / "s-000", compose_config(SPACE), []
+    ).is_alive()  # one of "nan" waits to be stopped
+
+
+def test_a_setting_that_cannot_be_is_a_failed_trial(tmp_path: Path) -> None:
+    assert control(tmp_path, 3, RATES, "warmup.ramp_steps=choice(1, 7)") == 0
+    failed = [row for row in rows(tmp_path, like="warmup.ramp_steps=choice(1,7)") if row.state == "failed"]
+    assert {row.values["warmup.ramp_steps"] for row in failed} == {"7"}
+    assert "warmup.ramp_steps=7 + warmup.decay_steps=0 exceed warmup.steps=6; shorten them" in failed[0].note
+    assert not (tmp_path / f"s-{failed[0].number:03d}").exists()
+
+
+def test_values_that_were_tried_are_not_trained_again(tmp_path: Path) -> None:
+    assert control(tmp_path, 4, "warmup.peak_lr=choice(1e-3, 2e-3)") == 0
+    trained = list(tmp_path.glob("s-*"))
+    assert len(trained) <= 2
+    journal = (tmp_path / "s/report.md").read_text()
+    assert journal.count("finished: like trial ") == 4 - len(trained)
+
+
+def test_draws_follow_from_seed_and_history(tmp_path: Path) -> None:
+    """A study that is closed after every trial, its last line torn, draws what one that stays open draws."""
+
+    def drawn(folder: Path, *, reopened: bool) -> list[float]:
+        folder.mkdir()
+        space = read_space([RATES]).swept
+        study = Study(folder, space, seed=5, settle_steps=0)
+        values = []
+        for _ in range(12):
+            if reopened:
+                with (folder / "journal.log").open("ab") as journal:
+                    journal.write(b'{"op_code":4,"wor')
+                study = Study(folder, space, seed=5, settle_steps=0)
+                assert study.next().values == study.next().values  # an open trial is not drawn again
+            trial = study.next()
+            values.append(rate(trial.values))
+            trial.finish(losses(values[-1])[-1])
+        return values
+
+    values = drawn(tmp_path / "open", reopened=False)
+    assert values == drawn(tmp_path / "reopened", reopened=True)
+    assert len(set(values)) == 12
+
+
+def test_other_sweeps_runs_and_users_are_refused(tmp_path: Path) -> None:
+    control(tmp_path, 1)
+    with pytest.raises(
+        ValueError, match=r"holds a sweep of other settings:\n  seed: 0 -> 1\nchoose another --name"
+    ):
+        control(tmp_path, 1, seed=1)
+    with pytest.raises(
+        ValueError, match=r"  swept: .*'interval.1,2.'.*\nchoose another --name, or give the old"
+    ):
+        control(tmp_path, 1, "warmup.peak_lr=interval(1,2)")
+    with (
+        sweep.only_user(tmp_path / "s"),
+        pytest.raises(ValueError, match="wait for it, or choose another --name"),
+    ):
+        control(tmp_path, 1)
+    (tmp_path / "s/sweep.json").rename(tmp_path / "s/config.yaml")
+    with pytest.raises(ValueError, match="holds a run; choose another --name"):
+        control(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sweep=memry"], "sweep=memry does not exist; did you mean sweep=memory? choices: learning_rate, memory"),
+        (["warmup.steps=3"], "nothing varies: write at least one setting as KEY=interval(1e-4, 1e-2) or KEY=choice"),
+        (["run=x", RATES], "run=x: a sweep decides this itself; --name NAME names it, its runs are NAME-000, ..."),
+        (["--trials=0", RATES, "--name=x"], "--trials 0: set 1 or more"),
+        (["--report", RATES, "paths.root=HERE"], "HERE/sweep is no sweep; leave --report away to begin one"),
+        (["warmup.peak_lr=choice(1e-3, high)"], "warmup.peak_lr=high: warmup.peak_lr must be a number"),
+        (["model=choice(nano, nanoo)"], "model=nanoo does not exist; did you mean model=nano?"),
+        # the grammar
+        (["warmup.peak_lrr=interval(1,2)"], "there is no key warmup.peak_lrr; did you mean warmup.peak_lr?"),
+        (["lrr=interval(1,2)"], "lrr=interval(1,2): there is no key lrr; "),
+        (["warmup.peak_lr=interval(2,1)"], "warmup.peak_lr=interval(2,1): an interval goes upwards; write int"),
+        (["warmup.peak_lr=tag(log,interval(0,1))"], "logarithms begin above 0; write for example interval(0.01, 1)"),
+        (["warmup.peak_lr=tag(lin,interval(1,2))"], "the one tag is log, of an interval: tag(log, interval(1e-4"),
+        (["model.selection=interval(1,2)"], "model.selection is no number; write choice(a, b)"),
+        (["warmup.steps=interval(1.5,2.5)"], "warmup.steps takes whole numbers; write whole ends"),
+        (["warmup.steps=range(5,1)"], "a range goes upwards and leaves out its end; write for example range(1, 5)"),
+        (["warmup.steps=choice(1)"], "one choice is no choice; write warmup.steps=1"),
+        (["model=glob(*)"], "model=glob(*): list the choices, choice(a, b)"),
+        (["warmup.steps=interval(1,"], "warmup.steps=interval(1,: settings are written KEY=VALUE; what varies as "),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = within("sweep", *(text.replace("HERE", str(tmp_path)) for text in arguments))
+    assert done.code == 2
+    assert done.err.startswith("memory3 sweep: ")
+    assert said.replace("HERE", str(tmp_path)) in done.err
+    assert done.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_sweep_files_are_for_sweeps() -> None:
+    done = within("pretrain", "sweep=memory")
+    assert (
+        done.err
+        == "memory3 pretrain: sweep=memory: files of conf/sweep/ are run by `memory3 sweep sweep=memory`\n"
+    )
+
+
+def test_dimensions_are_read_by_the_type_of_their_key() -> None:
+    space = read_space(
+        [
+            "warmup.peak_lr=1e-3",
+            "warmup.peak_lr=tag(log, interval(1e-4, 1e-2))",  # the later one counts
+            "model.num_layers=interval(2, 8)",
+            "retrieval.window=range(1, 9, 2)",
+            "optim.beta2=range(0.1, 0.5, 0.1)",
+            "model.width=128,256",
+            "seed=3",
+        ]
+    )
+    assert space.fixed == ("seed=3",)
+    assert space.swept["warmup.peak_lr"] == Numbers(1e-4, 1e-2, log=True)
+    assert space.swept["model.num_layers"] == Numbers(2, 8, whole=True)
+    assert space.swept["retrieval.window"] == Numbers(1, 7, whole=True, step=2)
+    assert space.swept["optim.beta2"] == Numbers(0.1, 0.4, step=0.1)
+    assert space.swept["model.width"].ends == ("128", "256")
+    assert next(space.corners()) == [
+        *("seed=3", "warmup.peak_lr=0.0001", "model.num_layers=2", "retrieval.window=1"),
+        *("optim.beta2=0.1", "model.width=128"),
+    ]
+    assert len(list(space.corners())) == 6
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "sweep").glob("*.yaml"))])
+def test_shipped_sweeps_compose(name: str) -> None:
+    from launch.cli import parser
+
+    plan = sweep.sweep_of(parser().parse_args(["sweep", f"sweep={name}", "--trials=3"]))
+    assert (plan.name, plan.trials) == (name, 3)
+    for corner in plan.space.corners():
+        config = compose_config(corner)
+    assert objective(config).endswith("continual stage" if name == "memory" else "warmup stage")
+    assert ("with memory" in objective(config)) == (name == "memory")
+
+
+def test_the_objective_is_the_last_validation_with_memory_where_memory_is_read(tmp_path: Path) -> None:
+    run = TrialRun(tmp_path, compose_config(["experiment=quick", "debug=smoke"]), [])
+    lines = [
+        {"stage": "warmup", "step": 4, "loss": 9.0},
+        {"stage": "warmup", "step": 4, "validation_none": 5.0},
+        {"stage": "continual", "step": 2, "validation_none": 4.0, "validation_memory": 3.0, "validation_shuffled": 1.0},
+        {"stage": "continual", "step": 4, "validation_none": 2.0},
+    ]  # fmt: skip
+    metrics = tmp_path / "metrics.jsonl"
+    with metrics.open("w") as file:
+        for line in lines:
+            file.write(json.dumps(line) + "\n")
+        file.write('{"stage": "contin')
+        file.flush()
+        assert [(each.step, each.loss, each.is_last) for each in run.new_losses()] == [
+            (4, 5.0, False),
+            (6, 3.0, False),
+            (8, 2.0, True),
+        ]
+        assert list(run.new_losses()) == []
+        file.write('ual", "step": 4, "validation_memory": 1.0}\n')
+    assert [each.loss for each in run.new_losses()] == [1.0]
+    shutil.copy(metrics, tmp_path / "rewritten")  # as a resumed run does
+    (tmp_path / "rewritten").rename(metrics)
+    assert len(list(run.new_losses())) == 4
+
+
+REAL = [
+    *("experiment=quick", "debug=smoke", "continual=null", "warmup.steps=2", "warmup.rows_per_step=2"),
+    *("engine.num_ranks=1", "logging.validation_rows=2", "saving.every_steps=100"),
+    "warmup.peak_lr=tag(log,interval(1e-4,1e-2))",
+]
+
+
+@pytest.mark.parametrize(
+    ("trials", "kills"), [(3, 3), pytest.param(12, 20, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_real_trials_are_trained_once_whatever_is_killed(trials: int, kills: int, tmp_path: Path) -> None:
+    (tmp_path / "prepared").symlink_to(prepared_root() / "prepared")
+    command = ["sweep", f"--trials={trials}", *REAL, *corpus_settings(tmp_path, trained_corpus())]
+    moments = random.Random(trials)
+    for _ in range(kills):
+        controller = subprocess.Popen(
+            [sys.executable, "-m", "launch.cli", *command],
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        _wait_for((tmp_path / "sweep/sweep.json").exists)
+        time.sleep(moments.random() * 20)
+        controller.send_signal(signal.SIGKILL)
+        controller.wait()
+    done = memory3(*command, timeout_seconds=3000)
+    assert done.code == 0, done.err
+    assert f"# Sweep sweep: {trials} of {trials} trials ({trials} finished)" in done.out
+    for number in range(trials):
+        run = tmp_path / f"sweep-{number:03d}"
+        said = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in said if "loss" in line] == [1, 2]
+        log = (run / "trial.log").read_text()
+        assert log.count("starting from the beginning") == 1
+        assert "resuming" not in log
+        assert (run / "trial-exit").read_text() == "0\n"
+
+
+def _wait_for(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached() and time.monotonic() < deadline:
+        time.sleep(0.005)

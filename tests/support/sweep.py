@@ -1,0 +1,89 @@
+"""Sweeps whose trials train nothing, so that tests can afford many.
+
+    python -m tests.support.sweep FOLDER DESCRIPTOR SETTINGS...    a trial: what `launch.trial` does, in a blink
+    python -m tests.support.sweep control ROOT TRIALS              a controller of such trials, to be killed
+
+A trial reports losses that its settings decide, step by step, and goes on after the last step that its folder knows.
+`logging.wandb_project` says what happens to it: `nan`, `memory` (out of memory), `killed` (always), `killed-once`.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from functools import partial
+from math import log10
+from pathlib import Path
+
+SPACE = ["experiment=quick", "continual=null", "data.name=none", "warmup.steps=6", "warmup.ramp_steps=1"]
+RATES = "warmup.peak_lr=tag(log,interval(1e-4,1e-1))"
+PROGRAM = (sys.executable, "-S", str(Path(__file__)))
+
+
+def trial(folder: Path, descriptor: int, settings: dict[str, str]) -> int:
+    """Pretend to train; the exit code."""
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    with (folder / "starts").open("a") as starts:
+        starts.write(f"{os.getpid()}\n")
+    fate = settings.get("logging.wandb_project", "")
+    metrics = folder / "metrics.jsonl"
+    done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    for step in range(done + 1, int(settings["warmup.steps"]) + 1):
+        if step == 3 and (fate == "killed" or (fate == "killed-once" and done == 0)):
+            os.killpg(os.getpid(), signal.SIGKILL)
+        if step == 3 and fate == "memory":
+            print("memory3 pretrain: rank 0: OutOfMemoryError: CUDA out of memory", flush=True)
+            return _ended(folder, 1)
+        loss = 2 + (log10(float(settings["warmup.peak_lr"])) + 2.5) ** 2 + 1 / step
+        if step == 3 and fate == "nan":
+            loss = float("nan")
+        with metrics.open("a") as lines:
+            lines.write(json.dumps({"stage": "warmup", "step": step, "validation_none": loss}) + "\n")
+        time.sleep(float(os.environ.get("STEP_SECONDS", "0.01")))
+        while fate == "nan" and step == 3:
+            time.sleep(1)
+    return _ended(folder, 0)
+
+
+def losses(rate: float) -> list[float]:
+    """What a trial reports."""
+    return [2 + (log10(rate) + 2.5) ** 2 + 1 / step for step in range(1, 7)]
+
+
+def starts(folder: Path) -> int:
+    """How often a trial was started."""
+    return len((folder / "starts").read_text().splitlines())
+
+
+def control(root: Path, trials: int, *settings: str, seed: int = 0, picture: bool = False) -> int:
+    """Run a sweep of such trials below a root."""
+    from launch import sweep, sweep_report
+    from launch.compose import compose_config
+    from launch.space import read_space
+    from launch.trial import TrialRun
+
+    sweep._POLL_SECONDS = 0.02
+    space = read_space([*SPACE, f"paths.root={root}", *(settings or [RATES])])
+    plan = sweep.Sweep("s", space, trials, seed)
+    config = compose_config(next(space.corners()))
+    draw = sweep_report.draw
+    if not picture:  # half a second each
+        sweep_report.draw = lambda *_, **__: None
+    try:
+        return sweep.control(plan, config, root / "s", new_run=partial(TrialRun, program=PROGRAM))
+    finally:
+        sweep_report.draw = draw
+
+
+def _ended(folder: Path, code: int) -> int:
+    (folder / "trial-exit.partial").write_text(f"{code}\n")
+    (folder / "trial-exit.partial").rename(folder / "trial-exit")
+    return code
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "control":
+        sys.exit(control(Path(sys.argv[2]), int(sys.argv[3])))
+    pairs = (setting.partition("=") for setting in sys.argv[3:])
+    sys.exit(trial(Path(sys.argv[1]), int(sys.argv[2]), {key: value for key, _, value in pairs}))
