@@ -14,6 +14,7 @@ from pathlib import Path
 from launch.compose import compose_config, differences, load_config, save_config, to_yaml
 from launch.config import Resume, RunConfig
 from launch.lock import only_user
+from train.stopping import STOPPED
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ _MAY_CHANGE = (
     "paths.",
     "logging.",
     "saving.",
+    "divergence.",
     "evaluation.",
     "engine.threads_per_rank",
     "data.num_workers",
@@ -95,15 +97,21 @@ def _start_ranks(config: RunConfig, folder: Path) -> int:
     package_root = str(Path(__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     ranks = subprocess.Popen(command, env=environment, close_fds=False)
-    previous = signal.signal(signal.SIGTERM, lambda *_: ranks.terminate())
+    handlers = {
+        number: signal.signal(number, lambda number, _: ranks.send_signal(number))
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    }
     try:
         code = ranks.wait()
     except KeyboardInterrupt:
         ranks.terminate()
         code = ranks.wait()
     finally:
-        signal.signal(signal.SIGTERM, previous)
-    if code not in (0, _USER_ERROR):
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if code in STOPPED:
+        log.info("the run was stopped (exit code %d); the same command goes on where it was", code)
+    elif code not in (0, _USER_ERROR):
         log.error(
             "the run ended early (exit code %d); the same command goes on at its newest checkpoint", code
         )

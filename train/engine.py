@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.attention import AttentionShares
@@ -152,19 +153,21 @@ class DeepSpeedEngine:
         engine.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        totals = torch.zeros(2, dtype=torch.float64)
+        totals = torch.zeros(4, dtype=torch.float64)
         for micro in inputs:
             loss = self._forward(micro)
             engine.backward(loss.sum / loss.count.clamp(min=1))
             engine.step()
-            totals += torch.stack([loss.sum.detach().double(), loss.count.double()]).cpu()
-        totals = self._ranks.sum(totals)
+            totals[:2] += torch.stack([loss.sum.detach().double(), loss.count.double()]).cpu()
         norm = engine.get_global_grad_norm()
+        totals[2] = float("nan") if norm is None else float(norm)
+        totals[3] = not engine.was_step_applied()
+        totals = self._ranks.sum(totals)  # what is decided from these numbers is decided alike on every rank
         return StepResult(
             loss=(totals[0] / totals[1].clamp(min=1)).item(),
             tokens=int(totals[1]),
-            grad_norm=float("nan") if norm is None else float(norm),
-            skipped=not engine.was_step_applied(),
+            grad_norm=totals[2].item() / self._ranks.world_size,
+            skipped=bool(totals[3]),
         )
 
     @torch.no_grad()
@@ -214,6 +217,7 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        save_file(_generators(self._ranks.device), folder / _TAG / self._generators_file)
         if self._ranks.is_first:  # helper scripts, which nobody should have to run
             for script in folder.glob("*.py"):
                 script.unlink()
@@ -225,6 +229,13 @@ class DeepSpeedEngine:
         with redirect_stdout(io.StringIO()):
             loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         assert loaded is not None
+        generators = folder / _TAG / self._generators_file
+        if generators.exists():  # with more ranks than there were, the new ones keep their own
+            _set_generators(load_file(generators))
+
+    @property
+    def _generators_file(self) -> str:
+        return f"generators_rank_{self._ranks.rank}.safetensors"
 
     def _forward(self, inputs: ModelInput) -> LossSum:
         batch = _to(inputs, self._ranks.device)
@@ -313,6 +324,20 @@ def hash_weights(weights: dict[str, Tensor]) -> str:
         digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
         digest.update(value.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """States of the random number generators of this process (nothing else draws: rows and order come from seeds)."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_generators(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _to(inputs: ModelInput, device: torch.device) -> ModelInput:

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from tests.support.train import Canary, CountingEngine, state
 from train import checkpoint
-from train.checkpoint import Checkpoint, Checkpoints
+from train.checkpoint import Checkpoint, Checkpoints, Retention
 from train.distributed import Ranks
 from train.state import History
 
@@ -19,8 +20,12 @@ HISTORY = History(np.arange(11) % 2 == 0, np.arange(11).astype(np.uint16))
 READ = np.arange(11) < 7
 
 
-def checkpoints(run: Path, *, keep_last: int = 2, **inputs: str) -> Checkpoints:
-    return Checkpoints(run, inputs=INPUTS | inputs, keep_last=keep_last, ranks=ALONE)
+def checkpoints(
+    run: Path, *, keep_last: int = 2, retention: Retention | None = None, **inputs: str
+) -> Checkpoints:
+    return Checkpoints(
+        run, inputs=INPUTS | inputs, retention=retention or Retention(last=keep_last), ranks=ALONE
+    )
 
 
 def save(run: Path, step: int, *, stage: str = "warmup", keep: bool = False, keep_last: int = 9) -> Path:
@@ -182,8 +187,10 @@ def test_a_pickle_in_place_of_an_array_is_never_executed(
     np.save(folder / f"{name}.npy", np.array([Canary(canary)], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=f"{name}.npy"):
         checkpoints(tmp_path).open(folder)  # the hash says so first
-    monkeypatch.setattr(checkpoint, "_damage", lambda folder: None)
-    monkeypatch.setattr(checkpoint, "open_manifest", lambda *args, **kwargs: None)
+    monkeypatch.setattr(checkpoint, "damage", lambda folder: None)
+    monkeypatch.setattr(
+        checkpoint, "open_manifest", lambda *args, **kwargs: SimpleNamespace(settings={"keep": False})
+    )
     with pytest.raises(ValueError, match="allow_pickle"):
         checkpoints(tmp_path).open(folder)
     assert not canary.exists()
