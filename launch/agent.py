@@ -2,7 +2,7 @@
 
 Started by `launch.pretrain`: `python -m launch.agent RUN_FOLDER NUM_RANKS`; its exit code is that of the rank that
 failed first (`launch.worker`), or 128 + n when signal n stopped it: it hands the signal on, and the ranks have
-`GRACE_SECONDS` to publish a checkpoint.
+`preflight.GRACE_SECONDS` to publish a checkpoint.
 Not here: what a rank does (`launch.worker`).
 """
 
@@ -15,10 +15,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args
 from torch.distributed.run import run as torchrun
 
+from launch.preflight import GRACE_SECONDS
 from train.stopping import STOPPED
 
 WORKER = ["-m", "launch.worker"]
-GRACE_SECONDS = 30
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 

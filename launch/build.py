@@ -132,7 +132,9 @@ class Context:
             raise ValueError(
                 f"continual.branch_from={stage.branch_from}: {source} has no warmup stage; name the run that has"
             )
-        return self.checkpoints(source, ranks=ranks).last_of("warmup", at_most=warmup.steps - warmup.decay_steps)
+        return self.checkpoints(source, ranks=ranks).last_of(
+            "warmup", at_most=warmup.steps - warmup.decay_steps
+        )
 
     def parts(
         self,

@@ -141,7 +141,7 @@ def export(arguments: argparse.Namespace) -> int:
     )
     print(
         f"{checkpoint.folder} -> {target}: model.safetensors, config.json, tokenizer.model\n"
-        f"memory3 generate {target} --root {arguments.root} --prompt ..., or train.export.load_exported({str(target)!r})"
+        f"memory3 generate {target} --root {arguments.root} --prompt ...; in Python: train.export.load_exported"
     )
     return 0
 
@@ -165,7 +165,9 @@ def _run_folder(arguments: argparse.Namespace) -> Path:
 def _chosen(found: list[Entry], name: str | None) -> list[Entry]:
     chosen = [entry for entry in found if name in (None, entry.folder.name)]
     if not chosen:
-        raise ValueError(f"there is no checkpoint {name!r}; there are " + ", ".join(e.folder.name for e in found))
+        raise ValueError(
+            f"there is no checkpoint {name!r}; there are " + ", ".join(e.folder.name for e in found)
+        )
     return chosen
 
 

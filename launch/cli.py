@@ -106,8 +106,8 @@ CHECKPOINT_ACTIONS = (
     Command(
         "prune",
         "delete the checkpoints that no rule keeps, and what interrupted saves left",
-        "both ends of a stage, branch points, damaged checkpoints and those that are being read always stay; nothing is "
-        "deleted unless one of those that stay is whole",
+        "both ends of a stage, branch points, damaged checkpoints and those that are being read always stay; nothing "
+        "is deleted unless one of those that stay is whole",
     ),
     Command(
         "export",

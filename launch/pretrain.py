@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from launch import preflight
 from launch.compose import compose_config, differences, load_config, save_config, to_yaml
 from launch.config import Resume, RunConfig
 from launch.lock import only_user
@@ -55,14 +56,18 @@ def pretrain(config: RunConfig) -> int:
         ValueError: The folder is in use by another process, or holds a run of another configuration.
     """
     folder = Path(config.paths.root) / config.run
-    folder.mkdir(parents=True, exist_ok=True)
+    preflight.write_rate(folder)
     with only_user(folder):
-        freeze(config, folder)
+        num_references = freeze(config, folder)
+        preflight.check(config, folder, num_references=num_references)
         return _start_ranks(config, folder)
 
 
-def freeze(config: RunConfig, folder: Path) -> None:
+def freeze(config: RunConfig, folder: Path) -> int:
     """Write config.yaml into the run folder, filled in with what the tokenizer decides.
+
+    Returns:
+        The references of the prepared corpus.
 
     Raises:
         ValueError: The folder holds a run of another configuration.
@@ -89,6 +94,7 @@ def freeze(config: RunConfig, folder: Path) -> None:
                 "keys their old values to resume"
             )
     save_config(config, path)
+    return len(prepared.references)
 
 
 def _start_ranks(config: RunConfig, folder: Path) -> int:

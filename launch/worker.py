@@ -100,7 +100,14 @@ def _train(run: Path, config: RunConfig, ranks: distributed.Ranks, stop: Stop | 
                 if ranks.is_first:
                     log.info("continual stage branches from %s", source.folder)
             parts = context.parts(
-                name, stage, run, ranks=ranks, checkpoints=checkpoints, metrics=metrics, weights=source, stop=stop
+                name,
+                stage,
+                run,
+                ranks=ranks,
+                checkpoints=checkpoints,
+                metrics=metrics,
+                weights=source,
+                stop=stop,
             )
             if resumed is not None:
                 parts.engine.load(resumed.folder)
@@ -116,7 +123,9 @@ def _train(run: Path, config: RunConfig, ranks: distributed.Ranks, stop: Stop | 
 def _refuse_a_new_beginning(run: Path) -> None:
     """A run that has published checkpoints and has none now does not begin anew unless it is asked to."""
     path = run / "metrics.jsonl"
-    published = [line["checkpoint"] for line in read_metrics(path) if "checkpoint" in line] if path.exists() else []
+    published = (
+        [line["checkpoint"] for line in read_metrics(path) if "checkpoint" in line] if path.exists() else []
+    )
     if published:
         raise ValueError(
             f"{run} published {published[-1]}, and {run / 'checkpoints'} holds none now; restore it from a copy, or "
@@ -162,8 +171,8 @@ def _sinks(run: Path, config: RunConfig, position: RunState, ranks: distributed.
 def leave(code: int) -> None:
     """End this process.
 
-    Everything that counts is written and closed. An ordinary exit also destroys the libraries' globals, and gloo's threads
-    have been seen to abort a finished rank there ("terminate called without an active exception").
+    Everything that counts is written and closed. An ordinary exit also destroys the libraries' globals, and gloo's
+    threads have been seen to abort a finished rank there ("terminate called without an active exception").
     """
     logging.shutdown()
     sys.stdout.flush()

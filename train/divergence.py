@@ -1,4 +1,4 @@
-"""Whether training has gone wrong, and what is done about it: decided from values that are the same on every rank. Pure.
+"""Whether training has gone wrong, and what follows: decided from values that are the same on every rank. Pure.
 
 An update is bad when its loss or its gradient norm is not finite, or when its loss stands out from those of the good
 updates before it. Bad updates in a row, or one that has put numbers into the weights that are not finite, mean that

@@ -23,8 +23,8 @@ from train.arms import Arm, Bank, Pattern, Reading, text_readings
 from train.checkpoint import Checkpoints, Documents
 from train.config import DivergenceConfig, StageConfig
 from train.continual import BankEpochs, Rows
-from train.divergence import DivergedError, HopelessError
 from train.distributed import Ranks
+from train.divergence import DivergedError, HopelessError
 from train.engine import Engine
 from train.evaluate import Setting, TextSet, memory_attention, validation_losses
 from train.loop import train_epoch

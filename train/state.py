@@ -82,7 +82,9 @@ class RunState:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        return cls(**{**values, "health": Health.from_json(values["health"])} if "health" in values else values)
+        return cls(
+            **{**values, "health": Health.from_json(values["health"])} if "health" in values else values
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,9 @@ def test_an_ordinary_run_is_healthy() -> None:
 
 def test_a_spike_that_lasts_makes_the_run_go_back() -> None:
     assert after([*steady(20), 2.6, 2.6]).bad == 2
-    with pytest.raises(DivergedError, match=r"loss 2.700 stands out, 3 bad updates in a row \(update 23\)") as found:
+    with pytest.raises(
+        DivergedError, match=r"loss 2.700 stands out, 3 bad updates in a row \(update 23\)"
+    ) as found:
         after([*steady(20), 2.6, 2.9, 2.7])
     assert found.value.window(CONFIG) == (19, 24)  # updates 21 to 23, counted from 1, and one on either side
 

@@ -98,7 +98,9 @@ def test_a_line_splits_the_step_into_data_and_update(tmp_path: Path) -> None:
 def test_updates_without_finite_gradient_are_left_out_and_too_many_in_a_row_diverge(tmp_path: Path) -> None:
     done = Trained(tmp_path, CountingEngine(skips=frozenset({2, 3, 5, 6})))
     assert done.state.skipped == 4
-    with pytest.raises(DivergedError, match=r"no finite gradient, 3 bad updates in a row \(update 4\)") as found:
+    with pytest.raises(
+        DivergedError, match=r"no finite gradient, 3 bad updates in a row \(update 4\)"
+    ) as found:
         Trained(tmp_path, CountingEngine(skips=frozenset({2, 3, 4})))
     assert found.value.window(DivergenceConfig(margin_steps=1)) == (0, 5)
     assert gc.isenabled()

@@ -44,22 +44,46 @@ def test_between_updates_the_process_ends_at_once(number: int) -> None:
 
 
 def test_a_main_thread_that_waits_outside_the_interpreter_delays_nothing() -> None:
-    body = "from threading import Lock, Timer\nTimer(0.2, os.kill, (os.getpid(), 15)).start()\nLock().acquire(); x = Lock(); x.acquire(); x.acquire()"
+    body = """
+from threading import Lock, Timer
+Timer(0.2, os.kill, (os.getpid(), 15)).start()
+lock = Lock()
+lock.acquire()
+lock.acquire()
+"""
     assert ended(body) == (143, "left\n")
 
 
 def test_during_updates_signals_are_noted_and_more_of_them_change_nothing() -> None:
-    body = "with stop.deferred():\n    kill(10)\n    kill(15)\n    print('saving', stop.requested)\n    os._exit(stop.exit_code)"
+    body = """
+with stop.deferred():
+    kill(10)
+    kill(15)
+    print("saving", stop.requested, flush=True)
+    os._exit(stop.exit_code)
+"""
     assert ended(body) == (138, "saving True\n")
 
 
 def test_a_signal_after_the_last_look_is_acted_upon_when_the_updates_are_done() -> None:
-    assert ended("with stop.deferred():\n    kill(15)\n    print('saved', flush=True)") == (143, "saved\nleft\n")
+    body = """
+with stop.deferred():
+    kill(15)
+    print("saved", flush=True)
+"""
+    assert ended(body) == (143, "saved\nleft\n")
 
 
-def test_an_error_during_updates_is_not_lost_in_a_signal() -> None:
-    body = "try:\n    with stop.deferred():\n        kill(15)\n        raise StoppedError('done')\nexcept StoppedError as e:\n    print(e)"
-    assert ended(body) == (0, "done\nend True 143\n")
+def test_the_end_that_a_signal_asked_for_is_an_orderly_one() -> None:
+    body = """
+try:
+    with stop.deferred():
+        kill(15)
+        raise StoppedError("stopped")
+except StoppedError as problem:
+    print(problem)
+"""
+    assert ended(body) == (0, "stopped\nend True 143\n")
 
 
 def test_without_signals_nothing_happens() -> None:
