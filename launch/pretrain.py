@@ -28,9 +28,12 @@ _MAY_CHANGE = (
     "divergence.",
     "evaluation.",
     "engine.threads_per_rank",
+    "engine.num_ranks",
+    "warmup.micro_rows",
+    "continual.micro_rows",
     "data.num_workers",
 )
-"""Keys that a resumed run may change: they decide nothing about what is trained."""
+"""Keys that a resumed run may change: they decide nothing about what is trained on, nor in which order."""
 
 
 _USER_ERROR = 2

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from data.files import delete_artefact, hold, is_held, open_manifest, partial, publishing, verify
 from train.distributed import Ranks
-from train.engine import Engine
+from train.engine import UNIVERSAL, Engine
 from train.state import History, RunState
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def leftovers(run: Path) -> list[Path]:
     """What interrupted saves and deletions left in a run folder."""
     found = [
         path
-        for ending in (".partial", _DELETED, _OUTDATED)
+        for ending in (".partial", UNIVERSAL, _DELETED, _OUTDATED)
         for path in (run / "checkpoints").glob(f"*{ending}")
         if _NAME.fullmatch(path.name.removesuffix(ending))
     ]

@@ -2,7 +2,7 @@
 
 One `train_step` is one optimizer update: accumulation, averaging over ranks, clipping and skipping happen inside.
 DeepSpeed's JSON is derived from our typed settings. Its checkpoint files are written into a folder that
-`train.checkpoint` publishes, and are read with pickles switched off.
+`train.checkpoint` publishes, and are read with pickles switched off, by any number of ranks.
 Not here: which batch comes next (`loop`), the checkpoint's container (`checkpoint`).
 """
 
@@ -10,8 +10,10 @@ import io
 import json
 import logging
 import os
+import shutil
+from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +31,8 @@ from train.config import EngineConfig, OptimConfig, Precision
 from train.distributed import Ranks
 from train.optim import parameter_groups
 
+UNIVERSAL = ".universal"
+"""Ending of a folder that lies beside a checkpoint while another number of ranks reads it."""
 _TAG = "engine"
 
 
@@ -226,12 +230,35 @@ class DeepSpeedEngine:
         _forbid_pickles()
         if not (folder / _TAG).is_dir():
             raise ValueError(f"{folder} holds no engine state; it was not written by this version")
-        with redirect_stdout(io.StringIO()):
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        assert loaded is not None
+        partitions = len(list((folder / _TAG).glob("*_optim_states.pt")))
+        if self._zero_stage > 0 and partitions != self._ranks.world_size:
+            self._load_divided_anew(folder)
+        else:
+            self._load_from(folder)
         generators = folder / _TAG / self._generators_file
         if generators.exists():  # with more ranks than there were, the new ones keep their own
             _set_generators(load_file(generators))
+
+    def _load_divided_anew(self, folder: Path) -> None:
+        """Load what another number of ranks wrote, by way of DeepSpeed's universal format."""
+        whole = folder.with_name(folder.name + UNIVERSAL)
+        config = self._engine._config
+        try:
+            if self._ranks.is_first:
+                _make_universal(folder / _TAG, whole / _TAG)
+            self._ranks.barrier()
+            config.load_universal_checkpoint = True
+            self._load_from(whole)
+            self._ranks.barrier()
+        finally:
+            config.load_universal_checkpoint = False
+            if self._ranks.is_first:
+                shutil.rmtree(whole, ignore_errors=True)
+
+    def _load_from(self, folder: Path) -> None:
+        with redirect_stdout(io.StringIO()):
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        assert loaded is not None
 
     @property
     def _generators_file(self) -> str:
@@ -364,6 +391,25 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     # leaves a lock that the next start waits for. gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _make_universal(engine: Path, out: Path) -> None:
+    """Turn the partitions of all ranks into whole tensors; in this process, where pickles are forbidden."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(out, ignore_errors=True)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        ds_to_universal.main(
+            Namespace(
+                input_folder=str(engine),
+                output_folder=str(out),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )
 
 
 def _forbid_pickles() -> None:
