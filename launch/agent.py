@@ -2,7 +2,7 @@
 
 Started by `launch.pretrain`: `python -m launch.agent RUN_FOLDER NUM_RANKS`; its exit code is that of the rank that
 failed first (`launch.worker`), or 128 + n when signal n stopped it: it hands the signal on, and the ranks have
-`preflight.GRACE_SECONDS` to publish a checkpoint.
+30 seconds to publish a checkpoint.
 Not here: what a rank does (`launch.worker`).
 """
 
@@ -15,7 +15,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args
 from torch.distributed.run import run as torchrun
 
-from launch.preflight import GRACE_SECONDS
 from train.stopping import STOPPED
 
 WORKER = ["-m", "launch.worker"]
@@ -25,8 +24,8 @@ _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 def main(folder: str, num_ranks: str) -> int:
     """Run the ranks to their end."""
     logging.disable(logging.CRITICAL)  # torchrun's own words about a failure; ours follow
-    options = [f"--signals-to-handle={_SIGNALS}", f"--shutdown-timeout={GRACE_SECONDS}"]
-    arguments = ["--standalone", f"--nproc-per-node={num_ranks}", *options, *WORKER, folder]
+    options = ["--standalone", f"--nproc-per-node={num_ranks}", f"--signals-to-handle={_SIGNALS}"]
+    arguments = [*options, *WORKER, folder]
     try:
         torchrun(parse_args(arguments))  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:

@@ -55,9 +55,7 @@ class Stop:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(
-                number, lambda *_: None
-            )  # the interpreter writes the number into the pipe by itself
+            signal.signal(number, lambda *_: None)  # the interpreter itself writes the number into the pipe
         Thread(target=self._watch, args=(reader,), name="stop", daemon=True).start()
 
     @contextmanager

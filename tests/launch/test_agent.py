@@ -14,7 +14,7 @@ import os, sys, time
 from pathlib import Path
 from launch import worker
 
-def fail(run):
+def fail(run, stop):
     how = (Path(run) / os.environ["RANK"]).read_text()
     if how == "wait":
         time.sleep(60)
