@@ -9,6 +9,7 @@ Not here: what a rank does (`launch.worker`).
 import logging
 import signal
 import sys
+import tempfile
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -24,10 +25,12 @@ _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 def main(folder: str, num_ranks: str) -> int:
     """Run the ranks to their end."""
     logging.disable(logging.CRITICAL)  # torchrun's own words about a failure; ours follow
-    options = ["--standalone", f"--nproc-per-node={num_ranks}", f"--signals-to-handle={_SIGNALS}"]
-    arguments = [*options, *WORKER, folder]
+    launch = ["--standalone", f"--nproc-per-node={num_ranks}", f"--signals-to-handle={_SIGNALS}"]
     try:
-        torchrun(parse_args(arguments))  # type: ignore[no-untyped-call]
+        # A folder of our own, since torchrun never removes the one that it makes.
+        with tempfile.TemporaryDirectory(prefix="memory3-ranks-") as errors:
+            arguments = parse_args([*launch, f"--log-dir={errors}", *WORKER, folder])
+            torchrun(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode in STOPPED:  # a signal reached the ranks alone
