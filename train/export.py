@@ -15,14 +15,15 @@ Not here: the command (`launch.checkpoint`).
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from enum import Enum
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from data.files import publishing
-from model.config import ModelConfig, Selection
+from model.config import ModelConfig
 from model.transformer import Memory3LM
 from train.checkpoint import CONFIG, KIND, ORIGIN, VERSION, WEIGHTS, Checkpoint, damage
 
@@ -57,7 +58,7 @@ def export(
     state = checkpoint.state
     settings = {"stage": state.stage, "step": state.step, "ranks": 0, "keep": True}
     dtype = str(next(iter(checkpoint.weights().values())).dtype).removeprefix("torch.")
-    sizes = {**asdict(model), "selection": model.selection.value, "dtype": dtype}
+    plain = {name: value.value if isinstance(value, Enum) else value for name, value in asdict(model).items()}
     with publishing(folder, kind=KIND, version=VERSION, settings=settings, inputs=inputs) as work:
         for name in _COPIED:
             if (checkpoint.folder / name).exists():
@@ -65,7 +66,7 @@ def export(
         if not (work / CONFIG).exists():
             shutil.copyfile(config, work / CONFIG)
         shutil.copyfile(tokenizer, work / TOKENIZER)
-        (work / SIZES).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+        (work / SIZES).write_text(json.dumps({**plain, "dtype": dtype}, indent=1) + "\n", encoding="utf-8")
 
 
 def load_exported(folder: Path) -> Memory3LM:
@@ -79,6 +80,10 @@ def load_exported(folder: Path) -> Memory3LM:
         raise ValueError(problem)
     sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
     dtype = getattr(torch, sizes.pop("dtype"))
-    model = Memory3LM(ModelConfig(**{**sizes, "selection": Selection(sizes["selection"])})).to(dtype)
+    choices = {
+        field.name: type(field.default) for field in fields(ModelConfig) if isinstance(field.default, Enum)
+    }
+    chosen = {name: kind(sizes[name]) for name, kind in choices.items()}
+    model = Memory3LM(ModelConfig(**{**sizes, **chosen})).to(dtype)
     model.load_state_dict(load_file(folder / WEIGHTS))
     return model.eval()
