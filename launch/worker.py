@@ -19,7 +19,7 @@ from launch.compose import load_config
 from launch.config import RunConfig
 from launch.lock import one_of_ranks
 from train import distributed
-from train.checkpoint import Checkpoint
+from train.checkpoint import Checkpoint, cannot_write
 from train.divergence import HopelessError
 from train.metrics import JsonLines, Metrics, ProgressBar, Sink, Wandb, read_metrics
 from train.run import run_stage
@@ -53,6 +53,10 @@ def main(run: Path) -> int:
         get_error_handler().record_exception(problem)
         return DIVERGED if isinstance(problem, HopelessError) else 2
     except Exception as problem:
+        if cannot_write(problem):
+            said = f"{problem}; what was published is as it was: make room, and the same command goes on"
+            get_error_handler().record_exception(ValueError(said))
+            return 2
         time.sleep(_GRACE_SECONDS)
         get_error_handler().record_exception(problem)
         raise

@@ -27,6 +27,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -148,11 +149,12 @@ def reasons_to_keep(found: Sequence[Entry], retention: Retention) -> dict[Path, 
     for stage in STAGES:
         sound = [entry for entry in found if entry.stage == stage and entry.problem is None]
         measured = [
-            entry for entry in sound if entry.state is not None and entry.state.validation is not None
+            (entry.state.validation, -entry.step, entry.folder)
+            for entry in sound
+            if entry.state is not None and entry.state.validation is not None
         ]
-        measured.sort(key=lambda entry: (entry.state.validation, -entry.step) if entry.state else (0, 0))
-        for entry in measured[: retention.best]:
-            reasons[entry.folder].append("best")
+        for _, _, folder in sorted(place for place in measured if isfinite(place[0]))[: retention.best]:
+            reasons[folder].append("best")
         for entry in sound:
             if entry.keep:
                 reasons[entry.folder].append("end of a stage, or branch point")
@@ -189,6 +191,13 @@ def damage(folder: Path) -> str | None:
     if _NAME.fullmatch(folder.name) and (settings["stage"], settings["step"]) != _parse(folder):
         return f"checkpoint {folder} is not what its name says: it is of {settings['stage']}, step {settings['step']}"
     return None
+
+
+def cannot_write(problem: BaseException) -> bool:
+    """Whether a file could not be written for want of room, or of the right to."""
+    if isinstance(problem, OSError):
+        return problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+    return "PytorchStreamWriter" in str(problem)  # torch's own word for it
 
 
 class Checkpoints:
@@ -254,7 +263,7 @@ class Checkpoints:
                     self._describe(work)
                 ranks.barrier()
         except (OSError, RuntimeError) as problem:  # torch says RuntimeError when a file cannot be written
-            if not _is_full(problem, self._folder):
+            if not cannot_write(problem):
                 raise
             raise ValueError(
                 f"checkpoint {folder} could not be written: {problem}; {shutil.disk_usage(self._folder).free:,} bytes "
@@ -426,13 +435,6 @@ def _published(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_order)
-
-
-def _is_full(problem: Exception, folder: Path) -> bool:
-    """Whether a file could not be written for want of room, or of the right to."""
-    if isinstance(problem, OSError):
-        return problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-    return "writ" in str(problem) and "PytorchStreamWriter" in str(problem)
 
 
 def _parse(folder: Path) -> tuple[str, int]:

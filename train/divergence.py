@@ -67,7 +67,7 @@ class Health:
         """
         finite = _is_finite(result)
         if not finite and not result.skipped:
-            what = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}: they have reached the weights"
+            what = f"loss {result.loss:g}, gradient norm {result.grad_norm}: they have reached the weights"
             raise DivergedError(step, self, what)
         if self.bad >= config.patience:
             what = f"loss {result.loss:.3f} stands out" if finite else "no finite gradient"
@@ -120,4 +120,5 @@ class HopelessError(Exception):
 
 
 def _is_finite(result: StepResult) -> bool:
-    return not result.skipped and math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+    norm = 0.0 if result.grad_norm is None else result.grad_norm
+    return not result.skipped and math.isfinite(result.loss) and math.isfinite(norm)

@@ -58,13 +58,13 @@ class StepResult:
     Attributes:
         loss: Mean next-token loss over all ranks and micro-batches, in nats.
         tokens: Targets behind the loss, over all ranks.
-        grad_norm: Global norm before clipping.
+        grad_norm: Global norm before clipping; None in float32 without ZeRO, where DeepSpeed does not keep it.
         skipped: Whether the update was left out because the gradient was not finite.
     """
 
     loss: float
     tokens: int
-    grad_norm: float
+    grad_norm: float | None
     skipped: bool
 
 
@@ -164,13 +164,13 @@ class DeepSpeedEngine:
             engine.step()
             totals[:2] += torch.stack([loss.sum.detach().double(), loss.count.double()]).cpu()
         norm = engine.get_global_grad_norm()
-        totals[2] = float("nan") if norm is None else float(norm)
+        totals[2] = 0.0 if norm is None else float(norm)
         totals[3] = not engine.was_step_applied()
         totals = self._ranks.sum(totals)  # what is decided from these numbers is decided alike on every rank
         return StepResult(
             loss=(totals[0] / totals[1].clamp(min=1)).item(),
             tokens=int(totals[1]),
-            grad_norm=totals[2].item() / self._ranks.world_size,
+            grad_norm=None if norm is None else totals[2].item() / self._ranks.world_size,
             skipped=bool(totals[3]),
         )
 

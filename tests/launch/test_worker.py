@@ -19,7 +19,9 @@ def test_a_run_that_lost_all_its_checkpoints_does_not_begin_anew(tmp_path: Path)
     worker._refuse_a_new_beginning(tmp_path)  # killed before its first save
     lines.append({"stage": "warmup", "step": 1, "checkpoint": "warmup-00000001"})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ValueError, match=r"published warmup-00000001, and .* holds none now; restore it from a copy"):
+    with pytest.raises(
+        ValueError, match=r"published warmup-00000001, and .* holds none now; restore it from a copy"
+    ):
         worker._refuse_a_new_beginning(tmp_path)
 
 

@@ -213,7 +213,7 @@ def test_a_pickle_in_place_of_an_array_is_never_executed(
 
 
 def test_retention_keeps_every_nth_and_the_best(tmp_path: Path) -> None:
-    losses = {3: 2.5, 6: 2.0, 9: 2.2, 12: 2.4}
+    losses = {3: 2.5, 6: 2.0, 9: 2.2, 12: float("nan")}
     for step in range(1, 15):
         save(tmp_path, step, validation=losses.get(step))
     rules = Retention(last=2, every=5, best=1)
@@ -366,3 +366,14 @@ def test_a_checkpoint_says_where_it_comes_from(tmp_path: Path) -> None:
     folder = written.save(CountingEngine(), state(1), HISTORY, READ, keep=False)
     assert (folder / "config.yaml").read_text() == "run: x\n"
     assert newest(tmp_path).origin() == {"torch": "2.0", "wandb": "abc"}
+
+
+def test_a_stage_never_starts_from_a_damaged_checkpoint_or_from_another_corpus(tmp_path: Path) -> None:
+    """Fault 27: nothing older is taken in its place."""
+    save(tmp_path, 5)
+    folder = save(tmp_path, 10)
+    with pytest.raises(ValueError, match="made from shards s0"):
+        checkpoints(tmp_path, shards="s1").last_of("warmup")
+    damage(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{folder} is damaged: model.safetensors"):
+        checkpoints(tmp_path).last_of("warmup")

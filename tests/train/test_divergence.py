@@ -74,6 +74,12 @@ def test_numbers_that_reached_the_weights_make_the_run_go_back_at_once(bad: Step
         health.judge(7, bad, CONFIG)
 
 
+def test_a_norm_that_nobody_kept_is_no_bad_one() -> None:
+    unknown = StepResult(2.0, 100, None, skipped=False)
+    assert Health().after(unknown, CONFIG).bad == 0
+    Health().judge(1, unknown, CONFIG)
+
+
 def test_left_out_updates_are_borne_up_to_the_patience() -> None:
     bad, health = result(NAN, norm=NAN, skipped=True), Health()
     for step in (1, 2):
