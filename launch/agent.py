@@ -29,8 +29,8 @@ def main(folder: str, num_ranks: str) -> int:
     try:
         # A folder of our own, since torchrun never removes the one that it makes.
         with tempfile.TemporaryDirectory(prefix="memory3-ranks-") as errors:
-            arguments = parse_args([*launch, f"--log-dir={errors}", *WORKER, folder])  # type: ignore[no-untyped-call]
-            torchrun(arguments)  # type: ignore[no-untyped-call]
+            arguments = [*launch, f"--log-dir={errors}", *WORKER, folder]
+            torchrun(parse_args(arguments))  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode in STOPPED:  # a signal reached the ranks alone

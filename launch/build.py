@@ -193,6 +193,7 @@ class Context:
             metrics=metrics,
             ranks=ranks,
             row_tokens=config.model.row_tokens,
+            cache_bytes=config.bank.cache_mib << 20,
             seed=config.seed,
             divergence=config.divergence,
             stop=stop or Stop(),

@@ -31,6 +31,8 @@ _MAY_CHANGE = (
     "engine.num_ranks",
     "warmup.micro_rows",
     "continual.micro_rows",
+    "bank.cache_mib",
+    "bank.cold_gib",
     "data.num_workers",
 )
 """Keys that a resumed run may change: they decide nothing about what is trained on, nor in which order."""

@@ -53,7 +53,7 @@ def _add_induction_heads(model: nn.Module, config: ModelConfig) -> None:
     embedding.copy_(
         torch.randn(len(embedding), rest, device=token.device) @ token * (_TOKEN_NORM / math.sqrt(rest))
     )
-    embedding += _CONSTANT_NORM * constant
+    embedding.add_(_CONSTANT_NORM * constant)
 
     queries, keys, values, out = _heads(model, config, 0)
     fast = torch.arange(size // 8, device=embedding.device)
@@ -78,13 +78,14 @@ def _add_induction_heads(model: nn.Module, config: ModelConfig) -> None:
             rows[slow] += _MATCH * compared
         values[-1] = token[:size]
         out[query] = _WRITE[1] * copied.T
-    head += _READ_OUT * embedding @ token[:size].T @ copied
+    head.add_(_READ_OUT * embedding @ token[:size].T @ copied)
 
 
 def _heads(model: nn.Module, config: ModelConfig, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Views of a block's weights by head: queries, keys and values (heads, E, D), output (heads, D, E)."""
     qkv = model.get_parameter(f"blocks.{layer}.qkv.weight").view(-1, config.head_size, config.width)
-    queries, keys, values = qkv.split([config.num_heads, config.num_kv_heads, config.num_kv_heads])
+    sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+    queries, keys, values = torch.split(qkv, sizes)
     out = model.get_parameter(f"blocks.{layer}.out.weight").view(
         config.width, config.num_heads, config.head_size
     )

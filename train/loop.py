@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from data.batch import TokenBatch
 from train.config import DivergenceConfig
 from train.engine import Engine
+from train.inputs import StepInputs
 from train.metrics import Metrics
 from train.schedule import Schedule
 from train.stages import Stage
@@ -25,13 +25,11 @@ Save = Callable[[RunState], None]
 def train_epoch(
     engine: Engine,
     stage: Stage,
-    batches: Iterator[TokenBatch],
-    cursor: Callable[[], int],
+    inputs: Iterator[StepInputs],
     schedule: Schedule,
     state: RunState,
     *,
     last_step: int,
-    accumulate: int,
     metrics: Metrics,
     validate: Validate,
     save: Save,
@@ -44,13 +42,11 @@ def train_epoch(
 
     Args:
         engine: Makes the updates.
-        stage: Attaches memories to rows.
-        batches: Micro-batches of this rank, from the state's cursor on.
-        cursor: Rows of the plan consumed so far, by all ranks.
+        stage: Says what the rows of a step read.
+        inputs: What this rank's steps are given, from the state's cursor on.
         schedule: What happens at which step.
         state: Where the run stands.
         last_step: The epoch's last update, counted in the stage.
-        accumulate: Micro-batches of an update, on this rank.
         metrics: Where each step is reported, once.
         validate: Reads held-out text.
         save: Publishes a checkpoint.
@@ -65,19 +61,17 @@ def train_epoch(
     gc.disable()  # a collection in the middle of a step stalls every rank
     try:
         while state.step < last_step:
+            started = time.perf_counter()
+            given = next(inputs)
+            fetched = time.perf_counter()
             if state.health.passes_over(state.step):
-                for _ in range(accumulate):
-                    next(batches)
-                state = state.passing_over(cursor=cursor())
+                state = state.passing_over(cursor=given.cursor)
                 metrics.log(stage=state.stage, step=state.step, passed_over=True)
             else:
-                started = time.perf_counter()
-                inputs = [stage.model_input(next(batches)) for _ in range(accumulate)]
-                fetched = time.perf_counter()
                 lr = schedule.learning_rate(state.step) * state.health.lr_factor
-                result = engine.train_step(inputs, lr=lr)
+                result = engine.train_step(given.micro, lr=lr)
                 health = state.health.after(result, divergence)
-                state = state.after(result, cursor=cursor(), health=health)
+                state = state.after(result, cursor=given.cursor, health=health)
                 ended = time.perf_counter()
                 reads = stage.reads(state.cursor)
                 metrics.log(
@@ -96,6 +90,7 @@ def train_epoch(
                     generation=state.generation,
                     generation_age=None if state.generation is None else state.step - state.epoch_step,
                     **({} if reads is None else asdict(reads)),
+                    **({} if given.reading is None else asdict(given.reading)),
                 )
                 state.health.judge(state.step, result, divergence)
             stopped = stopping()

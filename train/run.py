@@ -18,6 +18,7 @@ from data.packing import RowPlan
 from data.references import References
 from data.shards import TokenShards
 from memorybank.bank import OnlineReader
+from memorybank.cache import CachedRecords
 from memorybank.store import Generation
 from train.arms import Arm, Bank, Pattern, Reading, text_readings
 from train.checkpoint import Checkpoints, Documents
@@ -27,10 +28,11 @@ from train.distributed import Ranks
 from train.divergence import DivergedError, HopelessError
 from train.engine import Engine
 from train.evaluate import Setting, TextSet, memory_attention, validation_losses
+from train.inputs import InputsAhead
 from train.loop import train_epoch
 from train.metrics import Metrics
 from train.rows import plan_epoch
-from train.schedule import Schedule
+from train.schedule import Schedule, epoch_begins
 from train.stages import MemoryStage, PlainStage, Reader, Stage, encodes_online, reads_bank
 from train.state import History, RunState
 from train.stopping import Stop, StoppedError
@@ -57,6 +59,7 @@ class Parts:
     metrics: Metrics
     ranks: Ranks
     row_tokens: int
+    cache_bytes: int
     seed: int
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     stop: Stop = field(default_factory=Stop)
@@ -77,6 +80,15 @@ def run_stage(parts: Parts, state: RunState, history: History) -> tuple[RunState
         StoppedError: A signal asked for it; a checkpoint is published.
         HopelessError: Training diverged too often, or not one update was made.
     """
+    schedule = parts.schedule
+    if parts.config.memory is not None and (begins := epoch_begins(parts.config)):
+        log.info(
+            "%s: %d bank epochs in %d steps (epoch_steps=%s), each compiled anew",
+            parts.name,
+            len(begins),
+            schedule.num_steps,
+            parts.config.epoch_steps,
+        )
     while True:
         try:
             state, history = _train_to_end(parts, state, history)
@@ -101,8 +113,8 @@ def _train_to_end(parts: Parts, state: RunState, history: History) -> tuple[RunS
             history,
             source_weights=parts.source_weights,
             row_tokens=parts.row_tokens,
-            steps_left=schedule.num_steps - state.epoch_step,
             epoch=state.epoch,
+            epoch_step=state.epoch_step,
             seed=parts.seed,
         )
         last_step = state.epoch_step + rows.steps
@@ -144,7 +156,7 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
             "generation_age": None if epoch.generation is None else now.step - now.epoch_step,
         }
 
-    loader = Loader(
+    batches = Loader(
         parts.shards,
         plan,
         rows_per_step=config.rows_per_step,
@@ -153,16 +165,16 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
         world_size=ranks.world_size,
         cursor=state.cursor,
     )
-    with parts.stop.deferred(), loader as batches:
+    accumulate = config.rows_per_step // (config.micro_rows * ranks.world_size)
+    ahead = InputsAhead(epoch.stage, batches, accumulate=accumulate, cache=epoch.cache)
+    with parts.stop.deferred(), batches, ahead as inputs:
         state = train_epoch(
             parts.engine,
             epoch.stage,
-            batches,
-            lambda: loader.cursor,
+            inputs,
             parts.schedule,
             state,
             last_step=last_step,
-            accumulate=config.rows_per_step // (config.micro_rows * ranks.world_size),
             metrics=parts.metrics,
             validate=validate,
             save=save,
@@ -225,12 +237,13 @@ def _go_back(parts: Parts, problem: DivergedError) -> tuple[RunState, History]:
 
 @dataclass(frozen=True, slots=True)
 class _Epoch:
-    """An opened epoch: what its rows and its validation read."""
+    """An opened epoch: what its rows and its validation read; steps alone read through the cache."""
 
     stage: Stage
     reader: Reader
     readings: list[Reading]
     generation: Generation | None
+    cache: CachedRecords | None = None
 
 
 def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) -> _Epoch:
@@ -284,17 +297,18 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
         generation.settings.step,
         f"{len(generation):,}",
     )
-    bank = parts.epochs.reader(generation)
+    cache = CachedRecords(generation, max_bytes=parts.cache_bytes) if reads_bank(memory.source) else None
     stage = MemoryStage(
         neighbours.training_MC,
         neighbours.scores_MC,
         query=memory.query,
         window=parts.window,
-        bank=bank if reads_bank(memory.source) else None,
+        bank=None if cache is None else parts.epochs.reader(generation, cache),
         online=online if encodes_online(memory.source) else None,
         online_share=memory.online_share,
         rows_per_step=parts.config.rows_per_step,
         seed=parts.seed * 1_000_003 + state.epoch,  # other steps of every epoch
+        device=parts.ranks.device,
     )
     readings = text_readings(
         neighbours.validation_MC[:, :, None],
@@ -305,4 +319,4 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
         queries=[memory.query],
         patterns=[Pattern.training],
     )
-    return _Epoch(stage, bank, readings, generation)
+    return _Epoch(stage, parts.epochs.reader(generation), readings, generation, cache)
