@@ -213,7 +213,8 @@ def newest_checkpoint(run: Path) -> Path:
 def checkpoint_bytes(folder: Path) -> dict[str, bytes]:
     """What decides how a run goes on, by name: files, and every tensor of the engine's files, unpickled by nobody."""
     contents = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"):
+    described = ("manifest.json", "config.yaml", "origin.json")  # where it comes from, paths included
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in described):
         name = path.relative_to(folder).as_posix()
         if path.suffix != ".pt":
             contents[name] = path.read_bytes()

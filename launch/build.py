@@ -5,8 +5,11 @@ Not here: anything worth a test of its own.
 
 import logging
 import os
+import subprocess
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -20,7 +23,7 @@ from memorybank import embedder as embedders
 from memorybank.embedder import Embedder, VectorCache
 from memorybank.search import RowSearch
 from model.transformer import Memory3LM
-from train.checkpoint import Checkpoint, Checkpoints
+from train.checkpoint import Checkpoint, Checkpoints, Retention
 from train.config import Precision, StageConfig
 from train.continual import BankEpochs
 from train.distributed import Ranks
@@ -31,6 +34,7 @@ from train.probes import search_probes
 from train.rows import held_out_rows
 from train.run import Parts
 from train.schedule import schedule_of
+from train.stopping import Stop
 
 
 @dataclass(slots=True)
@@ -51,7 +55,14 @@ class Context:
         }
 
     def checkpoints(self, run: Path, *, ranks: Ranks | None = None) -> Checkpoints:
-        return Checkpoints(run, inputs=self.inputs, keep_last=self.config.saving.keep_last, ranks=ranks)
+        saving = self.config.saving
+        return Checkpoints(
+            run,
+            inputs=self.inputs,
+            retention=Retention(last=saving.keep_last, every=saving.keep_every, best=saving.keep_best),
+            ranks=ranks,
+            origin=None if ranks is None or not ranks.is_first else code(),
+        )
 
     def embedder(self) -> Embedder:
         return embedders.build(self.config.retrieval.embedder, device=_device())
@@ -111,7 +122,7 @@ class Context:
         model.load_state_dict(checkpoint.weights())
         return InferenceEngine(model.to(_device()))
 
-    def branch_point(self, run: Path, config: RunConfig) -> Checkpoint:
+    def branch_point(self, run: Path, config: RunConfig, ranks: Ranks) -> Checkpoint:
         """The warmup checkpoint that the continual stage starts from: the last one before the decay."""
         stage = config.continual
         assert stage is not None
@@ -121,7 +132,9 @@ class Context:
             raise ValueError(
                 f"continual.branch_from={stage.branch_from}: {source} has no warmup stage; name the run that has"
             )
-        return self.checkpoints(source).last_of("warmup", at_most=warmup.steps - warmup.decay_steps)
+        return self.checkpoints(source, ranks=ranks).last_of(
+            "warmup", at_most=warmup.steps - warmup.decay_steps
+        )
 
     def parts(
         self,
@@ -133,6 +146,7 @@ class Context:
         checkpoints: Checkpoints,
         metrics: Metrics,
         weights: Checkpoint | None,
+        stop: Stop | None = None,
     ) -> Parts:
         """Everything a stage needs."""
         config = self.config
@@ -181,6 +195,8 @@ class Context:
             row_tokens=config.model.row_tokens,
             cache_bytes=config.bank.cache_mib << 20,
             seed=config.seed,
+            divergence=config.divergence,
+            stop=stop or Stop(),
         )
 
 
@@ -203,6 +219,22 @@ def run_folder(run: str, root: str) -> Path:
     """A run given as a folder, or as its name below the root."""
     path = Path(run)
     return path if (path / "config.yaml").exists() else Path(root) / run
+
+
+def code() -> dict[str, str]:
+    """What computes: versions of this package, of what it stands on, and the commit where there is one."""
+    versions = {}
+    for name in ("memory3-pretrain", "torch", "deepspeed"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    here = Path(__file__).resolve().parent.parent
+    if (here / ".git").exists():
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=here, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        versions["commit"] = described.stdout.strip()
+    return versions
 
 
 def quiet_third_parties() -> None:

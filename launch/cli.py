@@ -7,7 +7,7 @@ import argparse
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launch.devices import DEVICES
@@ -47,6 +47,7 @@ COMMANDS = (
     Command("prepare", "corpus -> tokenizer -> token shards -> references -> search vectors", _OVERRIDES),
     Command("pretrain", "train: the warmup stage, then the continual stage with its memory bank", _OVERRIDES),
     Command("bank", "build, search, edit, verify, look into and copy the memory bank of a run", ""),
+    Command("checkpoint", "list, verify, prune and export the checkpoints of a run", ""),
     Command("evaluate", "held-out text and fact probes, with memory, without, and with shuffled memory", ""),
     Command("generate", "complete a prompt with a run's model, with and without memory", ""),
     Command(
@@ -119,9 +120,52 @@ BANK_ACTIONS = (
 )
 
 
-def _add_bank_actions(bank: argparse.ArgumentParser) -> None:
-    actions = bank.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for action in BANK_ACTIONS:
+CHECKPOINT_ACTIONS = (
+    Command("list", "show what a run has published, and why it stays", ""),
+    Command("verify", "check every byte against its hash; exit code 1 when something is damaged", ""),
+    Command(
+        "prune",
+        "delete the checkpoints that no rule keeps, and what interrupted saves left",
+        "both ends of a stage, branch points, damaged checkpoints and those that are being read always stay; nothing "
+        "is deleted unless one of those that stay is whole",
+    ),
+    Command(
+        "export",
+        "weights, sizes and tokenizer in a folder that others can load",
+        "`memory3 generate` and `evaluate` open it like a run, `train.export.load_exported` as a torch module",
+    ),
+)
+
+
+def _add_checkpoint_arguments(sub: argparse.ArgumentParser, name: str) -> None:
+    _add_run(sub)
+    if name == "export":
+        sub.add_argument("target", metavar="FOLDER", help="folder to be made")
+        sub.add_argument("--checkpoint", metavar="NAME", help="which one (default: the newest that is whole)")
+    if name == "verify":
+        sub.add_argument("checkpoint", nargs="?", metavar="NAME", help="which one (default: all)")
+    if name in ("list", "prune"):
+        for key, what in (
+            ("last", "newest ones of each stage"),
+            ("every", "those of every N steps"),
+            ("best", "those with the lowest validation losses of each stage"),
+        ):
+            sub.add_argument(
+                f"--keep-{key}", type=int, metavar="N", help=f"{what} (default: saving.keep_{key} of the run)"
+            )
+    if name == "list":
+        sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    if name == "prune":
+        sub.add_argument("--dry-run", action="store_true", help="say what would go, and delete nothing")
+
+
+def _add_actions(
+    command: argparse.ArgumentParser,
+    listed: Sequence[Command],
+    add_arguments: Callable[[argparse.ArgumentParser, str], None],
+) -> None:
+    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for action in listed:
         sub = actions.add_parser(
             action.name,
             help=action.summary,
@@ -129,7 +173,7 @@ def _add_bank_actions(bank: argparse.ArgumentParser) -> None:
             epilog=action.details,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        _add_bank_arguments(sub, action.name)
+        add_arguments(sub, action.name)
 
 
 def _add_bank_arguments(sub: argparse.ArgumentParser, name: str) -> None:
@@ -211,7 +255,9 @@ def _add_bank_read(sub: argparse.ArgumentParser) -> None:
 
 def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
     if name == "bank":
-        _add_bank_actions(sub)
+        _add_actions(sub, BANK_ACTIONS, _add_bank_arguments)
+    if name == "checkpoint":
+        _add_actions(sub, CHECKPOINT_ACTIONS, _add_checkpoint_arguments)
     if name in ("evaluate", "generate"):
         _add_run(sub)
     if name == "evaluate":

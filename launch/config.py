@@ -25,6 +25,7 @@ from memorybank.config import (
 from memorybank.record import MemoryShape
 from model.config import ModelConfig
 from train.config import (
+    DivergenceConfig,
     EngineConfig,
     EvaluationConfig,
     LoggingConfig,
@@ -85,6 +86,8 @@ class RunConfig:
     """The stage with memory; null skips it."""
     saving: SavingConfig = field(default_factory=SavingConfig)
     """Checkpoints."""
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    """What is done when training goes wrong."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Progress, wandb and validation inside the loop."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -105,7 +108,9 @@ def check(config: RunConfig) -> None:
     check_bank(config.bank, config.model)
     _check_engine(config.engine)
     _check_optim(config.optim)
-    _at_least(1, "saving", config.saving, "every_steps", "keep_last")
+    _at_least(1, "saving", config.saving, "every_steps", "keep_last", "keep_every")
+    _at_least(0, "saving", config.saving, "keep_best")
+    _check_divergence(config.divergence)
     _at_least(1, "logging", config.logging, "validate_every", "validation_rows")
     sizes = ("text_rows", "max_probes", "answer_tokens", "bootstrap_samples", "batch_rows")
     _at_least(1, "evaluation", config.evaluation, *sizes)
@@ -183,6 +188,17 @@ def _check_optim(optim: OptimConfig) -> None:
         if not getattr(optim, key) > 0:
             raise ValueError(f"optim.{key}={getattr(optim, key)} is not above 0; set a positive number")
     _at_least(0, "optim", optim, "weight_decay")
+
+
+def _check_divergence(divergence: DivergenceConfig) -> None:
+    _at_least(0, "divergence", divergence, "spike_nats", "spike_sigmas", "margin_steps", "max_rollbacks")
+    _at_least(2, "divergence", divergence, "window_steps")
+    _at_least(1, "divergence", divergence, "patience")
+    if not 0 < divergence.lr_factor <= 1:
+        raise ValueError(
+            f"divergence.lr_factor={divergence.lr_factor} is not within 0 and 1; set 1 to leave the learning rate, "
+            "or for example 0.5"
+        )
 
 
 def _check_stage(name: str, stage: StageConfig, config: RunConfig) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data.files import MANIFEST
 from launch import build
 from launch.compose import load_config
 from launch.config import RunConfig
@@ -202,16 +203,19 @@ def library_folder(run: Path, given: str | None) -> Path:
 
 
 def open_run(run: str, root: str) -> OpenedRun:
-    """Open a run by folder or name.
+    """Open a run by folder or name, or an export (`train.export`) by folder.
 
     Raises:
         ValueError: There is no such run, or it has no checkpoint that passes verification.
     """
     folder = build.run_folder(run, root)
     context = run_context(run, root)
-    checkpoint = context.checkpoints(folder).newest()
+    checkpoints = context.checkpoints(folder)
+    is_export = (folder / MANIFEST).exists()
+    checkpoint = checkpoints.open(folder) if is_export else checkpoints.newest()
     if checkpoint is None:
         raise ValueError(f"{folder} has no checkpoint yet; train it with `memory3 pretrain` first")
+    checkpoint.hold()
     return OpenedRun(folder, context.config, context, checkpoint, context.inference_engine(checkpoint))
 
 

@@ -11,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from launch import preflight
 from launch.compose import compose_config, differences, load_config, save_config, to_yaml
 from launch.config import Resume, RunConfig
 from launch.lock import only_user
+from train.stopping import STOPPED
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +25,17 @@ _MAY_CHANGE = (
     "paths.",
     "logging.",
     "saving.",
+    "divergence.",
     "evaluation.",
     "engine.threads_per_rank",
+    "engine.num_ranks",
+    "warmup.micro_rows",
+    "continual.micro_rows",
     "bank.cache_mib",
     "bank.cold_gib",
     "data.num_workers",
 )
-"""Keys that a resumed run may change: they decide nothing about what is trained."""
+"""Keys that a resumed run may change: they decide nothing about what is trained on, nor in which order."""
 
 
 _USER_ERROR = 2
@@ -55,14 +61,18 @@ def pretrain(config: RunConfig) -> int:
         ValueError: The folder is in use by another process, or holds a run of another configuration.
     """
     folder = Path(config.paths.root) / config.run
-    folder.mkdir(parents=True, exist_ok=True)
+    preflight.write_rate(folder)
     with only_user(folder):
-        freeze(config, folder)
+        num_references = freeze(config, folder)
+        preflight.check(config, folder, num_references=num_references)
         return _start_ranks(config, folder)
 
 
-def freeze(config: RunConfig, folder: Path) -> None:
+def freeze(config: RunConfig, folder: Path) -> int:
     """Write config.yaml into the run folder, filled in with what the tokenizer decides.
+
+    Returns:
+        The references of the prepared corpus.
 
     Raises:
         ValueError: The folder holds a run of another configuration.
@@ -89,6 +99,7 @@ def freeze(config: RunConfig, folder: Path) -> None:
                 "keys their old values to resume"
             )
     save_config(config, path)
+    return len(prepared.references)
 
 
 def _start_ranks(config: RunConfig, folder: Path) -> int:
@@ -97,15 +108,21 @@ def _start_ranks(config: RunConfig, folder: Path) -> int:
     package_root = str(Path(__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     ranks = subprocess.Popen(command, env=environment, close_fds=False)
-    previous = signal.signal(signal.SIGTERM, lambda *_: ranks.terminate())
+    handlers = {
+        number: signal.signal(number, lambda number, _: ranks.send_signal(number))
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    }
     try:
         code = ranks.wait()
     except KeyboardInterrupt:
         ranks.terminate()
         code = ranks.wait()
     finally:
-        signal.signal(signal.SIGTERM, previous)
-    if code not in (0, _USER_ERROR):
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if code in STOPPED:
+        log.info("the run was stopped (exit code %d); the same command goes on where it was", code)
+    elif code not in (0, _USER_ERROR):
         log.error(
             "the run ended early (exit code %d); the same command goes on at its newest checkpoint", code
         )

@@ -1,6 +1,7 @@
 """One rank of a run: reads the frozen configuration of a run folder, trains both stages, or goes on where it stopped.
 
-Started by `launch.agent`: `python -m launch.worker RUN_FOLDER`.
+Started by `launch.agent`: `python -m launch.worker RUN_FOLDER`. Exit codes: 0 done, 1 a crash, 2 a mistake of the user
+(or a full disk), 3 training diverged beyond help, 128 + n stopped by signal n, with nothing lost.
 Not here: composing the configuration (`launch.compose`), what a stage does (`train.run`).
 """
 
@@ -12,15 +13,18 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from data.files import write_atomic
 from launch import build
 from launch.compose import load_config
 from launch.config import RunConfig
 from launch.lock import one_of_ranks
 from train import distributed
-from train.checkpoint import Checkpoint
-from train.metrics import JsonLines, Metrics, ProgressBar, Sink, Wandb
+from train.checkpoint import Checkpoint, cannot_write
+from train.divergence import HopelessError
+from train.metrics import JsonLines, Metrics, ProgressBar, Sink, Wandb, read_metrics
 from train.run import run_stage
 from train.state import History, RunState
+from train.stopping import Stop, StoppedError
 
 log = logging.getLogger(__name__)
 
@@ -28,42 +32,55 @@ _GRACE_SECONDS = 3
 """A rank that failed because it lost its peers is ended within this time, and only the first cause is shown."""
 
 
+DIVERGED = 3
+
+
 def main(run: Path) -> int:
     """Train what the run folder's configuration asks for.
 
     Returns:
-        0, or 2 after a mistake of the user, which `launch.agent` says once for all ranks.
+        The exit code; what a user has to know of an early end, `launch.agent` says once for all ranks.
     """
+    stop = Stop()
+    stop.listen(leave)
     try:
         with one_of_ranks(run):
-            _run(run)
-    except ValueError as problem:
+            _run(run, stop)
+    except StoppedError as stopped:
+        log.info("%s, and published a checkpoint", stopped)
+        return stop.exit_code
+    except (ValueError, HopelessError) as problem:
         get_error_handler().record_exception(problem)
-        return 2
+        return DIVERGED if isinstance(problem, HopelessError) else 2
     except Exception as problem:
+        if cannot_write(problem):
+            said = f"{problem}; what was published is as it was: make room, and the same command goes on"
+            get_error_handler().record_exception(ValueError(said))
+            return 2
         time.sleep(_GRACE_SECONDS)
         get_error_handler().record_exception(problem)
         raise
     return 0
 
 
-def _run(run: Path) -> None:
+def _run(run: Path, stop: Stop) -> None:
     config = load_config(run / "config.yaml")
     ranks = distributed.start(threads=config.engine.threads_per_rank)
     logging.basicConfig(level=logging.INFO if ranks.is_first else logging.ERROR, format="%(message)s")
     try:
         build.quiet_third_parties()
-        _train(run, config, ranks)
+        _train(run, config, ranks, stop)
         ranks.barrier()  # nobody leaves while a peer still speaks to it
     finally:
         distributed.stop()
 
 
-def _train(run: Path, config: RunConfig, ranks: distributed.Ranks) -> None:
+def _train(run: Path, config: RunConfig, ranks: distributed.Ranks, stop: Stop | None = None) -> None:
     context = build.context(config)
     checkpoints = context.checkpoints(run, ranks=ranks)
     newest = checkpoints.newest()
     if newest is None:
+        _refuse_a_new_beginning(run)
         log.info("no checkpoint in %s: starting from the beginning", run)
     elif _is_finished(config, newest.state):
         log.info(
@@ -72,6 +89,8 @@ def _train(run: Path, config: RunConfig, ranks: distributed.Ranks) -> None:
         return
     else:
         log.info("resuming from %s", newest.folder)
+        if ranks.is_first:
+            _restore_wandb_id(run, newest)
     position = _start(config, newest)
     with Metrics(_sinks(run, config, position, ranks)) as metrics:
         for name in ("warmup", "continual"):
@@ -81,11 +100,18 @@ def _train(run: Path, config: RunConfig, ranks: distributed.Ranks) -> None:
             resumed = newest if newest is not None and newest.state.stage == name else None
             source = None
             if resumed is None and name == "continual":
-                source = context.branch_point(run, config)
+                source = context.branch_point(run, config, ranks)
                 if ranks.is_first:
                     log.info("continual stage branches from %s", source.folder)
             parts = context.parts(
-                name, stage, run, ranks=ranks, checkpoints=checkpoints, metrics=metrics, weights=source
+                name,
+                stage,
+                run,
+                ranks=ranks,
+                checkpoints=checkpoints,
+                metrics=metrics,
+                weights=source,
+                stop=stop,
             )
             if resumed is not None:
                 parts.engine.load(resumed.folder)
@@ -96,6 +122,25 @@ def _train(run: Path, config: RunConfig, ranks: distributed.Ranks) -> None:
             else:
                 state, history = RunState(stage=name), History.empty(context.prepared.shards.num_documents)
             run_stage(parts, state, history)
+
+
+def _refuse_a_new_beginning(run: Path) -> None:
+    """A run that has published checkpoints and has none now does not begin anew unless it is asked to."""
+    path = run / "metrics.jsonl"
+    published = (
+        [line["checkpoint"] for line in read_metrics(path) if "checkpoint" in line] if path.exists() else []
+    )
+    if published:
+        raise ValueError(
+            f"{run} published {published[-1]}, and {run / 'checkpoints'} holds none now; restore it from a copy, or "
+            f"begin anew: set run=NAME to a new folder, or delete {path}"
+        )
+
+
+def _restore_wandb_id(run: Path, newest: Checkpoint) -> None:
+    known = newest.origin().get("wandb")
+    if known is not None and not (run / "wandb-id").exists():
+        write_atomic(run / "wandb-id", known.encode())
 
 
 def _start(config: RunConfig, newest: Checkpoint | None) -> RunState:
@@ -127,11 +172,17 @@ def _sinks(run: Path, config: RunConfig, position: RunState, ranks: distributed.
     return sinks
 
 
-if __name__ == "__main__":
-    code = main(Path(sys.argv[1]))
+def leave(code: int) -> None:
+    """End this process.
+
+    Everything that counts is written and closed. An ordinary exit also destroys the libraries' globals, and gloo's
+    threads have been seen to abort a finished rank there ("terminate called without an active exception").
+    """
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Everything is written and closed by now. An ordinary exit also destroys the libraries' globals, and gloo's threads
-    # have been seen to abort a finished rank there ("terminate called without an active exception").
     os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(Path(sys.argv[1])))

@@ -103,6 +103,30 @@ class SavingConfig:
     """Steps between two checkpoints; both ends of a stage are always saved."""
     keep_last: int = 2
     """Newest checkpoints kept per stage; the ends of stages and branch points always stay."""
+    keep_every: int | None = None
+    """Checkpoints of every so many steps stay; null keeps none for that reason."""
+    keep_best: int = 1
+    """Checkpoints of the lowest validation losses that stay, per stage; 0 keeps none for that reason."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DivergenceConfig:
+    """When training counts as gone wrong, and what is done: back to a checkpoint, and past the rows that did it."""
+
+    spike_nats: float | None = 0.5
+    """A loss so many nats above the median of the last good ones is bad; null watches for NaN and Inf alone."""
+    spike_sigmas: float = 6.0
+    """It must also be so many standard deviations (estimated from their median deviation) above them."""
+    window_steps: int = 64
+    """Good updates whose losses are compared with; none stands out before there are so many."""
+    patience: int = 5
+    """Bad updates in a row before the run goes back; gradients that are not finite are left out meanwhile."""
+    margin_steps: int = 1
+    """Updates passed over before the first bad one and after the last, besides the bad ones."""
+    lr_factor: float = 1.0
+    """The learning rate of the rest of the stage is multiplied by this at every rollback; 1 leaves it."""
+    max_rollbacks: int = 3
+    """Rollbacks of a stage before the run ends with an error."""
 
 
 @dataclass(kw_only=True, slots=True)

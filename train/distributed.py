@@ -56,6 +56,10 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is set on any rank; a collective, with the same answer everywhere."""
+        return bool(self.sum(torch.tensor([float(flag)])).item())
+
     def broadcast(self, value: Any) -> Any:
         """Send a small picklable value of rank 0 to all ranks."""
         if self.world_size == 1:

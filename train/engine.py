@@ -2,7 +2,7 @@
 
 One `train_step` is one optimizer update: accumulation, averaging over ranks, clipping and skipping happen inside.
 DeepSpeed's JSON is derived from our typed settings. Its checkpoint files are written into a folder that
-`train.checkpoint` publishes, and are read with pickles switched off.
+`train.checkpoint` publishes, and are read with pickles switched off, by any number of ranks.
 Not here: which batch comes next (`loop`), the checkpoint's container (`checkpoint`).
 """
 
@@ -10,14 +10,17 @@ import io
 import json
 import logging
 import os
+import shutil
+from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.attention import AttentionShares
@@ -28,6 +31,8 @@ from train.config import EngineConfig, OptimConfig, Precision
 from train.distributed import Ranks
 from train.optim import parameter_groups
 
+UNIVERSAL = ".universal"
+"""Ending of a folder that lies beside a checkpoint while another number of ranks reads it."""
 _TAG = "engine"
 
 
@@ -53,13 +58,13 @@ class StepResult:
     Attributes:
         loss: Mean next-token loss over all ranks and micro-batches, in nats.
         tokens: Targets behind the loss, over all ranks.
-        grad_norm: Global norm before clipping.
+        grad_norm: Global norm before clipping; None in float32 without ZeRO, where DeepSpeed does not keep it.
         skipped: Whether the update was left out because the gradient was not finite.
     """
 
     loss: float
     tokens: int
-    grad_norm: float
+    grad_norm: float | None
     skipped: bool
 
 
@@ -152,19 +157,21 @@ class DeepSpeedEngine:
         engine.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        totals = torch.zeros(2, dtype=torch.float64)
+        totals = torch.zeros(4, dtype=torch.float64)
         for micro in inputs:
             loss = self._forward(micro)
             engine.backward(loss.sum / loss.count.clamp(min=1))
             engine.step()
-            totals += torch.stack([loss.sum.detach().double(), loss.count.double()]).cpu()
-        totals = self._ranks.sum(totals)
+            totals[:2] += torch.stack([loss.sum.detach().double(), loss.count.double()]).cpu()
         norm = engine.get_global_grad_norm()
+        totals[2] = 0.0 if norm is None else float(norm)
+        totals[3] = not engine.was_step_applied()
+        totals = self._ranks.sum(totals)  # what is decided from these numbers is decided alike on every rank
         return StepResult(
             loss=(totals[0] / totals[1].clamp(min=1)).item(),
             tokens=int(totals[1]),
-            grad_norm=float("nan") if norm is None else float(norm),
-            skipped=not engine.was_step_applied(),
+            grad_norm=None if norm is None else totals[2].item() / self._ranks.world_size,
+            skipped=bool(totals[3]),
         )
 
     @torch.no_grad()
@@ -214,6 +221,7 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        save_file(_generators(self._ranks.device), folder / _TAG / self._generators_file)
         if self._ranks.is_first:  # helper scripts, which nobody should have to run
             for script in folder.glob("*.py"):
                 script.unlink()
@@ -222,9 +230,39 @@ class DeepSpeedEngine:
         _forbid_pickles()
         if not (folder / _TAG).is_dir():
             raise ValueError(f"{folder} holds no engine state; it was not written by this version")
+        partitions = len(list((folder / _TAG).glob("*_optim_states.pt")))
+        if self._zero_stage > 0 and partitions != self._ranks.world_size:
+            self._load_divided_anew(folder)
+        else:
+            self._load_from(folder)
+        generators = folder / _TAG / self._generators_file
+        if generators.exists():  # with more ranks than there were, the new ones keep their own
+            _set_generators(load_file(generators))
+
+    def _load_divided_anew(self, folder: Path) -> None:
+        """Load what another number of ranks wrote, by way of DeepSpeed's universal format."""
+        whole = folder.with_name(folder.name + UNIVERSAL)
+        config = self._engine._config
+        try:
+            if self._ranks.is_first:
+                _make_universal(folder / _TAG, whole / _TAG)
+            self._ranks.barrier()
+            config.load_universal_checkpoint = True
+            self._load_from(whole)
+            self._ranks.barrier()
+        finally:
+            config.load_universal_checkpoint = False
+            if self._ranks.is_first:
+                shutil.rmtree(whole, ignore_errors=True)
+
+    def _load_from(self, folder: Path) -> None:
         with redirect_stdout(io.StringIO()):
             loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         assert loaded is not None
+
+    @property
+    def _generators_file(self) -> str:
+        return f"generators_rank_{self._ranks.rank}.safetensors"
 
     def _forward(self, inputs: ModelInput) -> LossSum:
         batch = _to(inputs, self._ranks.device)
@@ -315,6 +353,20 @@ def hash_weights(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """States of the random number generators of this process (nothing else draws: rows and order come from seeds)."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_generators(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
 def _to(inputs: ModelInput, device: torch.device) -> ModelInput:
     if inputs.tokens_BT.device == device:
         return inputs
@@ -339,6 +391,25 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     # leaves a lock that the next start waits for. gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _make_universal(engine: Path, out: Path) -> None:
+    """Turn the partitions of all ranks into whole tensors; in this process, where pickles are forbidden."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(out, ignore_errors=True)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        ds_to_universal.main(
+            Namespace(
+                input_folder=str(engine),
+                output_folder=str(out),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )
 
 
 def _forbid_pickles() -> None:

@@ -7,9 +7,10 @@ Not here: how an epoch is opened (`continual`), how a run is put together (`laun
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from train.config import DivergenceConfig
 from train.engine import Engine
 from train.inputs import StepInputs
 from train.metrics import Metrics
@@ -32,9 +33,12 @@ def train_epoch(
     metrics: Metrics,
     validate: Validate,
     save: Save,
-    max_skipped: int = 20,
+    divergence: DivergenceConfig,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> RunState:
     """Train up to `last_step` finished updates of the stage and return where that leaves the run.
+
+    A checkpoint is published when the schedule says so, at `last_step`, and before an early return.
 
     Args:
         engine: Makes the updates.
@@ -46,12 +50,12 @@ def train_epoch(
         metrics: Where each step is reported, once.
         validate: Reads held-out text.
         save: Publishes a checkpoint.
-        max_skipped: Updates in a row without a finite gradient that end the run.
+        divergence: When training counts as gone wrong.
+        stopping: Whether to return early; a collective, asked after every step.
 
     Raises:
-        FloatingPointError: After `max_skipped` skipped updates in a row.
+        DivergedError: The updates since the last good one are not to be kept.
     """
-    skipped_in_a_row = 0
     collected = gc.isenabled()
     gc.collect()
     gc.disable()  # a collection in the middle of a step stalls every rank
@@ -60,39 +64,45 @@ def train_epoch(
             started = time.perf_counter()
             given = next(inputs)
             fetched = time.perf_counter()
-            lr = schedule.learning_rate(state.step)
-            result = engine.train_step(given.micro, lr=lr)
-            state = state.after(result, cursor=given.cursor)
-            ended = time.perf_counter()
-            reads = stage.reads(state.cursor)
-            metrics.log(
-                stage=state.stage,
-                step=state.step,
-                num_steps=schedule.num_steps,
-                epoch=state.epoch,
-                loss=result.loss,
-                grad_norm=result.grad_norm,
-                lr=lr,
-                skipped=result.skipped,
-                tokens=state.tokens,
-                tokens_per_second=result.tokens / (ended - started),
-                seconds_data=fetched - started,
-                seconds_update=ended - fetched,
-                generation=state.generation,
-                generation_age=None if state.generation is None else state.step - state.epoch_step,
-                **({} if reads is None else asdict(reads)),
-                **({} if given.reading is None else asdict(given.reading)),
-            )
-            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-            if skipped_in_a_row >= max_skipped:
-                raise FloatingPointError(
-                    f"{skipped_in_a_row} updates in a row had no finite gradient ({state.stage}, step {state.step}); "
-                    f"lower {state.stage}.peak_lr (now {schedule.peak_lr}) and resume from an earlier checkpoint"
+            if state.health.passes_over(state.step):
+                state = state.passing_over(cursor=given.cursor)
+                metrics.log(stage=state.stage, step=state.step, passed_over=True)
+            else:
+                lr = schedule.learning_rate(state.step) * state.health.lr_factor
+                result = engine.train_step(given.micro, lr=lr)
+                health = state.health.after(result, divergence)
+                state = state.after(result, cursor=given.cursor, health=health)
+                ended = time.perf_counter()
+                reads = stage.reads(state.cursor)
+                metrics.log(
+                    stage=state.stage,
+                    step=state.step,
+                    num_steps=schedule.num_steps,
+                    epoch=state.epoch,
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    lr=lr,
+                    skipped=result.skipped,
+                    tokens=state.tokens,
+                    tokens_per_second=result.tokens / (ended - started),
+                    seconds_data=fetched - started,
+                    seconds_update=ended - fetched,
+                    generation=state.generation,
+                    generation_age=None if state.generation is None else state.step - state.epoch_step,
+                    **({} if reads is None else asdict(reads)),
+                    **({} if given.reading is None else asdict(given.reading)),
                 )
-            if schedule.validates(state.step):
-                metrics.log(stage=state.stage, step=state.step, **validate(state))
-            if schedule.saves(state.step):
+                state.health.judge(state.step, result, divergence)
+            stopped = stopping()
+            if schedule.validates(state.step) and not stopped:
+                measured = validate(state)
+                metrics.log(stage=state.stage, step=state.step, **measured)
+                loss = measured.get("validation_memory", measured["validation_none"])
+                state = replace(state, validation=loss)
+            if schedule.saves(state.step) or state.step == last_step or stopped:
                 save(state)
+            if stopped:
+                break
             if state.step % 100 == 0:
                 gc.collect()
     finally:

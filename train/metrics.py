@@ -30,6 +30,10 @@ class Sink(Protocol):
         """Take one line of metrics."""
         ...
 
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what came after a step that the run goes back to."""
+        ...
+
     def close(self) -> None:
         """Flush and let go."""
         ...
@@ -40,19 +44,18 @@ class JsonLines:
 
     def __init__(self, path: Path, *, stage: str, step: int) -> None:
         """Open for appending after (`stage`, `step`); what a killed run wrote beyond is cut off."""
-        if path.exists():
-            kept = [
-                line
-                for line in _complete_lines(path)
-                if _position(json.loads(line)) <= (_STAGE_ORDER[stage], step)
-            ]
-            write_atomic(path, "".join(kept).encode())
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        _cut(path, stage, step)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, values: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
+
+    def rewind(self, stage: str, step: int) -> None:
+        self._file.close()
+        _cut(self._path, stage, step)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         self._file.close()
@@ -84,6 +87,9 @@ class ProgressBar:
         self._progress.update(
             self._task, completed=values["step"], loss=values["loss"], rate=values["tokens_per_second"]
         )
+
+    def rewind(self, stage: str, step: int) -> None:
+        return None
 
     def close(self) -> None:
         self._progress.stop()
@@ -120,6 +126,9 @@ class Wandb:
             log.warning("wandb went quiet: %s", problem)
             self._run = None
 
+    def rewind(self, stage: str, step: int) -> None:
+        return None  # wandb keeps what it has; the line that tells of the rollback follows
+
     def close(self) -> None:
         if self._run is not None:
             self._run.finish()
@@ -136,6 +145,11 @@ class Metrics:
         values = {**values, "time": time.time()}
         for sink in self._sinks:
             sink.log(values)
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what came after a step that the run goes back to."""
+        for sink in self._sinks:
+            sink.rewind(stage, step)
 
     def __enter__(self) -> Self:
         return self
@@ -155,6 +169,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _complete_lines(path: Path) -> list[str]:
     with path.open(encoding="utf-8", newline="\n") as lines:
         return [line for line in lines if line.endswith("\n")]
+
+
+def _cut(path: Path, stage: str, step: int) -> None:
+    """Keep the complete lines up to (`stage`, `step`)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        end = (_STAGE_ORDER[stage], step)
+        kept = [line for line in _complete_lines(path) if _position(json.loads(line)) <= end]
+        write_atomic(path, "".join(kept).encode())
 
 
 def _position(line: Mapping[str, Any]) -> tuple[int, int]:

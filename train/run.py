@@ -2,12 +2,15 @@
 
     while steps are left:  plan rows -> open the epoch (grow, search, compile) -> train -> publish a checkpoint
 
+When training diverges the stage goes back to the newest checkpoint before the bad updates, publishes it again with the
+rows that it will pass over, and goes on: a kill at any time then resumes the same way.
 Not here: a single epoch's loop (`loop`), assembling the parts from a configuration (`launch.build`).
 """
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from time import perf_counter
 from typing import Any
 
 from data.loader import Loader, read_rows
@@ -18,10 +21,11 @@ from memorybank.bank import OnlineReader
 from memorybank.cache import CachedRecords
 from memorybank.store import Generation
 from train.arms import Arm, Bank, Pattern, Reading, text_readings
-from train.checkpoint import Checkpoints
-from train.config import StageConfig
+from train.checkpoint import Checkpoints, Documents
+from train.config import DivergenceConfig, StageConfig
 from train.continual import BankEpochs, Rows
 from train.distributed import Ranks
+from train.divergence import DivergedError, HopelessError
 from train.engine import Engine
 from train.evaluate import Setting, TextSet, memory_attention, validation_losses
 from train.inputs import InputsAhead
@@ -31,6 +35,7 @@ from train.rows import plan_epoch
 from train.schedule import Schedule, epoch_begins
 from train.stages import MemoryStage, PlainStage, Reader, Stage, encodes_online, reads_bank
 from train.state import History, RunState
+from train.stopping import Stop, StoppedError
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +61,8 @@ class Parts:
     row_tokens: int
     cache_bytes: int
     seed: int
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    stop: Stop = field(default_factory=Stop)
 
 
 def run_stage(parts: Parts, state: RunState, history: History) -> tuple[RunState, History]:
@@ -68,6 +75,10 @@ def run_stage(parts: Parts, state: RunState, history: History) -> tuple[RunState
 
     Returns:
         The position at the end, and the history then.
+
+    Raises:
+        StoppedError: A signal asked for it; a checkpoint is published.
+        HopelessError: Training diverged too often, or not one update was made.
     """
     schedule = parts.schedule
     if parts.config.memory is not None and (begins := epoch_begins(parts.config)):
@@ -78,6 +89,22 @@ def run_stage(parts: Parts, state: RunState, history: History) -> tuple[RunState
             schedule.num_steps,
             parts.config.epoch_steps,
         )
+    while True:
+        try:
+            state, history = _train_to_end(parts, state, history)
+        except DivergedError as problem:
+            state, history = _go_back(parts, problem)
+            continue
+        if state.skipped >= state.step:
+            raise HopelessError(
+                f"not one of the {state.step} updates of the {parts.name} stage was made: no gradient was finite; "
+                f"lower {parts.name}.peak_lr (now {parts.schedule.peak_lr:g}), or look into the data"
+            )
+        return state, history
+
+
+def _train_to_end(parts: Parts, state: RunState, history: History) -> tuple[RunState, History]:
+    schedule = parts.schedule
     while True:
         rows = plan_epoch(
             parts.shards,
@@ -112,7 +139,7 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
     def save(now: RunState) -> None:
         read = history.after(plan, now.cursor).finished
         keep = now.step in (parts.schedule.branch_step, parts.schedule.num_steps)
-        parts.checkpoints.save(parts.engine, now, history, read, keep=keep)
+        _publish(parts, now, history, read, keep=keep)
 
     def validate(now: RunState) -> dict[str, Any]:
         setting = Setting(label=parts.name, reader=epoch.reader, batch_rows=config.micro_rows, ranks=ranks)
@@ -139,7 +166,8 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
         cursor=state.cursor,
     )
     accumulate = config.rows_per_step // (config.micro_rows * ranks.world_size)
-    with batches, InputsAhead(epoch.stage, batches, accumulate=accumulate, cache=epoch.cache) as inputs:
+    ahead = InputsAhead(epoch.stage, batches, accumulate=accumulate, cache=epoch.cache)
+    with parts.stop.deferred(), batches, ahead as inputs:
         state = train_epoch(
             parts.engine,
             epoch.stage,
@@ -150,10 +178,61 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
             metrics=parts.metrics,
             validate=validate,
             save=save,
+            divergence=parts.divergence,
+            stopping=lambda: ranks.any(parts.stop.requested),
         )
-    if not parts.schedule.saves(state.step):
-        save(state)  # the edge of a bank epoch: a kill in the next compilation costs no training
+        if state.step < last_step:
+            raise StoppedError(f"stopped after {state.step} steps of the {parts.name} stage")
     return state
+
+
+def _publish(parts: Parts, state: RunState, history: History, read: Documents, *, keep: bool) -> None:
+    started = perf_counter()
+    folder = parts.checkpoints.save(parts.engine, state, history, read, keep=keep)
+    seconds = perf_counter() - started
+    parts.metrics.log(stage=state.stage, step=state.step, checkpoint=folder.name, seconds_save=seconds)
+
+
+def _go_back(parts: Parts, problem: DivergedError) -> tuple[RunState, History]:
+    """Load the newest checkpoint before the bad updates, and publish it with what will be passed over; a collective.
+
+    Later ones are deleted first: a kill in between resumes before the bad updates, and meets them once more.
+    """
+    config, name = parts.divergence, parts.name
+    remedy = f"lower {name}.peak_lr (now {parts.schedule.peak_lr:g}), or look into the rows of these updates"
+    first, last = problem.window(config)
+    if problem.health.rollbacks >= config.max_rollbacks:
+        raise HopelessError(
+            f"{name} stage: {problem}, after {problem.health.rollbacks} rollbacks "
+            f"(divergence.max_rollbacks={config.max_rollbacks}); {remedy}"
+        )
+    checkpoint = parts.checkpoints.before(name, first)
+    if checkpoint is None:
+        raise HopelessError(
+            f"{name} stage: {problem}, and there is no {name} checkpoint before update {first + 1} to go back to; "
+            f"{remedy}, or lower saving.every_steps"
+        )
+    parts.engine.load(checkpoint.folder)
+    health = problem.health.back_at(checkpoint.state.health, (first, last), config)
+    state = replace(checkpoint.state, health=health)
+    log.warning(
+        "%s: going back to %s, and passing over the rows of updates %d to %d; learning rate x %g (rollback %d of %d)",
+        problem, checkpoint.folder.name, first + 1, last, health.lr_factor, health.rollbacks, config.max_rollbacks,
+    )  # fmt: skip
+    parts.checkpoints.withdraw_after(state)
+    parts.metrics.rewind(state.stage, state.step)
+    parts.metrics.log(
+        stage=state.stage,
+        step=state.step,
+        rollback=health.rollbacks,
+        diverged_at=problem.step,
+        reason=problem.reason,
+        passed_over_first=first + 1,
+        passed_over_last=last,
+        lr_factor=health.lr_factor,
+    )
+    _publish(parts, state, checkpoint.history, checkpoint.read, keep=checkpoint.keep)
+    return state, checkpoint.history
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ Not here: how it is written to disk (`checkpoint`).
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.packing import RowPlan
+from train.divergence import Health
 from train.engine import StepResult
 
 
@@ -28,9 +29,11 @@ class RunState:
         epoch_step: Value of `step` when the epoch began.
         cursor: Rows of the epoch's plan consumed by the whole run.
         tokens: Targets trained on in this run, both stages.
-        skipped: Updates left out because a gradient was not finite.
+        skipped: Updates left out: a gradient was not finite, or their rows were passed over.
         generation: Name of the bank generation that the epoch reads, None without one.
         generation_fingerprint: Its fingerprint: a resumed epoch reads exactly this one.
+        validation: Loss of held-out text with these very weights, None when it was not measured.
+        health: How the stage has been going.
     """
 
     stage: str
@@ -42,8 +45,10 @@ class RunState:
     skipped: int = 0
     generation: str | None = None
     generation_fingerprint: str | None = None
+    validation: float | None = None
+    health: Health = field(default_factory=Health)
 
-    def after(self, result: StepResult, *, cursor: int) -> Self:
+    def after(self, result: StepResult, *, cursor: int, health: Health | None = None) -> Self:
         """The state after one more update."""
         return replace(
             self,
@@ -51,7 +56,13 @@ class RunState:
             cursor=cursor,
             tokens=self.tokens + result.tokens,
             skipped=self.skipped + result.skipped,
+            validation=None,
+            health=health or self.health,
         )
+
+    def passing_over(self, *, cursor: int) -> Self:
+        """The state after a step whose rows were passed over."""
+        return replace(self, step=self.step + 1, cursor=cursor, skipped=self.skipped + 1)
 
     def next_epoch(self) -> Self:
         """The state at the beginning of the epoch that follows."""
@@ -71,7 +82,9 @@ class RunState:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        return cls(**values)
+        return cls(
+            **{**values, "health": Health.from_json(values["health"])} if "health" in values else values
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ RANK = """
 import os, sys, time
 from pathlib import Path
 from launch import worker
+from train.divergence import HopelessError
 
-def fail(run):
+def fail(run, stop):
     how = (Path(run) / os.environ["RANK"]).read_text()
     if how == "wait":
         time.sleep(60)
@@ -22,7 +23,9 @@ def fail(run):
         os.kill(os.getpid(), 9)
     if how == "lost":
         raise RuntimeError("connection closed by peer")
-    raise {"value": ValueError, "bug": ZeroDivisionError}[how]("this is why")
+    if how == "full":
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+    raise {"value": ValueError, "bug": ZeroDivisionError, "hopeless": HopelessError}[how]("this is why")
 
 worker._run = fail
 worker._GRACE_SECONDS = 30
@@ -35,10 +38,18 @@ sys.exit(worker.main(Path(sys.argv[1])))
     [
         (("value", "lost"), 2, "memory3 pretrain: rank 0: this is why", False),
         (("wait", "value"), 2, "memory3 pretrain: rank 1: this is why", False),
+        (("hopeless", "lost"), 3, "memory3 pretrain: rank 0: this is why", False),
+        (
+            ("full", "wait"),
+            2,
+            "memory3 pretrain: rank 0: [Errno 28] No space left on device: 'metrics.jsonl'; what was "
+            "published is as it was: make room, and the same command goes on",
+            False,
+        ),
         (("wait", "bug"), 1, "memory3 pretrain: rank 1: ZeroDivisionError: this is why", True),
         (("wait", "kill"), 137, "memory3 pretrain: rank 1 was ended by SIGKILL", False),
     ],
-    ids=["peer-lost", "value", "bug", "killed"],
+    ids=["peer-lost", "value", "diverged", "full", "bug", "killed"],
 )
 def test_first_cause_is_said_once(
     ranks: tuple[str, str], code: int, last: str, traceback: bool, tmp_path: Path

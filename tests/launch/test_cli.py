@@ -28,6 +28,7 @@ def _logging(monkeypatch: pytest.MonkeyPatch) -> None:
         "",
         *(command.name for command in cli.COMMANDS),
         *(f"bank {action.name}" for action in cli.BANK_ACTIONS),
+        *(f"checkpoint {action.name}" for action in cli.CHECKPOINT_ACTIONS),
     ],
 )
 def test_help_answers_at_once_without_heavy_imports(command: str) -> None:

@@ -1,15 +1,21 @@
 """Checkpoints of a run, with an engine that has no model: publishing, damage, order, rotation."""
 
+import errno
 import logging
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from data import files
 from tests.support.train import Canary, CountingEngine, state
 from train import checkpoint
-from train.checkpoint import Checkpoint, Checkpoints
+from train.checkpoint import Checkpoint, Checkpoints, Retention, entries, reasons_to_keep
 from train.distributed import Ranks
 from train.state import History
 
@@ -19,15 +25,28 @@ HISTORY = History(np.arange(11) % 2 == 0, np.arange(11).astype(np.uint16))
 READ = np.arange(11) < 7
 
 
-def checkpoints(run: Path, *, keep_last: int = 2, **inputs: str) -> Checkpoints:
-    return Checkpoints(run, inputs=INPUTS | inputs, keep_last=keep_last, ranks=ALONE)
+def checkpoints(
+    run: Path, *, keep_last: int = 2, retention: Retention | None = None, **inputs: str
+) -> Checkpoints:
+    return Checkpoints(
+        run, inputs=INPUTS | inputs, retention=retention or Retention(last=keep_last), ranks=ALONE
+    )
 
 
-def save(run: Path, step: int, *, stage: str = "warmup", keep: bool = False, keep_last: int = 9) -> Path:
+def save(
+    run: Path,
+    step: int,
+    *,
+    stage: str = "warmup",
+    keep: bool = False,
+    keep_last: int = 99,
+    retention: Retention | None = None,
+    validation: float | None = None,
+) -> Path:
     engine = CountingEngine()
     engine.updates = step
-    return checkpoints(run, keep_last=keep_last).save(
-        engine, state(step, stage=stage), HISTORY, READ, keep=keep
+    return checkpoints(run, keep_last=keep_last, retention=retention).save(
+        engine, state(step, stage=stage, validation=validation), HISTORY, READ, keep=keep
     )
 
 
@@ -182,10 +201,179 @@ def test_a_pickle_in_place_of_an_array_is_never_executed(
     np.save(folder / f"{name}.npy", np.array([Canary(canary)], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=f"{name}.npy"):
         checkpoints(tmp_path).open(folder)  # the hash says so first
-    monkeypatch.setattr(checkpoint, "_damage", lambda folder: None)
-    monkeypatch.setattr(checkpoint, "open_manifest", lambda *args, **kwargs: None)
+    monkeypatch.setattr(checkpoint, "damage", lambda folder: None)
+    monkeypatch.setattr(
+        checkpoint, "open_manifest", lambda *args, **kwargs: SimpleNamespace(settings={"keep": False})
+    )
     with pytest.raises(ValueError, match="allow_pickle"):
         checkpoints(tmp_path).open(folder)
     assert not canary.exists()
     np.load(folder / f"{name}.npy", allow_pickle=True)
     assert canary.exists()  # it does sing
+
+
+def test_retention_keeps_every_nth_and_the_best(tmp_path: Path) -> None:
+    losses = {3: 2.5, 6: 2.0, 9: 2.2, 12: float("nan")}
+    for step in range(1, 15):
+        save(tmp_path, step, validation=losses.get(step))
+    rules = Retention(last=2, every=5, best=1)
+    reasons = reasons_to_keep(entries(tmp_path), rules)
+    kept = {folder.name: why for folder, why in reasons.items() if why}
+    assert kept == {
+        "warmup-00000005": ["every 5"],
+        "warmup-00000006": ["best"],
+        "warmup-00000010": ["every 5"],
+        "warmup-00000013": ["last 2"],
+        "warmup-00000014": ["last 2"],
+    }
+    save(tmp_path, 15, retention=rules, validation=1.9)
+    assert names(tmp_path) == [f"warmup-{step:08d}" for step in (5, 10, 14, 15)]  # 15 is the best now
+
+
+def test_damaged_checkpoints_do_not_count_as_the_last_ones(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints/warmup-00000003/state.json").unlink()
+    reasons = reasons_to_keep(entries(tmp_path), Retention(last=1, best=0))
+    assert [why for why in reasons.values()] == [[], ["last 1"], ["damaged"]]
+
+
+def test_a_checkpoint_that_is_read_is_not_deleted(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    newest(tmp_path).hold()
+    save(tmp_path, 2, keep_last=1)
+    assert names(tmp_path) == ["warmup-00000001", "warmup-00000002"]
+
+
+def test_a_lost_manifest_is_damage_and_no_reason_to_begin_anew(tmp_path: Path) -> None:
+    """Faults 3 and 4: nothing but the folders' own manifests says what there is."""
+    (save(tmp_path, 5) / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"all 1 checkpoints in .* are damaged"):
+        checkpoints(tmp_path).newest()
+
+
+def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    folder = save(tmp_path, 10)
+    folder.rename(folder.with_name("warmup-00000099"))
+    assert newest(tmp_path).state.step == 5
+    with pytest.raises(ValueError, match="is not what its name says: it is of warmup, step 10"):
+        checkpoints(tmp_path).open(folder.with_name("warmup-00000099"))
+
+
+def test_a_kill_at_any_point_of_a_save_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults 1 and 5: what the disk holds before every operation of a save, and of one that replaces, is resumed."""
+    run = tmp_path / "run"
+    moments: list[Path] = []
+
+    def watch(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def watched(*arguments: Any, **settings: Any) -> Any:
+            moments.append(Path(shutil.copytree(run, tmp_path / f"moment-{len(moments):03d}")))
+            return plain(*arguments, **settings)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    save(run, 5)
+    monkeypatch.setattr(files, "_num_threads", lambda: 1)
+    for owner, operations in (
+        (os, ("fsync",)),
+        (Path, ("rename", "replace", "unlink", "write_text")),
+        (np, ("save",)),
+        (torch, ("save",)),
+        (checkpoint, ("save_file",)),
+        (checkpoint.shutil, ("rmtree",)),
+    ):
+        for name in operations:
+            watch(owner, name)
+    save(run, 10, keep_last=1)
+    save(run, 10, keep_last=1)
+    monkeypatch.undo()
+    assert len(moments) >= 50
+    steps = []
+    for number, moment in enumerate(moments):
+        steps.append(newest(moment).state.step)
+        if number % 6 == 0:
+            save(moment, 10, keep_last=1)
+            assert names(moment) == ["warmup-00000010"]
+    assert steps == sorted(steps)
+    assert set(steps) == {5, 10}
+
+
+@pytest.mark.parametrize(
+    "problem", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EROFS, "ro")]
+)
+def test_a_disk_that_is_full_in_a_save_leaves_the_checkpoint_before_it(
+    problem: OSError, tmp_path: Path
+) -> None:
+    """Fault 2."""
+
+    class Full(CountingEngine):
+        def save(self, folder: Path) -> None:
+            super().save(folder)
+            raise problem
+
+    save(tmp_path, 5)
+    with pytest.raises(
+        ValueError, match=r"warmup-00000010 could not be written: .*bytes are free there.*make room"
+    ):
+        checkpoints(tmp_path).save(Full(), state(10), HISTORY, READ, keep=False)
+    assert newest(tmp_path).state.step == 5
+    save(tmp_path, 10)
+    assert newest(tmp_path).state.step == 10
+
+
+def test_another_error_in_a_save_stays_what_it_is(tmp_path: Path) -> None:
+    class Broken(CountingEngine):
+        def save(self, folder: Path) -> None:
+            raise RuntimeError("lost a peer")
+
+    with pytest.raises(RuntimeError, match="lost a peer"):
+        checkpoints(tmp_path).save(Broken(), state(10), HISTORY, READ, keep=False)
+
+
+def test_one_rank_reads_all_bytes_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Second(Ranks):
+        def broadcast(self, value: Any) -> Any:
+            return folder, None
+
+    folder = save(tmp_path, 5)
+    monkeypatch.setattr(checkpoint, "verify", lambda folder: pytest.fail("read by another rank"))
+    second = Checkpoints(tmp_path, inputs=INPUTS, ranks=Second(1, 2, torch.device("cpu")))
+    found = second.newest()
+    assert found is not None
+    assert found.folder == folder
+
+
+def test_going_back_finds_the_newest_before_and_withdraws_what_follows(tmp_path: Path) -> None:
+    save(tmp_path, 3, stage="continual")
+    for step in (4, 8, 12, 16):
+        save(tmp_path, step)
+    damage(tmp_path / "checkpoints/warmup-00000008/state.json")
+    found = checkpoints(tmp_path).before("warmup", 11)
+    assert found is not None
+    assert found.state.step == 4
+    assert checkpoints(tmp_path).before("warmup", 3) is None
+    checkpoints(tmp_path).withdraw_after(found.state)
+    assert names(tmp_path) == ["continual-00000003", "warmup-00000004"]
+
+
+def test_a_checkpoint_says_where_it_comes_from(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: x\n")
+    (tmp_path / "wandb-id").write_text("abc")
+    written = Checkpoints(tmp_path, inputs=INPUTS, ranks=ALONE, origin={"torch": "2.0"})
+    folder = written.save(CountingEngine(), state(1), HISTORY, READ, keep=False)
+    assert (folder / "config.yaml").read_text() == "run: x\n"
+    assert newest(tmp_path).origin() == {"torch": "2.0", "wandb": "abc"}
+
+
+def test_a_stage_never_starts_from_a_damaged_checkpoint_or_from_another_corpus(tmp_path: Path) -> None:
+    """Fault 27: nothing older is taken in its place."""
+    save(tmp_path, 5)
+    folder = save(tmp_path, 10)
+    with pytest.raises(ValueError, match="made from shards s0"):
+        checkpoints(tmp_path, shards="s1").last_of("warmup")
+    damage(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{folder} is damaged: model.safetensors"):
+        checkpoints(tmp_path).last_of("warmup")

@@ -1,11 +1,13 @@
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support.train import CountingEngine
+from train.config import DivergenceConfig
+from train.divergence import DivergedError, Health
 from train.engine import ModelInput
 from train.inputs import BankReading, StepInputs
 from train.loop import train_epoch
@@ -17,6 +19,7 @@ from train.state import RunState
 SCHEDULE = Schedule(
     num_steps=8, peak_lr=1.0, final_lr=0.0, ramp_steps=2, decay_steps=2, save_every=3, validate_every=4
 )
+HEALTHY = Health()
 
 
 class Trained:
@@ -29,6 +32,8 @@ class Trained:
         *,
         first: int = 0,
         last_step: int = 8,
+        health: Health = HEALTHY,
+        stopping: Callable[[], bool] = lambda: False,
         reading: BankReading | None = None,
     ) -> None:
         self.reading = reading
@@ -42,12 +47,13 @@ class Trained:
                 PlainStage(),
                 self.inputs(),
                 SCHEDULE,
-                RunState("warmup", step=first, cursor=self.handed_out),
+                RunState("warmup", step=first, cursor=self.handed_out, health=health),
                 last_step=last_step,
                 metrics=metrics,
                 validate=lambda state: self.validated.append(state.step) or {"validation_none": 1.5},
                 save=lambda state: self.saved.append(state.step),
-                max_skipped=3,
+                divergence=DivergenceConfig(patience=3, window_steps=4),
+                stopping=stopping,
             )
 
     def inputs(self) -> Iterator[StepInputs]:
@@ -61,7 +67,9 @@ class Trained:
 def test_counts_updates_and_gives_each_its_micro_batches_and_its_rate(tmp_path: Path) -> None:
     engine = CountingEngine()
     done = Trained(tmp_path, engine)
-    assert done.state == RunState("warmup", step=8, cursor=32, tokens=8 * 2 * 2 * 4)
+    assert done.state == RunState(
+        "warmup", step=8, cursor=32, tokens=8 * 2 * 2 * 4, validation=1.5, health=Health(losses=(1.0,) * 4)
+    )
     assert [len(inputs) for inputs in engine.inputs] == [2] * 8
     first_tokens = [int(micro.tokens_BT[0, 0]) for inputs in engine.inputs for micro in inputs]
     assert first_tokens == list(range(0, 32, 2))
@@ -97,12 +105,54 @@ def test_a_line_says_how_memories_came_from_the_bank(tmp_path: Path) -> None:
     assert not {"cache_hit_rate", "bytes_read", "seconds_stalled"} & without.keys()
 
 
-def test_skipped_updates_are_counted_and_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
+def test_updates_without_finite_gradient_are_left_out_and_too_many_in_a_row_diverge(tmp_path: Path) -> None:
     done = Trained(tmp_path, CountingEngine(skips=frozenset({2, 3, 5, 6})))
     assert done.state.skipped == 4
-    with pytest.raises(FloatingPointError, match=r"3 updates in a row .*warmup, step 4.*warmup.peak_lr"):
+    with pytest.raises(
+        DivergedError, match=r"no finite gradient, 3 bad updates in a row \(update 4\)"
+    ) as found:
         Trained(tmp_path, CountingEngine(skips=frozenset({2, 3, 4})))
+    assert found.value.window(DivergenceConfig(margin_steps=1)) == (0, 5)
     assert gc.isenabled()
+
+
+def test_rows_that_are_passed_over_move_the_step_and_make_no_update(tmp_path: Path) -> None:
+    engine = CountingEngine()
+    done = Trained(tmp_path, engine, health=Health(passed_over=((2, 4), (6, 7))))
+    assert done.state.step == 8
+    assert done.state.cursor == 32
+    assert done.state.skipped == 3
+    assert engine.rates == [SCHEDULE.learning_rate(step) for step in (0, 1, 4, 5, 7)]
+    assert [int(inputs[0].tokens_BT[0, 0]) for inputs in engine.inputs] == [0, 4, 16, 20, 28]
+    lines = read_metrics(done.path)
+    assert [line["step"] for line in lines if line.get("passed_over")] == [3, 4, 7]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 5, 6, 8]
+    assert done.saved == [3, 6, 8]
+
+
+def test_a_rollback_may_lower_the_rate(tmp_path: Path) -> None:
+    engine = CountingEngine()
+    Trained(tmp_path, engine, health=Health(lr_factor=0.5))
+    assert engine.rates == [SCHEDULE.learning_rate(step) / 2 for step in range(8)]
+
+
+@pytest.mark.parametrize(("asked_after", "saved"), [(2, [2]), (3, [3])])
+def test_stopping_publishes_once_and_ends_after_the_update(
+    asked_after: int, saved: list[int], tmp_path: Path
+) -> None:
+    asked = iter([*[False] * (asked_after - 1), True])
+    done = Trained(tmp_path, CountingEngine(), stopping=lambda: next(asked))
+    assert done.state.step == asked_after
+    assert done.saved == saved
+
+
+def test_the_end_of_an_epoch_is_saved_whatever_the_schedule_says(tmp_path: Path) -> None:
+    assert Trained(tmp_path, CountingEngine(), last_step=5).saved == [3, 5]
+
+
+def test_a_state_knows_the_validation_loss_of_its_weights(tmp_path: Path) -> None:
+    assert Trained(tmp_path, CountingEngine(), last_step=4).state.validation == 1.5
+    assert Trained(tmp_path, CountingEngine(), last_step=5).state.validation is None
 
 
 def test_the_collector_rests_during_the_epoch_only(tmp_path: Path) -> None:

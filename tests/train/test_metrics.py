@@ -49,6 +49,17 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     assert positions(path) == [("warmup", 1)]
 
 
+def test_a_rollback_forgets_the_lines_after_it_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with Metrics([JsonLines(path, stage="warmup", step=0), ProgressBar()]) as metrics:
+        for step in (1, 2, 3):
+            metrics.log(stage="warmup", step=step)
+        metrics.rewind("warmup", 1)
+        metrics.log(stage="warmup", step=2, again=True)
+    assert positions(path) == [("warmup", 1), ("warmup", 2)]
+    assert read_metrics(path)[-1]["again"]
+
+
 def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "run" / "metrics.jsonl", stage="warmup", step=0)
     lines.log({"stage": "warmup", "step": 1, "loss": 2.5})

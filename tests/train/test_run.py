@@ -4,7 +4,10 @@ One spawn trains everything; the tests read what the runs left behind.
 """
 
 import json
+from collections.abc import Container
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ import torch
 
 from benchmarks.kill_and_resume import differences
 from data.documents import Split
+from launch import worker
 from memorybank.config import BankConfig, QueryMode
 from memorybank.store import Generation
+from model.loss import LossSum
 from model.transformer import Memory3LM
 from tests.support.spawn import spawn
 from tests.support.train import (
@@ -30,12 +35,13 @@ from tests.support.train import (
     two_ranks,
 )
 from train.checkpoint import Checkpoint, Checkpoints
-from train.config import LoggingConfig, MemoryConfig, MemorySource, SavingConfig
+from train.config import DivergenceConfig, LoggingConfig, MemoryConfig, MemorySource, SavingConfig
 from train.distributed import Ranks
-from train.engine import InferenceEngine, ModelInput
+from train.divergence import Health, HopelessError
+from train.engine import DeepSpeedEngine, InferenceEngine, ModelInput
 from train.metrics import read_metrics
 from train.rows import held_out_rows, in_bank, plan_epoch
-from train.state import History
+from train.state import History, RunState
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 MIXED = MemoryConfig(source=MemorySource.mixed, online_share=0.5, query=QueryMode.previous)
@@ -72,7 +78,64 @@ def all_runs(root: Path) -> dict[str, str]:
         resume(replace(configs["m"], bank=BankConfig(cache_mib=0)), "continual-12", ranks)
         for step in (2, 4):  # where epochs change their length; before the next edge
             resume(configs["x"], f"continual-{step}", ranks)
-        return {"refused": _resume_with_another_generation(configs["m"], ranks)}
+        return {
+            "refused": _resume_with_another_generation(configs["m"], ranks),
+            **_diverging_runs(root, ranks),
+        }
+
+
+WATCH = DivergenceConfig(window_steps=4, patience=2)
+PASSED_OVER = (8, 12)  # updates 9 and 10, counted from 0, and one on either side
+
+
+def _diverging_runs(root: Path, ranks: Ranks) -> dict[str, str]:
+    """D: a spike in two steps, on one rank. E: the same rows passed over from the beginning. N: one NaN, on one rank.
+
+    Beyond: D once more from its rollback on, NaN in every update, and in every update of a stage of two.
+    """
+
+    def run(name: str, *, steps: int = 20, **divergence: Any) -> Any:
+        return run_config(
+            root,
+            name,
+            warmup=stage_config(steps=steps),
+            saving=SavingConfig(every_steps=4, keep_last=100),
+            divergence=replace(WATCH, **divergence),
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        _poison(patch, ranks, updates=(9, 10), factor=50.0)
+        train(run("d"), ranks)
+    resume(run("d"), "warmup-8", ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        begun = partial(RunState, health=Health(passed_over=(PASSED_OVER,)))
+        patch.setattr(worker, "RunState", begun)
+        train(run("e"), ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        _poison(patch, ranks, updates=(5,), factor=float("nan"))
+        train(run("n"), ranks)
+    said = {}
+    for name, config in (("hopeless", run("h", steps=8)), ("nothing", run("o", steps=2, patience=9))):
+        with pytest.MonkeyPatch.context() as patch:
+            _poison(patch, ranks, updates=range(100), factor=float("nan"))
+            try:
+                train(config, ranks)
+            except HopelessError as problem:
+                said[name] = str(problem)
+    return said
+
+
+def _poison(patch: pytest.MonkeyPatch, ranks: Ranks, *, updates: Container[int], factor: float) -> None:
+    """Multiply the loss of rows that these updates read, on the second rank, whenever they are read."""
+    forward, poisoned, calls = DeepSpeedEngine._forward, set(), count()
+
+    def poisoning(self: DeepSpeedEngine, inputs: ModelInput) -> LossSum:
+        loss, rows = forward(self, inputs), inputs.tokens_BT.numpy().tobytes()
+        if next(calls) // 2 in updates and ranks.rank == 1:  # two micro-batches an update
+            poisoned.add(rows)
+        return loss._replace(sum=loss.sum * factor) if rows in poisoned else loss
+
+    patch.setattr(DeepSpeedEngine, "_forward", poisoning)
 
 
 def _resume_with_another_generation(config: Any, ranks: Ranks) -> str:
@@ -115,7 +178,7 @@ def checkpoint(runs: Path, run: str, name: str) -> Checkpoint:
         "references": opened.references.fingerprint,
         "tokenizer": opened.tokenizer.fingerprint,
     }
-    checkpoints = Checkpoints(runs / run, inputs=inputs, keep_last=1, ranks=ALONE)
+    checkpoints = Checkpoints(runs / run, inputs=inputs, ranks=ALONE)
     stage, step = name.split("-")
     return checkpoints.open(runs / run / "checkpoints" / f"{stage}-{int(step):08d}")
 
@@ -314,6 +377,58 @@ def test_every_step_with_memory_says_what_it_read(runs: Path) -> None:
             assert 0 < line["empty_slots"] < 1
             assert 1 <= line["distinct_references"] <= 8 * 4
             assert 0 < line["retrieval_score"] < 1
+
+
+def test_a_spike_on_one_rank_takes_all_back_and_past_its_rows(runs: Path) -> None:
+    """Fault 12. The poison follows the rows: met again, they would spike again."""
+    lines = read_metrics(runs / "d" / "metrics.jsonl")
+    (back,) = [line for line in lines if "rollback" in line]
+    assert (back["step"], back["diverged_at"], back["rollback"]) == (8, 11, 1)
+    assert "stands out, 2 bad updates in a row" in back["reason"]
+    assert (back["passed_over_first"], back["passed_over_last"]) == (9, 12)
+    assert [line["step"] for line in lines if line.get("passed_over")] == [9, 10, 11, 12]
+    assert [line["step"] for line in steps(runs, "d")] == [*range(1, 9), *range(13, 21)]
+    state = checkpoint(runs, "d", "warmup-20").state
+    assert state.skipped == 4
+    assert state.health.passed_over == (PASSED_OVER,)
+    assert state.tokens == 16 * 8 * 128
+
+
+def test_after_a_rollback_the_weights_are_those_of_a_run_that_never_met_the_rows(runs: Path) -> None:
+    ends = [runs / run / "checkpoints" / "warmup-00000020" for run in ("d", "e")]
+    assert differences(*ends) == ["state.json"]  # where the rollback is counted
+
+
+def test_a_run_killed_after_a_rollback_passes_the_same_rows_over(runs: Path) -> None:
+    ends = [
+        root / "d" / "checkpoints" / "warmup-00000020" for root in (runs, resumed_root(runs, "d", "warmup-8"))
+    ]
+    assert differences(*ends) == []
+
+
+def test_a_nan_on_one_rank_is_left_out_on_all(runs: Path) -> None:
+    """Fault 11: below the patience."""
+    lines = steps(runs, "n")
+    assert [line["step"] for line in lines if line["skipped"]] == [6]
+    assert checkpoint(runs, "n", "warmup-20").state.skipped == 1
+    assert all(np.isfinite(line["loss"]) for line in lines if line["step"] != 6)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+
+
+def test_nan_without_end_stops_every_rank(said: list[dict[str, str]]) -> None:
+    """Fault 11: beyond the patience, with nothing to go back to."""
+    for rank in said:
+        assert (
+            "no finite gradient, 2 bad updates in a row (update 2), and there is no warmup checkpoint"
+            in rank["hopeless"]
+        )
+        assert "lower warmup.peak_lr" in rank["hopeless"]
+
+
+def test_a_stage_that_made_no_update_fails(said: list[dict[str, str]]) -> None:
+    """Fault 13."""
+    for rank in said:
+        assert "not one of the 2 updates of the warmup stage was made" in rank["nothing"]
 
 
 def test_every_step_that_reads_the_bank_says_how_its_records_came(runs: Path) -> None:
