@@ -19,6 +19,7 @@ from launch.config import RunConfig
 from memorybank import embedder as embedders
 from memorybank.embedder import Embedder, VectorCache
 from memorybank.search import RowSearch
+from model.flops import text_token_flops
 from model.transformer import Memory3LM
 from train.checkpoint import Checkpoint, Checkpoints
 from train.config import Precision, StageConfig
@@ -179,8 +180,16 @@ class Context:
             metrics=metrics,
             ranks=ranks,
             row_tokens=config.model.row_tokens,
+            peak_tokens_per_second=self._peak_tokens_per_second(ranks),
             seed=config.seed,
         )
+
+    def _peak_tokens_per_second(self, ranks: Ranks) -> float | None:
+        """What all devices would train on at their stated peak: MFU by the PaLM formula is the share of it."""
+        peak = self.config.logging.peak_tflops
+        if peak is None:
+            return None
+        return peak * 1e12 * ranks.world_size / text_token_flops(self.config.model).palm
 
 
 def context(config: RunConfig) -> Context:

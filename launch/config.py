@@ -101,7 +101,11 @@ def check(config: RunConfig) -> None:
     _check_engine(config.engine)
     _check_optim(config.optim)
     _at_least(1, "saving", config.saving, "every_steps", "keep_last")
-    _at_least(1, "logging", config.logging, "validate_every", "validation_rows")
+    _at_least(1, "logging", config.logging, "validate_every", "validation_rows", "line_every")
+    if config.logging.peak_tflops is not None and not config.logging.peak_tflops > 0:
+        raise ValueError(
+            f"logging.peak_tflops={config.logging.peak_tflops} is not above 0; set the peak of one rank's device, or null"
+        )
     sizes = ("text_rows", "max_probes", "answer_tokens", "bootstrap_samples", "batch_rows")
     _at_least(1, "evaluation", config.evaluation, *sizes)
     if config.seed < 0:

@@ -34,6 +34,7 @@ def train_epoch(
     metrics: Metrics,
     validate: Validate,
     save: Save,
+    peak_tokens_per_second: float | None = None,
     max_skipped: int = 20,
 ) -> RunState:
     """Train up to `last_step` finished updates of the stage and return where that leaves the run.
@@ -50,6 +51,8 @@ def train_epoch(
         metrics: Where each step is reported, once.
         validate: Reads held-out text.
         save: Publishes a checkpoint.
+        peak_tokens_per_second: What the devices' stated peak would make of the text's operations; None: MFU is not
+            reported.
         max_skipped: Updates in a row without a finite gradient that end the run.
 
     Raises:
@@ -62,12 +65,15 @@ def train_epoch(
     try:
         while state.step < last_step:
             started = time.perf_counter()
-            inputs = [stage.model_input(next(batches)) for _ in range(accumulate)]
+            rows = [next(batches) for _ in range(accumulate)]
             fetched = time.perf_counter()
+            inputs = [stage.model_input(batch) for batch in rows]
+            retrieved = time.perf_counter()
             lr = schedule.learning_rate(state.step)
             result = engine.train_step(inputs, lr=lr)
             state = state.after(result, cursor=cursor())
             ended = time.perf_counter()
+            rate = result.tokens / (ended - started)
             reads = stage.reads(state.cursor)
             metrics.log(
                 stage=state.stage,
@@ -79,9 +85,11 @@ def train_epoch(
                 lr=lr,
                 skipped=result.skipped,
                 tokens=state.tokens,
-                tokens_per_second=result.tokens / (ended - started),
+                tokens_per_second=rate,
+                mfu=None if peak_tokens_per_second is None else rate / peak_tokens_per_second,
                 seconds_data=fetched - started,
-                seconds_update=ended - fetched,
+                seconds_retrieve=retrieved - fetched,
+                seconds_update=ended - retrieved,
                 generation=state.generation,
                 generation_age=None if state.generation is None else state.step - state.epoch_step,
                 **({} if reads is None else asdict(reads)),

@@ -1,4 +1,4 @@
-"""`launch.page`: everything is escaped, nothing is loaded, and a browser lays it out without complaint."""
+"""`launch.inspection_page`: everything is escaped, nothing is loaded, and a browser lays it out without complaint."""
 
 import re
 from html.parser import HTMLParser
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.references import Citation
-from launch.page import Setting, conditions, headline, kind, nats, render, shade
+from launch.inspection_page import Setting, conditions, headline, kind, nats, render, shade
 from memorybank.config import QueryMode
 from tests.support.browser import boxes, screenshot
 from train.inspect import Chunk, Inspection, Prediction, Read, Source
