@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from html import escape
-from itertools import pairwise
 from math import ceil, floor, isfinite, log10
 from pathlib import Path
 
@@ -64,11 +63,12 @@ class Chart:
         title: What it shows.
         x_label: Meaning and unit of x.
         y_label: Meaning and unit of y.
-        series: Its lines, the first at the bottom.
+        series: Its lines, the first at the bottom; one without points is left out.
         marks: Places on x where something happened.
         top: Largest y that is shown; None: all.
         is_log: Whether y is logarithmic.
-        is_share: Whether y is shown in per cent, from 0.
+        is_share: Whether y is shown in per cent.
+        has_zero: Whether the axis shows 0 in any case.
     """
 
     title: str
@@ -79,6 +79,12 @@ class Chart:
     top: float | None = None
     is_log: bool = False
     is_share: bool = False
+    has_zero: bool = False
+
+    @property
+    def drawn(self) -> list[Series]:
+        """The series that have points."""
+        return [series for series in self.series if series.points]
 
 
 def smoothed(points: Sequence[Point], window: int) -> list[Point]:
@@ -155,13 +161,23 @@ def _frame(chart: Chart) -> _Frame | None:
     values = [log10(y) if chart.is_log else y for _, y in drawn if chart.top is None or y <= chart.top]
     values = values or [chart.top or 0.0]
     low, high = min(values), max(values)
-    low = min(low, 0.0) if chart.is_share else low
+    if chart.has_zero:
+        low, high = min(low, 0.0), max(high, 0.0)
     room = (high - low) * 0.06 or abs(high) * 0.05 or 0.5
-    return _Frame((left, right), (low if chart.is_share else low - room, high + room), chart.is_log)
+    low, high = (
+        bound if chart.has_zero and bound == 0 else bound + way * room
+        for bound, way in ((low, -1), (high, 1))
+    )
+    return _Frame((left, right), (low, high), chart.is_log)
 
 
 def _shows(point: Point, chart: Chart) -> bool:
     return all(map(isfinite, point)) and (not chart.is_log or point[1] > 0)
+
+
+def colour(number: int) -> str:
+    """The CSS colour of a run, by its number."""
+    return f"var(--c{number % len(_COLOURS)})"
 
 
 def render(chart: Chart) -> str:
@@ -171,12 +187,11 @@ def render(chart: Chart) -> str:
 
 
 def _figure(chart: Chart, frame: _Frame) -> Iterator[str]:
-    yield f'<figure class="chart">\n<figcaption>{escape(chart.title)} <small>{escape(chart.y_label)}</small></figcaption>\n'
-    yield '<div class="plot"><div class="ys">'
+    yield f'<figure class="chart">\n<figcaption>{escape(chart.title)} <small>{escape(chart.y_label)}</small>'
+    yield '</figcaption>\n<div class="plot"><div class="ys">'
     y_ticks = frame.y_ticks()
     for y in y_ticks:
-        name = f"{y:.4g}" if not chart.is_share else f"{y:.3g}".rstrip() if y == 0 else f"{100 * y:.3g} %"
-        label = name if chart.is_share else human(y)
+        label = f"{100 * y:.3g} %" if chart.is_share else human(y)
         yield f'<span style="bottom:{frame.place((frame.x[0], y))[1]:.2%}">{label}</span>'
     yield (
         '</div><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
@@ -184,23 +199,22 @@ def _figure(chart: Chart, frame: _Frame) -> Iterator[str]:
     )
     for y in y_ticks:
         height = 1000 * (1 - frame.place((frame.x[0], y))[1])
-        yield f'<path class="grid" d="M0 {height:.1f}H1000"/>'
+        yield f'<path class="grid{" zero" if y == 0 else ""}" d="M0 {height:.1f}H1000"/>'
     for x in chart.marks:
         if frame.x[0] <= x <= frame.x[1]:
             place = 1000 * (x - frame.x[0]) / (frame.x[1] - frame.x[0])
             yield f'<path class="happened" d="M{place:.1f} 0V1000"/>'
-    for series in chart.series:
+    for series in chart.drawn:
         yield from _lines(series, chart, frame)
     yield '</svg><div class="xs">'
     for x in ticks(*frame.x):
         yield f'<span style="left:{frame.place((x, 1.0))[0]:.2%}">{human(x)}</span>'
     yield f'</div></div>\n<p class="x">{escape(chart.x_label)}</p>\n<p class="series">'
-    for series in chart.series:
+    for series in chart.drawn:
         if series.label:
-            key = "M5 5h0" if series.look is Look.dots and len(series.points) == 1 else "M0 5h26"
             yield (
                 f'<span><svg class="key" viewBox="0 0 26 10"><path class="{_classes(series)}" '
-                f'{_dash(series)}d="{key}"/></svg>{escape(series.label)}</span> '
+                f'{_dash(series)}d="M1 5h24"/></svg>{escape(series.label)}</span> '
             )
     yield "</p>\n</figure>\n"
 
@@ -240,14 +254,14 @@ def picture(charts: Sequence[Chart], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, PercentFormatter
 
     figure, row = plt.subplots(1, len(charts), figsize=(5.5 * len(charts), 4.2), squeeze=False)
     styles = {Dash.solid: "-", Dash.dashed: "--", Dash.dotted: ":"}
     for axis, chart in zip(row[0], charts, strict=True):
-        for series in chart.series:
+        for series in chart.drawn:
             axis.plot(
-                *zip(*series.points, strict=True) if series.points else ((), ()),
+                *zip(*series.points, strict=True),
                 color=_COLOURS[series.colour % len(_COLOURS)],
                 linestyle=styles[series.dash],
                 lw=0.8 if series.look is Look.faint else 1.5,
@@ -263,11 +277,13 @@ def picture(charts: Sequence[Chart], path: Path) -> None:
             axis.set_ylim(*frame.y)
         axis.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: human(x)))
+        if chart.is_share:
+            axis.yaxis.set_major_formatter(PercentFormatter(1))
         if chart.is_log:
             axis.set_yscale("log")
         axis.grid(alpha=0.25)
-        if any(series.label and series.points for series in chart.series):
-            axis.legend(fontsize=7, framealpha=0.9)
+        if any(series.label for series in chart.drawn):
+            axis.legend(fontsize=7, framealpha=0.9, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -296,6 +312,7 @@ STYLE = (
 .drawn{stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
 .faint{stroke-width:1;opacity:.3}
 .dot{stroke-width:7;stroke-linecap:round}
+.chart .zero{stroke:var(--soft)}
 .chart .x{font-size:.74rem;color:var(--soft);text-align:right;margin:-.1rem 0 .35rem}
 .series{font-size:.8rem;display:flex;flex-wrap:wrap;gap:.1rem 1rem;padding-left:3.1rem}
 .series span{display:flex;align-items:center;gap:.4rem}

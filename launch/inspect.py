@@ -18,8 +18,8 @@ from rich.text import Text
 from data.files import write_atomic
 from launch import build, inspection_page
 from launch.generate import Sampling, check, complete, memory_of
-from launch.opened import OpenedRun, open_run
 from launch.inspection_page import Setting
+from launch.opened import OpenedRun, open_run
 from memorybank.config import QueryMode
 from memorybank.library import Library
 from memorybank.retriever import RetrievedMemory, Retriever

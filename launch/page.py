@@ -1,4 +1,4 @@
-"""What all pages of this project share: one self-contained HTML file, readable in the light, in the dark and on a phone.
+"""What all pages of this project share: one self-contained HTML file, in the light, in the dark, on a phone.
 
 No script, no font, no picture from elsewhere: the page forbids the browser to load or to run anything at all.
 Not here: what stands on a page (`launch.inspection_page`, `launch.report_page`), charts (`launch.chart`).

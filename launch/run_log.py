@@ -17,7 +17,7 @@ from train.metrics import STAGES, read_metrics
 
 Line = dict[str, Any]
 
-_SECONDS = {
+SECONDS = {
     "data": "seconds_data",
     "retrieve": "seconds_retrieve",
     "update": "seconds_update",
@@ -57,7 +57,9 @@ class RunLog:
         """
         path = folder / "metrics.jsonl"
         if not path.exists():
-            raise ValueError(f"{path} does not exist: name a run that `memory3 pretrain` began, or its folder")
+            raise ValueError(
+                f"{path} does not exist: name a run that `memory3 pretrain` began, or its folder"
+            )
         config = folder / "config.yaml"
         settings = read_settings(config) if config.exists() else {}
         return cls(folder.resolve().name, folder, read_metrics(path), settings)
@@ -114,9 +116,7 @@ class RunLog:
     def seconds(self, stage: str) -> dict[str, float]:
         """What the time of a stage went to, the largest share of it untold by older runs' lines."""
         lines = [line for line in self.lines if line["stage"] == stage]
-        told = {
-            name: sum(float(line.get(key) or 0.0) for line in lines) for name, key in _SECONDS.items()
-        }
+        told = {name: sum(float(line.get(key) or 0.0) for line in lines) for name, key in SECONDS.items()}
         gaps = sum(_gap(before, line) for before, line in pairwise(self.lines) if line["stage"] == stage)
         return {name: seconds for name, seconds in (told | {OTHER: gaps}).items() if seconds > 0}
 
@@ -129,7 +129,7 @@ def _gap(before: Line, line: Line) -> float:
     """Seconds from a line to the next of which the next does not tell what they went to."""
     if "event" in line:
         return 0.0
-    told = sum(float(line.get(key) or 0.0) for key in _SECONDS.values())
+    told = sum(float(line.get(key) or 0.0) for key in SECONDS.values())
     return max(0.0, float(line["time"] - before["time"]) - told)
 
 

@@ -154,7 +154,7 @@ class Wandb:
 
 
 class TensorBoard:
-    """Event files below `<run>/tensorboard/`, a folder for each stage; of a resumed stage the later steps are hidden."""
+    """Event files below `<run>/tensorboard/`, a folder for each stage; what a resumed stage repeats is hidden."""
 
     def __init__(self, run: Path, *, stage: str, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
