@@ -164,10 +164,8 @@ def _frame(chart: Chart) -> _Frame | None:
     if chart.has_zero:
         low, high = min(low, 0.0), max(high, 0.0)
     room = (high - low) * 0.06 or abs(high) * 0.05 or 0.5
-    low, high = (
-        bound if chart.has_zero and bound == 0 else bound + way * room
-        for bound, way in ((low, -1), (high, 1))
-    )
+    low -= 0 if chart.has_zero and low == 0 else room
+    high += 0 if chart.has_zero and high == 0 else room
     return _Frame((left, right), (low, high), chart.is_log)
 
 
@@ -212,9 +210,14 @@ def _figure(chart: Chart, frame: _Frame) -> Iterator[str]:
     yield f'</div></div>\n<p class="x">{escape(chart.x_label)}</p>\n<p class="series">'
     for series in chart.drawn:
         if series.label:
+            dot = (
+                f'<path class="dot c{series.colour % len(_COLOURS)}" d="M13 5h0"/>'
+                if series.look is Look.dots
+                else ""
+            )
             yield (
                 f'<span><svg class="key" viewBox="0 0 26 10"><path class="{_classes(series)}" '
-                f'{_dash(series)}d="M1 5h24"/></svg>{escape(series.label)}</span> '
+                f'{_dash(series)}d="M1 5h24"/>{dot}</svg>{escape(series.label)}</span> '
             )
     yield "</p>\n</figure>\n"
 
@@ -297,7 +300,7 @@ STYLE = (
     + "}}\n"
     + "\n".join(f".c{number}{{stroke:var(--c{number})}}" for number in range(len(_COLOURS)))
     + """
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1.6rem 2rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18rem),1fr));gap:1.6rem 2rem}
 .chart{margin:0;min-width:0}
 .chart figcaption{font-size:.92rem;font-weight:600;margin-bottom:.5rem}
 .chart figcaption small{margin-left:.35rem}

@@ -71,14 +71,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def draw_losses(runs: Sequence[tuple[str, Path]], path: Path) -> None:
-    """Draw the loss curves of both stages of several runs, over tokens, into a PNG.
+    """Draw the losses of both stages of several runs, over tokens, into a PNG.
 
     Args:
         runs: Labels and run folders, the one with the warmup first.
         path: The picture.
     """
     logs = [replace(RunLog.read(folder), label=label) for label, folder in runs]
-    chart.picture(report_page.loss_charts(logs), path)
+    held_out = report_page.held_out_chart(logs)
+    chart.picture([*report_page.loss_charts(logs), *([held_out] if held_out.drawn else [])], path)
 
 
 def _groups(pairs: Sequence[Pair], split: str) -> list[Sequence[Pair]]:

@@ -50,7 +50,7 @@ def render(logs: Sequence[RunLog], evaluations: Sequence[Evaluation]) -> str:
     return document(
         title=f"{logs[0].label}: report",
         kicker=f"memory3 report · {' · '.join(log.label for log in logs)}",
-        headline=_headline(logs[0]),
+        headline=_headline(logs),
         conditions=_conditions(logs),
         body=_body(logs, evaluations),
         footnote=_FOOTNOTE,
@@ -89,19 +89,21 @@ def _loss_chart(logs: Sequence[RunLog], stage: str) -> Chart:
         series.append(Series("", thinned(steps, mean), number, Look.faint))
         series.append(Series(f"{log.label}, training", thinned(smooth, mean), number))
     for number, log in enumerate(logs):
-        held_out = _held_out(log, stage, number)
-        tops += [y for each in held_out for _, y in each.points]
-        series += held_out
+        *_, read = [None, *_held_out(log, stage, number, ("none", "memory"))]
+        if read is not None:
+            tops += [y for _, y in read.points]
+            series.append(read)
     title = "Warmup" if stage == "warmup" else "Continual stage"
     top = max(tops) * 1.03 if tops else None
     return Chart(title, _TOKENS, "loss, nats per token", series, _epoch_marks(logs, stage), top=top)
 
 
-def _held_out(log: RunLog, stage: str, number: int) -> list[Series]:
+def _held_out(log: RunLog, stage: str, number: int, arms: Sequence[str] = tuple(_ARMS)) -> list[Series]:
     """The arms of a run's validations; without memory there is only one."""
     lines = log.validations(stage)
     drawn = []
-    for arm, (name, dash) in _ARMS.items():
+    for arm in arms:
+        name, dash = _ARMS[arm]
         points = log.points(lines, f"validation_{arm}")
         if points:
             drawn.append(Series(f"{log.label}, held-out, {name}", points, number, Look.dots, dash))
@@ -114,9 +116,15 @@ def _epoch_marks(logs: Sequence[RunLog], stage: str) -> list[float]:
     return [x for x, _ in logs[0].points(epochs, "bank_references")]
 
 
+def held_out_chart(logs: Sequence[RunLog]) -> Chart:
+    """Held-out losses of the continual stage: no memory, memory, shuffled memory, and the control."""
+    series = [series for number, log in enumerate(logs) for series in _held_out(log, "continual", number)]
+    marks = _epoch_marks(logs, "continual")
+    return Chart("Held-out loss, by what is read", _TOKENS, "nats per token", series, marks)
+
+
 def _memory_charts(logs: Sequence[RunLog]) -> list[Chart]:
     marks = _epoch_marks(logs, "continual")
-    held_out = [series for number, log in enumerate(logs) for series in _held_out(log, "continual", number)]
     gains, shares, filled, scores, distinct = [], [], [], [], []
     for number, log in enumerate(logs):
         checks, steps = log.validations("continual"), log.steps("continual")
@@ -136,27 +144,13 @@ def _memory_charts(logs: Sequence[RunLog]) -> list[Chart]:
         filled.append(Series(log.label, thinned(log.points(steps, "empty_slots"), mean), number))
         scores.append(Series(log.label, thinned(log.points(steps, "retrieval_score"), mean), number))
         distinct.append(Series(log.label, thinned(log.points(steps, "distinct_references"), mean), number))
+    reads = [held_out_chart(logs)] if gains else []
+    saved = "nats per token; above 0 memory is better"
+    attention = "share, mean over memory layers"
     return [
-        Chart("Held-out loss, by what is read", _TOKENS, "nats per token", held_out, marks)
-        if gains
-        else Chart("", "", "", []),
-        Chart(
-            "What memory saves",
-            _TOKENS,
-            "nats per token; above 0 memory is better",
-            gains,
-            marks,
-            has_zero=True,
-        ),
-        Chart(
-            "Attention on memory",
-            _TOKENS,
-            "share, mean over memory layers",
-            shares,
-            marks,
-            is_share=True,
-            has_zero=True,
-        ),
+        *reads,
+        Chart("What memory saves", _TOKENS, saved, gains, marks, has_zero=True),
+        Chart("Attention on memory", _TOKENS, attention, shares, marks, is_share=True, has_zero=True),
         Chart("Score of what was retrieved", _TOKENS, "mean cosine", scores, marks),
         Chart("References read in a step", _TOKENS, "distinct", distinct, marks),
         Chart("Empty slots", _TOKENS, "share of a step's slots", filled, marks, is_share=True, has_zero=True),
@@ -226,8 +220,8 @@ def _has_points(drawn: Chart) -> bool:
     return bool(drawn.drawn)
 
 
-def _headline(log: RunLog) -> str:
-    last, checked = log.last, log.validation
+def _headline(logs: Sequence[RunLog]) -> str:
+    log, last, checked = logs[0], logs[0].last, logs[0].validation
     if last is None:
         return f"{escape(log.label)}: no step yet"
     where = f"after {last['step']:,} of {last['num_steps']:,} steps of the {last['stage']} stage"
@@ -237,7 +231,18 @@ def _headline(log: RunLog) -> str:
     if read is None:
         return f"Held-out loss {none:.3f} {where}"
     verdict = "help" if read < none else "hurt"
-    return f'Held-out loss {none:.3f} → <em class="{verdict}">{read:.3f} with memory</em>'
+    others = "".join(
+        f", {other.validation['validation_none']:.3f} in {escape(other.label)}"
+        for other in logs[1:]
+        if other.validation is not None
+        and "validation_memory" not in other.validation
+        and _position(other.validation) == _position(checked)
+    )
+    return f'Held-out loss <em class="{verdict}">{read:.3f} with memory</em>, {none:.3f} without{others}'
+
+
+def _position(line: Line) -> tuple[str, int]:
+    return line["stage"], line["step"]
 
 
 def _conditions(logs: Sequence[RunLog]) -> list[str]:
@@ -274,7 +279,7 @@ def _body(logs: Sequence[RunLog], evaluations: Sequence[Evaluation]) -> Iterator
         "memory",
         "What memory does",
         drawn,
-        "Measured inside the training loop, on held-out text; dotted upright lines: the bank was refreshed.",
+        "Measured inside the training loop, on held-out text. Dotted upright lines: the bank was refreshed.",
     )
     yield from _evaluations(evaluations)
     yield from _section("bank", "The bank", drawn, _bank_note(logs))
@@ -354,18 +359,17 @@ def _runs(logs: Sequence[RunLog]) -> Iterator[str]:
         "steps": lambda log: "0" if log.last is None else f"{log.last['step']:,} / {log.last['num_steps']:,}",
         "tokens": lambda log: "0" if log.last is None else chart.human(log.last["tokens"]),
         **{
-            f"held-out, {name}": lambda log, arm=arm: _number(
-                (log.validation or {}).get(f"validation_{arm}"), ".3f"
-            )
+            name: lambda log, arm=arm: _number((log.validation or {}).get(f"validation_{arm}"), ".3f")
             for arm, (name, _) in _ARMS.items()
         },
         "attention on memory": lambda log: _number((log.validation or {}).get("memory_attention"), ".1%"),
-        "hours": lambda log: f"{log.hours():.2f}",
+        "hours at work": lambda log: f"{log.hours():.2f}",
         "skipped": lambda log: str(len(log.skipped)),
         "resumes": lambda log: str(len(log.events)),
     }
     rows = [[log.label, *(cell(log) for cell in columns.values())] for log in logs]
     yield '<section class="card" id="runs">\n<h2>The runs</h2>\n'
+    yield '<p class="legend">Losses of the last validation, nats per token of held-out text.</p>\n'
     yield _table(*_told(["run", *columns], rows), has_colours=True)
     yield "</section>\n"
 
