@@ -156,8 +156,7 @@ def _frame(chart: Chart) -> _Frame | None:
     if not drawn:
         return None
     left, right = min(x for x, _ in drawn), max(x for x, _ in drawn)
-    if left == right:
-        left, right = left - 0.5, right + 0.5
+    edge = (right - left) * 0.015 or 0.5  # for the dots at both ends
     values = [log10(y) if chart.is_log else y for _, y in drawn if chart.top is None or y <= chart.top]
     values = values or [chart.top or 0.0]
     low, high = min(values), max(values)
@@ -166,7 +165,7 @@ def _frame(chart: Chart) -> _Frame | None:
     room = (high - low) * 0.06 or abs(high) * 0.05 or 0.5
     low -= 0 if chart.has_zero and low == 0 else room
     high += 0 if chart.has_zero and high == 0 else room
-    return _Frame((left, right), (low, high), chart.is_log)
+    return _Frame((left - edge, right + edge), (low, high), chart.is_log)
 
 
 def _shows(point: Point, chart: Chart) -> bool:
@@ -303,7 +302,7 @@ STYLE = (
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18rem),1fr));gap:1.6rem 2rem}
 .chart{margin:0;min-width:0}
 .chart figcaption{font-size:.92rem;font-weight:600;margin-bottom:.5rem}
-.chart figcaption small{margin-left:.35rem}
+.chart figcaption small{display:block}
 .plot{position:relative;height:13.5rem;margin:0 .3rem 1.35rem 3.1rem}
 .plot>svg{position:absolute;inset:0;width:100%;height:100%;border-bottom:1px solid var(--soft)}
 .ys span,.xs span{position:absolute;font-size:.74rem;color:var(--soft);font-variant-numeric:tabular-nums;line-height:1}

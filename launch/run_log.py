@@ -118,7 +118,7 @@ class RunLog:
         lines = [line for line in self.lines if line["stage"] == stage]
         told = {name: sum(float(line.get(key) or 0.0) for line in lines) for name, key in SECONDS.items()}
         gaps = sum(_gap(before, line) for before, line in pairwise(self.lines) if line["stage"] == stage)
-        return {name: seconds for name, seconds in (told | {OTHER: gaps}).items() if seconds > 0}
+        return {name: seconds for name, seconds in (told | {OTHER: gaps}).items() if seconds > 0.001}
 
     def hours(self) -> float:
         """How long the run was at work; the time between a crash and its resume is left out."""

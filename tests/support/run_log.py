@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 
-def lines(
-    *, warmup: int = 40, continual: int = 40, has_memory: bool = True, start: float = 1e9
-) -> list[dict[str, Any]]:
+def lines(*, warmup: int = 40, continual: int = 40, has_memory: bool = True) -> list[dict[str, Any]]:
     """What a run of these steps writes, two tokens a step, a validation every ten, a bank epoch every twenty."""
     written: list[dict[str, Any]] = []
-    now, tokens = start, 0 if warmup else 80
+    now, tokens = 1e9, 0 if warmup else 80
     for stage, steps in (("warmup", warmup), ("continual", continual)):
         reads = has_memory and stage == "continual"
         for step in range(1, steps + 1):
@@ -32,7 +30,11 @@ def lines(
                 "lr": 1e-3,
             }
             update |= {"skipped": False, "tokens": tokens, "tokens_per_second": 2.0, "mfu": None}
-            update |= {"seconds_data": 0.1, "seconds_retrieve": 0.2 if reads else 0.0, "seconds_update": 0.7}
+            update |= {
+                "seconds_data": 0.1,
+                "seconds_retrieve": 0.2 if reads else 0.0,
+                "seconds_update": 0.7 if reads else 0.9,
+            }
             update |= {"generation": "generation-continual-0000" if reads else None}
             update |= {"generation_age": (step - 1) % 20 + 1 if reads else None}
             if reads:
