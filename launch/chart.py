@@ -258,7 +258,9 @@ def picture(charts: Sequence[Chart], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-    figure, row = plt.subplots(1, len(charts), figsize=(5.5 * len(charts), 4.2), squeeze=False)
+    figure, row = plt.subplots(
+        1, len(charts), figsize=(5.5 * len(charts), 5), squeeze=False, layout="constrained"
+    )
     styles = {Dash.solid: "-", Dash.dashed: "--", Dash.dotted: ":"}
     for axis, chart in zip(row[0], charts, strict=True):
         for series in chart.drawn:
@@ -285,8 +287,7 @@ def picture(charts: Sequence[Chart], path: Path) -> None:
             axis.set_yscale("log")
         axis.grid(alpha=0.25)
         if any(series.label for series in chart.drawn):
-            axis.legend(fontsize=7, framealpha=0.9, loc="upper right")
-    figure.tight_layout()
+            axis.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -318,6 +319,6 @@ STYLE = (
 .chart .x{font-size:.74rem;color:var(--soft);text-align:right;margin:-.1rem 0 .35rem}
 .series{font-size:.8rem;display:flex;flex-wrap:wrap;gap:.1rem 1rem;padding-left:3.1rem}
 .series span{display:flex;align-items:center;gap:.4rem}
-.key{width:26px;height:10px}
+.key{width:26px;height:10px;flex:none}
 """
 )

@@ -5,7 +5,7 @@ Not here: reading the lines (`launch.run_log`), drawing a line (`launch.chart`),
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from html import escape
 from typing import Any
@@ -21,7 +21,7 @@ _TOKENS = "tokens trained on"
 _ARMS = {
     "none": ("no memory", Dash.solid),
     "memory": ("memory", Dash.dashed),
-    "shuffled": ("shuffled memory", Dash.dotted),
+    "shuffled": ("shuffled", Dash.dotted),
 }
 
 
@@ -92,7 +92,7 @@ def _loss_chart(logs: Sequence[RunLog], stage: str) -> Chart:
         *_, read = [None, *_held_out(log, stage, number, ("none", "memory"))]
         if read is not None:
             tops += [y for _, y in read.points]
-            series.append(read)
+            series.append(replace(read, label=read.label.replace(log.label, f"{log.label}, held-out", 1)))
     title = "Warmup" if stage == "warmup" else "Continual stage"
     top = max(tops) * 1.03 if tops else None
     return Chart(title, _TOKENS, "loss, nats per token", series, _epoch_marks(logs, stage), top=top)
@@ -106,7 +106,7 @@ def _held_out(log: RunLog, stage: str, number: int, arms: Sequence[str] = tuple(
         name, dash = _ARMS[arm]
         points = log.points(lines, f"validation_{arm}")
         if points:
-            drawn.append(Series(f"{log.label}, held-out, {name}", points, number, Look.dots, dash))
+            drawn.append(Series(f"{log.label}, {name}", points, number, Look.dots, dash))
     return drawn
 
 
@@ -141,9 +141,9 @@ def _memory_charts(logs: Sequence[RunLog]) -> list[Chart]:
                 name = f"{log.label}, {_ARMS[arm][0]} less memory"
                 gains.append(Series(name, points, number, Look.dots, dash))
         shares.append(Series(log.label, log.points(checks, "memory_attention"), number, Look.dots))
-        filled.append(Series(log.label, thinned(log.points(steps, "empty_slots"), mean), number))
-        scores.append(Series(log.label, thinned(log.points(steps, "retrieval_score"), mean), number))
-        distinct.append(Series(log.label, thinned(log.points(steps, "distinct_references"), mean), number))
+        filled.append(_running(log, steps, "empty_slots", number))
+        scores.append(_running(log, steps, "retrieval_score", number))
+        distinct.append(_running(log, steps, "distinct_references", number))
     reads = [held_out_chart(logs)] if gains else []
     saved = "nats per token; above 0 memory is better"
     attention = "share, mean over memory layers"
@@ -180,18 +180,17 @@ def _bank_charts(logs: Sequence[RunLog]) -> list[Chart]:
 
 
 def _speed_charts(logs: Sequence[RunLog]) -> list[Chart]:
-    speed = [
-        Series(log.label, thinned(smoothed(log.points(log.lines, "tokens_per_second"), 10), mean), number)
-        for number, log in enumerate(logs)
-    ]
-    used = [
-        Series(log.label, thinned(smoothed(log.points(log.lines, "mfu"), 10), mean), number)
-        for number, log in enumerate(logs)
-    ]
+    speed = [_running(log, log.lines, "tokens_per_second", number) for number, log in enumerate(logs)]
+    used = [_running(log, log.lines, "mfu", number) for number, log in enumerate(logs)]
     return [
         Chart("Speed", _TOKENS, "tokens per second, within steps", speed, has_zero=True),
         Chart("MFU", _TOKENS, "PaLM formula, of the stated peak", used, is_share=True, has_zero=True),
     ]
+
+
+def _running(log: RunLog, lines: Sequence[Line], key: str, number: int) -> Series:
+    """The running mean of a key's values."""
+    return Series(log.label, thinned(smoothed(log.points(lines, key), 20), mean), number)
 
 
 def _stability_charts(logs: Sequence[RunLog]) -> list[Chart]:
@@ -212,7 +211,7 @@ def _stability_charts(logs: Sequence[RunLog]) -> list[Chart]:
             skipped,
             is_log=True,
         ),
-        Chart("Learning rate", _TOKENS, "", rates),
+        Chart("Learning rate", _TOKENS, "of each step", rates, has_zero=True),
     ]
 
 
@@ -362,8 +361,8 @@ def _runs(logs: Sequence[RunLog]) -> Iterator[str]:
             name: lambda log, arm=arm: _number((log.validation or {}).get(f"validation_{arm}"), ".3f")
             for arm, (name, _) in _ARMS.items()
         },
-        "attention on memory": lambda log: _number((log.validation or {}).get("memory_attention"), ".1%"),
-        "hours at work": lambda log: f"{log.hours():.2f}",
+        "attention": lambda log: _number((log.validation or {}).get("memory_attention"), ".1%"),
+        "hours": lambda log: f"{log.hours():.2f}",
         "skipped": lambda log: str(len(log.skipped)),
         "resumes": lambda log: str(len(log.events)),
     }
@@ -412,7 +411,7 @@ def _faults(logs: Sequence[RunLog]) -> Iterator[str]:
             what = "update skipped: a gradient was not finite"
             rows.append((line["time"], [log.label, _when(line), _where(line), what, ""]))
     if not rows:
-        yield '<p class="note">No resume, no restart and no skipped update stands in these runs\' lines.</p>\n'
+        yield '<p class="note faults">No resume, no restart and no skipped update stands in these runs\' lines.</p>\n'
         return
     rows.sort(key=lambda row: row[0])
     shown = [cell for _, cell in rows[:_FAULTS]]
@@ -505,6 +504,7 @@ th{font-weight:600} tr:first-child th{font-weight:400;color:var(--soft)}
 .tiles{grid-template-columns:repeat(auto-fit,minmax(12rem,1fr))}
 .legend{margin:-.2rem 0 1rem}
 .swatch{display:inline-block;width:.7rem;height:.7rem;border-radius:2px;margin-right:.45rem}
+.faults{margin-top:1rem}
 .times{margin-top:1.4rem}
 .time{margin:.5rem 0}
 .time b{font-size:.88rem;font-weight:600}

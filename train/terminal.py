@@ -86,9 +86,8 @@ class Status:
     def held_out(self) -> list[tuple[str, str]]:
         """Labels and values of the last validation."""
         losses = [(arm, self.values.get(f"validation_{arm}")) for arm in _ARMS]
-        names = (
-            {"none": "held-out"} if self.values.get("validation_memory") is None else {"none": "no memory"}
-        )
+        has_memory = self.values.get("validation_memory") is not None
+        names = {"none": "held-out, no memory" if has_memory else "held-out"}
         return [(names.get(arm, arm), f"{loss:.3f}") for arm, loss in losses if loss is not None]
 
     def safety(self, now: float) -> list[tuple[str, str]]:
@@ -99,7 +98,7 @@ class Status:
     def left(self) -> str:
         """When the stage ends."""
         seconds = self.seconds_left()
-        return "" if seconds is None else f"ends in {_clock(seconds)}"
+        return "" if seconds is None else f"stage ends in {_clock(seconds)}"
 
     def line(self, now: float) -> str:
         """Everything, in one plain line."""
@@ -144,7 +143,12 @@ class LiveView:
         head.add_column(justify="right", no_wrap=True)
         head.add_row(
             Text(status.values["stage"], style="bold"),
-            ProgressBar(total=status.num_steps, completed=status.values["step"]),
+            ProgressBar(
+                total=status.num_steps,
+                completed=status.values["step"],
+                complete_style="cyan",
+                finished_style="green",
+            ),
             Text(f"{status.values['step']:,}/{status.num_steps:,}  {status.left()}"),
         )
         rows = (status.training(), status.memory(), [*status.held_out(), *status.safety(time.time())])
@@ -174,7 +178,7 @@ def _labelled(parts: list[tuple[str, str]]) -> Text:
     text = Text(overflow="fold")
     for label, value in parts:
         text.append(f"{label} ", style="dim")
-        text.append(value)
+        text.append(value, style="bold red" if label == "skipped" else "")
         text.append("   ")
     text.rstrip()
     return text

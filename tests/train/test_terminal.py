@@ -35,8 +35,8 @@ def test_a_line_says_where_the_run_stands() -> None:
     status = told(step(1), step(2), validation, saved, step(3, **read))
     assert status.line(1072.0) == (
         "continual 3/800 · loss 1.500 · grad norm 0.47 · lr 1.00e-03 · tokens/s 3,600 · MFU 41.2% · "
-        "bank continual-0001, 12 steps old · attention on memory 6.1% · no memory 2.400 · memory 2.300 · "
-        "shuffled 2.500 · checkpoint 1:10 ago · ends in 13:17"
+        "bank continual-0001, 12 steps old · attention on memory 6.1% · held-out, no memory 2.400 · memory 2.300 · "
+        "shuffled 2.500 · checkpoint 1:10 ago · stage ends in 13:17"
     )
 
 
@@ -49,7 +49,7 @@ def test_what_is_not_known_is_not_shown() -> None:
 def test_a_resumed_run_has_a_checkpoint_and_its_own_pace() -> None:
     event = {"stage": "continual", "step": 400, "event": "resumed", "checkpoint": "c", "time": 1000.0}
     status = told(event, step(401, time=1003.0), step(402, time=1006.0))
-    assert "checkpoint 0:06 ago · ends in 19:54" in status.line(1006.0)
+    assert "checkpoint 0:06 ago · stage ends in 19:54" in status.line(1006.0)
 
 
 def test_a_restarted_run_has_none() -> None:
