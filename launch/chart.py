@@ -251,18 +251,20 @@ def _dash(series: Series) -> str:
 
 
 def picture(charts: Sequence[Chart], path: Path) -> None:
-    """Draw charts side by side into a PNG."""
+    """Draw charts into a PNG, three in a row."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-    figure, row = plt.subplots(
-        1, len(charts), figsize=(5.5 * len(charts), 5), squeeze=False, layout="constrained"
-    )
+    columns, rows = min(3, len(charts)), ceil(len(charts) / 3)
+    size = (5.5 * columns, 5 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in grid.flat[len(charts) :]:
+        axis.remove()
     styles = {Dash.solid: "-", Dash.dashed: "--", Dash.dotted: ":"}
-    for axis, chart in zip(row[0], charts, strict=True):
+    for axis, chart in zip(grid.flat, charts, strict=False):
         for series in chart.drawn:
             axis.plot(
                 *zip(*series.points, strict=True),
