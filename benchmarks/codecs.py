@@ -26,7 +26,7 @@ from torch import Tensor
 from data.documents import Split
 from data.files import open_manifest, write_atomic
 from launch import build
-from launch.evaluate import HeldOut, held_out_of
+from launch.evaluate import HeldOut, held_out_readings
 from launch.opened import OpenedRun, open_run
 from memorybank import codecs, quantizer
 from memorybank.bank import BankReader
@@ -131,7 +131,7 @@ def main() -> int:
     build.quiet_third_parties()
     opened = open_run(arguments.run, arguments.root)
     split = Split(arguments.split)
-    held_out = held_out_of(opened, split)
+    held_out = held_out_readings(opened, split)
     memory, none = (_readings(held_out, arm) for arm in (Arm.memory, Arm.none))
     shape, exact = opened.shape, opened.codec(CodecConfig())
     references, encode = opened.context.prepared.references, opened.engine.encode

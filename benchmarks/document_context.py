@@ -137,15 +137,15 @@ def compare_contexts(
         if reading.arm in (Arm.memory, Arm.shuffled, Arm.oracle)
     ]
     ids = reference_ids([*text, *facts])
-    codec = opened.codec()
     results: dict[str, list[ArmResult]] = {}
     seconds = {}
     for context in BankContext:
         other = replace(opened, config=_in_context(opened, context))
         started = time.process_time()
-        generation = other.compile(ids, f"generation-context-{context.value}")
+        cold, codec = other.cold_start()
+        cold.compile(ids)
         seconds[context.value] = f"{len(ids):,} references in {time.process_time() - started:.0f} CPU-seconds"
-        reader = BankReader(generation, codec)
+        reader = BankReader(cold, codec)
         if not results:
             results["none"] = _evaluate(opened, held_out, [Reading(Arm.none)], [Reading(Arm.none)], reader)
         results[context.value] = _evaluate(opened, held_out, text, facts, reader)

@@ -34,6 +34,7 @@ if __name__ == "__main__":
 
 from launch.compose import compose_config  # noqa: E402
 from launch.config import RunConfig  # noqa: E402
+from train.schedule import epoch_begins  # noqa: E402
 
 KINDS = ("compilation", "save", "step")
 PATIENCE_SECONDS = 3600.0
@@ -126,12 +127,13 @@ def draw_moments(config: RunConfig, kinds: Sequence[str], *, seed: int) -> list[
     for kind in kinds:
         if kind == "compilation":
             stage = stages.get("continual")
-            if stage is None or stage.memory is None or stage.epoch_steps is None:
+            begins = [] if stage is None or stage.memory is None else epoch_begins(stage)
+            if not begins:
                 raise ValueError(
                     "the run compiles no bank in epochs of steps; leave the kind compilation out"
                 )
-            epoch = rng.randrange(-(-stage.steps // stage.epoch_steps))
-            after = before["continual"] + epoch * stage.epoch_steps
+            epoch = rng.randrange(len(begins))
+            after = before["continual"] + begins[epoch]
             what = f"bank/generation-continual-{epoch:04d}.partial"
         elif kind == "save":
             name, step = rng.choice(saves)

@@ -157,7 +157,8 @@ class MappedFile:
                 if zlib.crc32(content.data) != self._crc32[block]:
                     raise ValueError(
                         f"{self.path}: block {block} (bytes from {block * BLOCK_BYTES}) is damaged: its "
-                        f"checksum differs from the manifest's; delete {self.path.parent} and make it again"
+                        "checksum differs from the manifest's; in a bank that you keep `memory3 bank verify --fix` "
+                        f"mends it, of anything else delete {self.path.parent} and make it again"
                     )
                 self._checked[block] = True
 

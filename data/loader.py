@@ -11,8 +11,6 @@ micro-batch is handed out; rows at the end that fill no step are left.
 Not here: the plan (`packing`), several passes (the stage plans each anew).
 """
 
-import queue
-import threading
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
@@ -20,6 +18,7 @@ from typing import Self
 import numpy as np
 import torch
 
+from data.ahead import ReadAhead
 from data.batch import TokenBatch
 from data.packing import RowPlan
 from data.shards import TokenShards
@@ -76,29 +75,14 @@ class Loader:
         self._shards = shards
         self._plan = plan
         self._documents = documents
-        self._ready: queue.Queue[tuple[TokenBatch, int] | BaseException | None] = queue.Queue(
-            maxsize=prefetch
-        )
-        self._closed = threading.Event()
-        self._ended = False
-        self._thread = threading.Thread(target=self._read_ahead, args=(cursor,), name="loader", daemon=True)
-        self._thread.start()
+        self._ahead = ReadAhead(self._batches(cursor), depth=prefetch, name="loader")
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> TokenBatch:
         """The next micro-batch; StopIteration when no whole step is left."""
-        if self._ended or self._closed.is_set():
-            raise StopIteration
-        item = self._ready.get()
-        if not isinstance(item, tuple):
-            self._ended = True
-            self.close()
-            if item is None:
-                raise StopIteration
-            raise item
-        batch, self.cursor = item
+        batch, self.cursor = next(self._ahead)
         return batch
 
     def __enter__(self) -> Self:
@@ -111,29 +95,7 @@ class Loader:
 
     def close(self) -> None:
         """Ends the reading; may be called again."""
-        self._closed.set()
-        while self._thread.is_alive():
-            try:  # makes room for a thread that waits to hand over
-                self._ready.get_nowait()
-            except queue.Empty:
-                self._thread.join(timeout=0.01)
-
-    def _read_ahead(self, cursor: int) -> None:
-        try:
-            for item in self._batches(cursor):
-                self._hand_over(item)
-                if self._closed.is_set():
-                    return
-            self._hand_over(None)
-        except BaseException as error:  # raised where the batch is wanted
-            self._hand_over(error)
-
-    def _hand_over(self, item: tuple[TokenBatch, int] | BaseException | None) -> None:
-        while not self._closed.is_set():
-            try:
-                return self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+        self._ahead.close()
 
     def _batches(self, cursor: int) -> Iterator[tuple[TokenBatch, int]]:
         """Each micro-batch of this rank, with the cursor once it is consumed."""

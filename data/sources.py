@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -207,7 +208,7 @@ class RecordSource:
 
 
 class _RefusedLine(ValueError):
-    """A line that is no document; its message is for the user."""
+    """A line that is no document, or a file without lines; its message is for the user."""
 
 
 def _open_records(
@@ -275,10 +276,13 @@ def _json_records(
     """
     for name, place in zip(files, places, strict=True):
         with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    values = _json_fields(line, fields, text_field, where=f"{name}, line {number}")
-                    yield {**values, _WHERE: f"{place}:{number}"}
+            try:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        values = _json_fields(line, fields, text_field, where=f"{name}, line {number}")
+                        yield {**values, _WHERE: f"{place}:{number}"}
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise _RefusedLine(f"{name} is no whole gzip file: {error}; compress it again") from None
 
 
 def _json_fields(line: bytes, fields: Sequence[str], text_field: str, *, where: str) -> dict[str, str | None]:

@@ -8,6 +8,7 @@ Not here: what a rank does (`launch.worker`).
 import logging
 import signal
 import sys
+import tempfile
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -20,9 +21,12 @@ WORKER = ["-m", "launch.worker"]
 def main(folder: str, num_ranks: str) -> int:
     """Run the ranks to their end."""
     logging.disable(logging.CRITICAL)  # torchrun's own words about a failure; ours follow
-    arguments = ["--standalone", f"--nproc-per-node={num_ranks}", *WORKER, folder]
+    launch = ["--standalone", f"--nproc-per-node={num_ranks}"]
     try:
-        torchrun(parse_args(arguments))  # type: ignore[no-untyped-call]
+        # A folder of our own, since torchrun never removes the one that it makes.
+        with tempfile.TemporaryDirectory(prefix="memory3-ranks-") as errors:
+            arguments = [*launch, f"--log-dir={errors}", *WORKER, folder]
+            torchrun(parse_args(arguments))  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode < 0:

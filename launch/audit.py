@@ -135,8 +135,8 @@ def row_set(opened: OpenedRun, split: str, num_rows: int) -> RowSet:
         history,
         source_weights={label: source.weight for label, source in config.data.sources.items()},
         row_tokens=config.model.row_tokens,
-        steps_left=stage.steps - state.epoch_step,
         epoch=state.epoch,
+        epoch_step=state.epoch_step,
         seed=config.seed,
     )
     document_of = opened.context.prepared.references.document_of

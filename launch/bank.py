@@ -37,6 +37,7 @@ from launch.compose import load_config
 from launch.opened import OpenedRun, library_folder, open_run
 from memorybank import embedder as embedders
 from memorybank import soundness
+from memorybank.cold import ColdRecords, stores
 from memorybank.config import CodecKind
 from memorybank.edits import Documents, Editor, Told
 from memorybank.library import Library
@@ -103,8 +104,9 @@ def remove(arguments: argparse.Namespace) -> int:
                     f"bank {folder} holds nothing of source {arguments.source!r}; it has {', '.join(library.sources())}"
                 )
         else:
-            numbers = library.document_numbers(arguments.documents)
-            for document_id, number in zip(arguments.documents, numbers.tolist(), strict=True):
+            documents = list(dict.fromkeys(arguments.documents))
+            numbers = library.document_numbers(documents)
+            for document_id, number in zip(documents, numbers.tolist(), strict=True):
                 if number < 0:
                     raise ValueError(f"bank {folder} holds no document {document_id!r}; nothing was removed")
         num_references = len(library.of_documents(numbers))
@@ -148,6 +150,10 @@ def verify(arguments: argparse.Namespace) -> int:
     folder = _folder(arguments)
     if arguments.absent is not None:
         return _verify_absent(arguments, folder)
+    if arguments.text is not None:
+        raise ValueError("--text is searched for beside a document; name that too, by --absent DOC")
+    if arguments.sample < 0:
+        raise ValueError(f"--sample {arguments.sample} is below 0; set 0 to compare none")
     editor = Editor(folder=folder)
     if arguments.sample or arguments.fix:
         _, editor = _opened(arguments)
@@ -179,17 +185,17 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def stat(arguments: argparse.Namespace) -> int:
-    """Describe the bank, and list the generations that training compiled."""
+    """Describe the bank, and list the generations that training compiled and what cold start kept."""
     run_folder, folder = builders.run_folder(arguments.run, arguments.root), _folder(arguments)
     generations = _generations(run_folder)
     there = next(folder.glob("state-*/" + MANIFEST), None) is not None
-    if not there and not generations.row_count:
+    if not there and arguments.bank is None and not generations.row_count:
         load_config(run_folder / "config.yaml")  # a run that is not there is named as such
         raise ValueError(
             f"{run_folder / 'bank'} holds no bank; make one with `memory3 bank build {arguments.run}`"
         )
     wide = Console(width=max(Console().width, 120))  # names and hashes in full, in a pipe too
-    if there:
+    if there or arguments.bank is not None:
         with Library.open(folder) as library:
             wide.print(_described(library))
     if generations.row_count:
@@ -335,6 +341,10 @@ def _elsewhere(arguments: argparse.Namespace, document_ids: list[str]) -> Iterat
         held = int(Generation.open(path).has(ids).sum())
         if held:
             yield f"{path}, a generation of training, holds {held:,} of their memories; delete it if it is not needed"
+    for path in stores(run_folder / "bank"):
+        held = int(ColdRecords(path).has(ids).sum())
+        if held:
+            yield f"{path}, kept by cold start, holds {held:,} of their memories; delete it if it is not needed"
 
 
 def _removed_ids(library: Library) -> list[str]:
@@ -360,7 +370,7 @@ def _generations(run_folder: Path) -> Table:
         "MB",
         "codec",
         "weights",
-        title=f"of training: {run_folder / 'bank'}",
+        title=f"of training, and of cold start: {run_folder / 'bank'}",
     )
     for path in _generation_folders(run_folder):
         generation = Generation.open(path)
@@ -373,6 +383,17 @@ def _generations(run_folder: Path) -> Table:
             f"{size / 1e6:,.1f}",
             generation.codec,
             generation.settings.weights,
+        )
+    for path in stores(run_folder / "bank"):
+        kept = ColdRecords(path)
+        table.add_row(
+            path.name,
+            str(kept.settings["step"]),
+            f"{len(kept):,}",
+            f"{kept.record_bytes:,}",
+            f"{len(kept) * kept.record_bytes / 1e6:,.1f}",
+            kept.settings["codec"],
+            kept.settings["weights"],
         )
     return table
 

@@ -181,6 +181,7 @@ class Context:
             ranks=ranks,
             row_tokens=config.model.row_tokens,
             peak_tokens_per_second=self._peak_tokens_per_second(ranks),
+            cache_bytes=config.bank.cache_mib << 20,
             seed=config.seed,
         )
 

@@ -30,6 +30,7 @@ from train.config import (
     SavingConfig,
     StageConfig,
 )
+from train.schedule import epoch_ranges
 
 
 class Resume(Enum):
@@ -181,10 +182,8 @@ def _check_stage(name: str, stage: StageConfig, config: RunConfig) -> None:
     for label, weight in stage.weights.items():
         if not weight >= 0:
             raise ValueError(f"{name}.weights.{label}={weight} is below 0; set 0 to draw nothing from it")
-    if stage.epoch_steps is not None and stage.epoch_steps < 1:
-        raise ValueError(
-            f"{name}.epoch_steps={stage.epoch_steps} is below 1; set null for one pass over the rows"
-        )
+    if stage.epoch_steps is not None:
+        epoch_ranges(stage.epoch_steps, num_steps=stage.steps, key=f"{name}.epoch_steps")
     if stage.memory is not None:
         if config.model.num_memory_layers == 0:
             raise ValueError(

@@ -1,8 +1,8 @@
 """`memory3 evaluate`: what memory buys a trained run, on held-out text and on fact probes.
 
-The references that any arm reads are found with the held-out text and the questions alone, compiled with the run's
-final weights, and read by every arm in turn. The results go to `<run>/evaluation-<split>.json`; the table can be made
-later from several runs and seeds (`memory3 report`).
+The references that any arm reads are found with the held-out text and the questions alone, encoded with the run's final
+weights (and kept: `memorybank.cold`), and read by every arm in turn. The results go to `<run>/evaluation-<split>.json`;
+the table can be made later from several runs and seeds (`memory3 report`).
 Not here: the arms (`train.arms`), losses and tables (`train.evaluate`).
 """
 
@@ -22,7 +22,6 @@ from launch import build
 from launch.opened import OpenedRun, open_run
 from memorybank.bank import BankReader, OnlineReader
 from memorybank.library import Library
-from memorybank.store import Generation
 from train.arms import Arm, Bank, Reading, probe_readings, reference_ids, text_readings
 from train.evaluate import (
     HIT_LIMIT,
@@ -39,6 +38,7 @@ from train.evaluate import (
     to_json,
 )
 from train.probes import search_probes
+from train.stages import Reader
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -66,7 +66,7 @@ def save_results(opened: OpenedRun, split: Split, *, library: Library | None = N
     identity = {
         "weights": opened.engine.weights_hash(),
         "bank": None if library is None else library.fingerprint,
-        "settings": fingerprint([asdict(config.evaluation), str(config.retrieval), str(config.bank)]),
+        "settings": fingerprint([asdict(config.evaluation), str(config.retrieval), config.bank.context.name]),
         "inputs": opened.context.inputs,
     }
     if path.exists():
@@ -153,20 +153,20 @@ def evaluate(opened: OpenedRun, split: Split, *, library: Library | None = None)
     else:
         facts = [reading for reading in facts if reading.arm is not Arm.rag]
     context = opened.context
-    compiled: Library | Generation | None = library
-    if reads_memory and library is None:
-        ids = reference_ids([*text, *facts])
-        compiled = opened.compile(ids, f"generation-evaluation-{split.value}")
-    reader = (
-        OnlineReader(references)  # of a control, which reads nothing
-        if compiled is None
-        else BankReader(compiled, opened.codec_of(compiled))
-    )
+    reader: Reader = OnlineReader(references)  # of a control, which reads nothing
+    age_steps = None
+    if library is not None:
+        reader = BankReader(library, opened.codec_of(library))
+        age_steps = opened.step - library.settings.step
+    elif reads_memory:
+        cold, codec = opened.cold_start()
+        cold.compile(reference_ids([*text, *facts]))
+        reader, age_steps = BankReader(cold, codec), 0
     setting = Setting(
         label="M" if reads_memory else "C",
         reader=reader,
         overlap_limit=config.retrieval.overlap_evaluation,
-        age_steps=None if compiled is None else opened.step - compiled.settings.step,
+        age_steps=age_steps,
         batch_rows=config.evaluation.batch_rows,
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from yaml import YAMLError
 
@@ -63,11 +64,21 @@ def explain(problem: Exception, overrides: Sequence[str], conf: Path) -> str:
         return f"{' '.join(str(problem).split())}; the file must be plain YAML, without tags"
     text = str(problem) + ("" if problem.__cause__ is None else f"\n{problem.__cause__}")
     return (
-        _of_group(text, overrides, conf)
+        _of_commas(overrides)
+        or _of_group(text, overrides, conf)
         or _of_present_key(text, overrides)
         or _of_key(text, overrides)
         or " ".join(text.split())
     )
+
+
+def _of_commas(overrides: Sequence[str]) -> str | None:
+    """A value with commas, which Hydra takes for several values."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_sweep_override():
+            key, _, value = str(override.input_line).partition("=")
+            return f"{override.input_line}: this is several values; quote one that has commas, \"{key}='{value}'\""
+    return None
 
 
 def _of_group(text: str, overrides: Sequence[str], conf: Path) -> str | None:

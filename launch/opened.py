@@ -4,7 +4,8 @@
 Not here: what they do with it.
 """
 
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,20 @@ from launch import build
 from launch.compose import load_config
 from launch.config import RunConfig
 from memorybank import codecs
-from memorybank.bank import ColdStart, Records
+from memorybank.bank import Records
 from memorybank.codec import Codec
+from memorybank.cold import ColdRecords, ColdStart
 from memorybank.config import STAGES, BankContext, CodecConfig, CodecKind, check_codec
 from memorybank.edits import Compiler
 from memorybank.library import Library, state_numbers
 from memorybank.record import MemoryShape
 from memorybank.segment import DocumentCutter
-from memorybank.store import Generation, GenerationSettings
-from memorybank.writer import compile_generation
+from memorybank.store import GenerationSettings
 from train.checkpoint import Checkpoint
 from train.engine import InferenceEngine
 from train.rows import in_bank
+
+log = logging.getLogger(__name__)
 
 Ids = NDArray[np.int64]
 
@@ -108,30 +111,25 @@ class OpenedRun:
             settings=self.settings,
         )
 
-    def compile(self, ids: Ids, name: str) -> Generation:
-        """A generation of these weights, in the run's codec; one that stands there already is reused."""
-        codec, settings = self.codec(), self.settings
-        compile_generation(
-            self.engine.encode,
-            self.context.prepared.references,
-            ids,
-            codec,
-            self.bank / name,
-            settings=settings,
-        )
-        return Generation.open(self.bank / name, expect=asdict(settings) | {"codec": codec.name})
+    def codec_of(self, library: Library) -> Codec:
+        """The codec that a library's memories were written with."""
+        return codecs.named(library.settings.codec, self.shape, self.bank)
 
-    def codec_of(self, written: Generation | Library) -> Codec:
-        """The codec that memories were written with."""
-        name = written.codec if isinstance(written, Generation) else written.settings.codec
-        return codecs.named(name, self.shape, self.bank)
+    def cold_start(self) -> tuple[ColdStart, Codec]:
+        """Memories of the run's own references, encoded when first read and kept below `bank`; their codec."""
+        codec, kept = self.codec(), None
+        max_bytes = int(self.config.bank.cold_gib * 2**30)
+        if max_bytes:
+            try:
+                kept = ColdRecords.obtain(self.bank, self.settings, codec, max_bytes=max_bytes)
+            except OSError as problem:
+                log.warning("memories that are encoded now are not kept: %s", problem)
+        references = self.context.prepared.references
+        return ColdStart(kept, self.engine.encode, references, codec, window_tokens=self.window_tokens), codec
 
     def records(self, library: Library | None) -> tuple[Records, Codec]:
-        """Records of a library, or of the run's own references, encoded when first read (cold start); their codec."""
-        if library is not None:
-            return library, self.codec_of(library)
-        codec, references = self.codec(), self.context.prepared.references
-        return ColdStart(None, self.engine.encode, references, codec, window_tokens=self.window_tokens), codec
+        """Records of a library, or of the run's own references (`cold_start`); their codec."""
+        return self.cold_start() if library is None else (library, self.codec_of(library))
 
     def compiler(self, library: Path, kind: CodecKind | None = None) -> Compiler:
         """What compiles a library with these weights.

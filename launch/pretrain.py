@@ -25,6 +25,8 @@ _MAY_CHANGE = (
     "saving.",
     "evaluation.",
     "engine.threads_per_rank",
+    "bank.cache_mib",
+    "bank.cold_gib",
     "data.num_workers",
 )
 """Keys that a resumed run may change: they decide nothing about what is trained."""

@@ -17,16 +17,8 @@ from train.metrics import STAGES, read_metrics
 
 Line = dict[str, Any]
 
-SECONDS = {
-    "data": "seconds_data",
-    "retrieve": "seconds_retrieve",
-    "update": "seconds_update",
-    "search": "bank_seconds_search",
-    "compile": "bank_seconds_compile",
-    "validation": "seconds_validation",
-    "checkpoint": "seconds_checkpoint",
-}
-"""What the time of a stage goes to, and the key that tells it."""
+SECONDS = ("data", "retrieve", "update", "search", "compile", "validation", "checkpoint")
+"""What the time of a stage goes to."""
 
 OTHER = "between steps"
 """Time between two lines of one process of which no key tells what it went to."""
@@ -116,7 +108,10 @@ class RunLog:
     def seconds(self, stage: str) -> dict[str, float]:
         """What the time of a stage went to, the largest share of it untold by older runs' lines."""
         lines = [line for line in self.lines if line["stage"] == stage]
-        told = {name: sum(float(line.get(key) or 0.0) for line in lines) for name, key in SECONDS.items()}
+        told = dict.fromkeys(SECONDS, 0.0)
+        for line in lines:
+            for name, seconds in _told(line).items():
+                told[name] += seconds
         gaps = sum(_gap(before, line) for before, line in pairwise(self.lines) if line["stage"] == stage)
         return {name: seconds for name, seconds in (told | {OTHER: gaps}).items() if seconds > 0.001}
 
@@ -129,8 +124,21 @@ def _gap(before: Line, line: Line) -> float:
     """Seconds from a line to the next of which the next does not tell what they went to."""
     if "event" in line:
         return 0.0
-    told = sum(float(line.get(key) or 0.0) for key in SECONDS.values())
-    return max(0.0, float(line["time"] - before["time"]) - told)
+    return max(0.0, float(line["time"] - before["time"]) - sum(_told(line).values()))
+
+
+def _told(line: Line) -> dict[str, float]:
+    """What a line says that time went to; the wait for memories is a part of the wait for data."""
+    stalled = line.get("seconds_stalled", 0.0)
+    return {
+        "data": line.get("seconds_data", 0.0) - stalled,
+        "retrieve": stalled,
+        "update": line.get("seconds_update", 0.0),
+        "search": line.get("bank_seconds_search", 0.0),
+        "compile": line.get("bank_seconds_compile", 0.0),
+        "validation": line.get("seconds_validation", 0.0),
+        "checkpoint": line.get("seconds_checkpoint", 0.0),
+    }
 
 
 def different_settings(logs: Sequence[RunLog]) -> Iterator[tuple[str, list[Any]]]:

@@ -17,15 +17,13 @@ from torch import Tensor
 from data.references import ReferenceSource
 from memorybank.codec import Codec
 from memorybank.pool import distinct
-from memorybank.store import Generation
-from memorybank.writer import Encode, encode_records
 from model.memory import MemoryBatch, ReferenceBatch
 
 Ids = NDArray[np.int64]
 
 
 class Records(Protocol):
-    """A place that hands out records: a generation, or `ColdStart`."""
+    """A place that hands out records: a generation, a library, a cache, or `cold.ColdStart`."""
 
     def read(self, ids_N: Ids) -> Tensor:
         """Return the records, uint8 (N, record_bytes), on the CPU."""
@@ -66,51 +64,3 @@ class OnlineReader:
             titles_N=torch.from_numpy(titles_N).to(device),
             slots_BCK=slots_BCK.to(device),
         )
-
-
-class ColdStart:
-    """Records of a generation where it has them; of other references, encoded when first read, then kept.
-
-    The paper's cold start (section 3.1). References pass through the codec in either case, so that a warm and
-    a cold start read the same numbers.
-    """
-
-    def __init__(
-        self,
-        generation: Generation | None,
-        encode: Encode,
-        references: ReferenceSource,
-        codec: Codec,
-        *,
-        batch: int = 8,
-        window_tokens: int | None = None,
-    ) -> None:
-        """Read `generation` first (None: nothing was compiled), and encode what it lacks in the same context."""
-        self._generation = generation
-        self._encode = encode
-        self._references = references
-        self._codec = codec
-        self._batch = batch
-        self._window_tokens = window_tokens
-        self._kept: dict[int, Tensor] = {}
-
-    def read(self, ids_N: Ids) -> Tensor:
-        """Return the records, uint8 (N, record_bytes), on the CPU."""
-        warm = np.zeros(len(ids_N), bool) if self._generation is None else self._generation.has(ids_N)
-        records = torch.empty((len(ids_N), self._codec.record_bytes), dtype=torch.uint8)
-        if self._generation is not None:
-            records[torch.from_numpy(warm)] = self._generation.read(ids_N[warm])
-        cold = np.array([id for id in np.unique(ids_N[~warm]).tolist() if id not in self._kept], np.int64)
-        if len(cold):
-            made = encode_records(
-                self._encode,
-                self._references,
-                cold,
-                self._codec,
-                batch=self._batch,
-                window_tokens=self._window_tokens,
-            )
-            self._kept.update(zip(cold.tolist(), made, strict=True))
-        for row in np.flatnonzero(~warm).tolist():
-            records[row] = self._kept[int(ids_N[row])]
-        return records

@@ -91,6 +91,10 @@ class BankConfig:
 
     context: BankContext = BankContext.reference
     """reference: each by itself, as in the paper's runs; document: with its document's text before it in sight."""
+    cache_mib: int = 256
+    """RAM of each rank for the records that its training steps read last; 0 keeps none. Decides nothing but speed."""
+    cold_gib: float = 64.0
+    """Disk for memories that commands encode when they first read them (cold start); what is beyond is not kept."""
 
     def window_tokens(self, model: ModelConfig) -> int | None:
         """Tokens of a document that are encoded at once: those of a row; None = each reference by itself."""
@@ -211,6 +215,9 @@ def check_codec(config: CodecConfig, head_size: int, *, key: str = "codec") -> N
 
 def check_bank(config: BankConfig, model: ModelConfig, *, key: str = "bank") -> None:
     """Raise ValueError, naming the key below `key`, when the settings cannot be used with a model."""
+    for name in ("cache_mib", "cold_gib"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{key}.{name}={getattr(config, name)} is below 0: set 0 to keep nothing")
     if config.context is BankContext.document and model.row_tokens < model.reference_tokens:
         raise ValueError(
             f"{key}.context=document reads documents in windows of model.row_tokens={model.row_tokens} tokens, which "

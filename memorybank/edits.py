@@ -238,7 +238,7 @@ class Editor:
             ValueError: the library was compiled with something else.
         """
         compiler = self._compiler()
-        _refuse_changes(self.folder, settings_of(state), compiler)
+        refuse_changes(self.folder, settings_of(state), compiler)
         texts = Segment(open_piece(self.folder / part.text))
         if name == part.vectors:
             return self._embed(texts, self.folder / name, len(texts))
@@ -273,7 +273,7 @@ class Editor:
     def _change(self, documents: Documents, *, replaces: bool, action: str) -> int:
         compiler = self._compiler()
         with self._writing(), Library.open(self.folder) as base:
-            _refuse_changes(self.folder, base.settings, compiler)
+            refuse_changes(self.folder, base.settings, compiler)
             return self._put(base, documents, replaces=replaces, action=action)
 
     def _put(self, base: Library | None, documents: Documents, *, replaces: bool, action: str) -> int:
@@ -586,7 +586,7 @@ def _changes(settings: LibrarySettings, compiler: Compiler) -> list[tuple[str, A
     return list(differences(asdict(settings), expected))
 
 
-def _refuse_changes(folder: Path, settings: LibrarySettings, compiler: Compiler) -> None:
+def refuse_changes(folder: Path, settings: LibrarySettings, compiler: Compiler) -> None:
     """Refuse to mix records of different weights, or vectors of different embedders."""
     for key, found, wanted in _changes(settings, compiler):
         raise ValueError(

@@ -24,7 +24,7 @@ from data.files import (
     open_manifest,
     reopen,
 )
-from memorybank.edits import Compiler, Editor, Told, sweep
+from memorybank.edits import Compiler, Editor, Told, refuse_changes, sweep
 from memorybank.library import (
     KIND,
     PIECE,
@@ -76,6 +76,10 @@ def verify(
         sample: references that are embedded and compiled anew.
         seed: chooses them.
         progress: is told the bytes to be read in all, and those read since.
+
+    Raises:
+        ValueError: there is no library; or every byte is sound, but a sample cannot be compared, since it was compiled
+            with something else.
     """
     problems: list[Problem] = []
     pieces: dict[str, str] = {}
@@ -105,8 +109,14 @@ def verify(
         name = path.name.removesuffix(".partial")
         if path.name not in known and not PIECE.fullmatch(name) and not STATE.fullmatch(name):
             problems.append(Problem(path, _FOREIGN))
-    if not problems and compiler is not None:
+    if not problems and compiler is not None and sample:
         with Library.open(folder) as library:
+            try:
+                refuse_changes(folder, library.settings, compiler)
+            except ValueError as stale:
+                raise ValueError(
+                    f"{stale}; its bytes are sound: `--sample 0` looks at nothing else"
+                ) from None
             problems += _sample_problems(library, compiler, sample=sample, seed=seed)
     return problems
 
@@ -164,7 +174,12 @@ def find_document(
         document_id: looked up in every segment that lies there, and searched for in the bytes of every file.
         text: some words of it, searched for likewise.
         progress: is told the bytes that were read.
+
+    Raises:
+        ValueError: there is no such folder, or a segment cannot be opened.
     """
+    if not folder.is_dir():
+        raise ValueError(f"there is no bank in {folder}; name the folder to be searched by --bank")
     found = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith("text-") and (path / MANIFEST).is_file():
@@ -194,9 +209,11 @@ def fetch(source: Path, target: Path, *, told: Told) -> tuple[int, int]:
         the number of the state, and how many pieces were copied.
 
     Raises:
-        ValueError: the source is damaged; the target went on by itself.
+        ValueError: the source is damaged, or the target itself; the target went on by itself.
     """
-    with only_writer(target), Library.open(source) as library:
+    if source.resolve() == target.resolve():
+        raise ValueError(f"{target} would be its own source; name the folder of a copy")
+    with Library.open(source) as library, only_writer(target):
         _same_history(source, target, library)
         names = sorted(library.part_names())
         missing = [name for name in names if not _is_sound(target / name, library.manifest.inputs[name])]

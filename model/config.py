@@ -18,6 +18,15 @@ class Selection(Enum):
     """By the unnormalised exponential of the scores: what the paper's runs used."""
 
 
+class Init(Enum):
+    """How weights begin; the paper is silent."""
+
+    normal = "normal"
+    """Normally distributed."""
+    induction = "induction"
+    """The same, with heads that look up and copy from the first step: for runs too short to grow them."""
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Sizes of a ``Memory3LM``; the defaults are the `nano` model."""
@@ -52,6 +61,8 @@ class ModelConfig:
     """Base of the rotary wavelengths."""
     norm_eps: float = 1e-5
     """Added to the mean square inside RMSNorm."""
+    init: Init = Init.normal
+    """How weights begin: `normal`, or `induction`, with heads that can look up."""
     init_std: float = 0.02
     """Standard deviation of initial weights; projections into the residual stream get less."""
     selection: Selection = Selection.softmax
@@ -122,6 +133,11 @@ class ModelConfig:
             self.row_tokens % self.chunk_tokens == 0,
             "row_tokens",
             f"set a multiple of model.chunk_tokens={self.chunk_tokens}",
+        )
+        self._require(
+            self.init is Init.normal or 2 * self.width > 5 * self.head_size,
+            "init",
+            f"set normal, or a model.width above {5 * self.head_size // 2}: induction heads need that many directions",
         )
         self._require(
             all(0 <= token < self.vocab_size for token in self.prefix_ids),

@@ -144,7 +144,7 @@ class Memory3LM(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = OutputHead(config.width, config.vocab_size)
-        initialise(self, std=config.init_std, num_layers=config.num_layers)
+        initialise(self, config)
         if config.compile:
             for block in self.blocks:
                 block.compile()

@@ -87,8 +87,8 @@ class StageConfig:
     """Steps of the linear decay at the end (WSD); a continual stage branches from before it."""
     weights: dict[str, float] = field(default_factory=dict)
     """How often documents of a source are drawn, relative to its size; overrides `data.sources.<label>.weight`."""
-    epoch_steps: int | None = None
-    """Steps of a bank epoch; null means one pass over the rows."""
+    epoch_steps: str | None = None
+    """Steps of a bank epoch, 100, or by ranges of steps, "0-1000:100,1000-:500"; null means one pass over the rows."""
     branch_from: str | None = None
     """Run folder whose warmup checkpoint the continual stage branches from; null means this run's own."""
     memory: MemoryConfig | None = None

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from data.files import is_finished, open_manifest, publishing
 from data.references import References
 from memorybank import codecs
-from memorybank.bank import BankReader
+from memorybank.bank import BankReader, Records
 from memorybank.config import BankConfig, CodecConfig, RetrievalConfig
 from memorybank.record import MemoryShape
 from memorybank.search import RowSearch
@@ -197,9 +197,10 @@ class BankEpochs:
         )
         return Generation.open(bank / name, expect=asdict(settings) | {"codec": codec.name})
 
-    def reader(self, generation: Generation) -> BankReader:
-        """Read a generation with the codec that it states."""
-        return BankReader(generation, codecs.named(generation.codec, self._shape, self._run / "bank"))
+    def reader(self, generation: Generation, records: Records | None = None) -> BankReader:
+        """Read a generation, directly or through a cache, with the codec that it states."""
+        codec = codecs.named(generation.codec, self._shape, self._run / "bank")
+        return BankReader(records or generation, codec)
 
     def reopen(self, name: str, fingerprint: str) -> Generation:
         """The generation that a checkpoint names, and no other.

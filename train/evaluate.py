@@ -303,7 +303,7 @@ def evaluate_probes(
             )
         ]
         read_MCK = None if is_text else reading.ids_MCK
-        losses = _answer_losses(model, prompts, probes.answer_ids, read_MCK, setting)
+        losses = answer_losses(model, prompts, probes.answer_ids, read_MCK, setting)
         exact = _exact_matches(
             model,
             prompts,
@@ -331,6 +331,24 @@ def evaluate_probes(
         )
         results.append(_result(reading, setting, tuple(items)))
     return results
+
+
+def answer_losses(
+    model: Memory3LM,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    ids_MCK: Ids | None,
+    setting: Setting,
+) -> Floats:
+    """Return the loss of each answer after its prompt, (M,), in nats."""
+    tokens_MT, targets_MT = _rows(prompts, answers)
+    if ids_MCK is not None:
+        num_chunks = -(-tokens_MT.shape[1] // model.config.chunk_tokens)
+        ids_MCK = np.repeat(ids_MCK, num_chunks, axis=1)
+    losses: Floats = target_losses(InferenceEngine(model), tokens_MT, targets_MT, ids_MCK, setting).sum(
+        axis=1
+    )
+    return losses
 
 
 def to_json(results: Sequence[ArmResult]) -> dict[str, Any]:
@@ -530,24 +548,6 @@ def _result(
         note=reading.note,
         items=items,
     )
-
-
-def _answer_losses(
-    model: Memory3LM,
-    prompts: Sequence[list[int]],
-    answers: Sequence[list[int]],
-    ids_MCK: Ids | None,
-    setting: Setting,
-) -> Floats:
-    """Return the loss of each answer after its prompt, (M,), in nats."""
-    tokens_MT, targets_MT = _rows(prompts, answers)
-    if ids_MCK is not None:
-        num_chunks = -(-tokens_MT.shape[1] // model.config.chunk_tokens)
-        ids_MCK = np.repeat(ids_MCK, num_chunks, axis=1)
-    losses: Floats = target_losses(InferenceEngine(model), tokens_MT, targets_MT, ids_MCK, setting).sum(
-        axis=1
-    )
-    return losses
 
 
 def _exact_matches(

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from data.batch import TokenBatch
 from train.engine import Engine
+from train.inputs import StepInputs
 from train.metrics import Metrics
 from train.schedule import Schedule
 from train.stages import Stage
@@ -24,13 +24,11 @@ Save = Callable[[RunState], None]
 def train_epoch(
     engine: Engine,
     stage: Stage,
-    batches: Iterator[TokenBatch],
-    cursor: Callable[[], int],
+    inputs: Iterator[StepInputs],
     schedule: Schedule,
     state: RunState,
     *,
     last_step: int,
-    accumulate: int,
     metrics: Metrics,
     validate: Validate,
     save: Save,
@@ -41,13 +39,11 @@ def train_epoch(
 
     Args:
         engine: Makes the updates.
-        stage: Attaches memories to rows.
-        batches: Micro-batches of this rank, from the state's cursor on.
-        cursor: Rows of the plan consumed so far, by all ranks.
+        stage: Says what the rows of a step read.
+        inputs: What this rank's steps are given, from the state's cursor on.
         schedule: What happens at which step.
         state: Where the run stands.
         last_step: The epoch's last update, counted in the stage.
-        accumulate: Micro-batches of an update, on this rank.
         metrics: Where each step is reported, once.
         validate: Reads held-out text.
         save: Publishes a checkpoint.
@@ -65,13 +61,11 @@ def train_epoch(
     try:
         while state.step < last_step:
             started = time.perf_counter()
-            rows = [next(batches) for _ in range(accumulate)]
+            given = next(inputs)
             fetched = time.perf_counter()
-            inputs = [stage.model_input(batch) for batch in rows]
-            retrieved = time.perf_counter()
             lr = schedule.learning_rate(state.step)
-            result = engine.train_step(inputs, lr=lr)
-            state = state.after(result, cursor=cursor())
+            result = engine.train_step(given.micro, lr=lr)
+            state = state.after(result, cursor=given.cursor)
             ended = time.perf_counter()
             rate = result.tokens / (ended - started)
             reads = stage.reads(state.cursor)
@@ -88,11 +82,11 @@ def train_epoch(
                 tokens_per_second=rate,
                 mfu=None if peak_tokens_per_second is None else rate / peak_tokens_per_second,
                 seconds_data=fetched - started,
-                seconds_retrieve=retrieved - fetched,
-                seconds_update=ended - retrieved,
+                seconds_update=ended - fetched,
                 generation=state.generation,
                 generation_age=None if state.generation is None else state.step - state.epoch_step,
                 **({} if reads is None else asdict(reads)),
+                **({} if given.reading is None else asdict(given.reading)),
             )
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             if skipped_in_a_row >= max_skipped:

@@ -21,6 +21,7 @@ from data.packing import RowPlan, pack
 from data.shards import TokenShards
 from train.config import StageConfig
 from train.evaluate import TextSet
+from train.schedule import epoch_end
 from train.state import History
 
 Ids = NDArray[np.int64]
@@ -69,11 +70,11 @@ def plan_epoch(
     *,
     source_weights: Mapping[str, float],
     row_tokens: int,
-    steps_left: int,
     epoch: int,
+    epoch_step: int,
     seed: int,
 ) -> EpochRows:
-    """The rows of the epoch that begins with this history.
+    """The rows of the epoch that begins with this history, after `epoch_step` updates of the stage.
 
     Raises:
         ValueError: When the stage's weights name an unknown source, or nothing can be drawn.
@@ -99,11 +100,11 @@ def plan_epoch(
             f"{stage_name}: no document can be drawn; check the sources' `use` and `weight`, and "
             f"{stage_name}.weights={dict(stage.weights)}"
         )
-    steps = stage.epoch_steps
-    if steps is None:
+    end = epoch_end(stage, epoch_step)
+    if end is None:
         tokens = sum(int(lengths[documents].sum()) for documents in sources)
-        steps = max(1, tokens // (row_tokens * stage.rows_per_step))
-    steps = min(steps, steps_left)
+        end = min(epoch_step + max(1, tokens // (row_tokens * stage.rows_per_step)), stage.steps)
+    steps = end - epoch_step
     draw_seed = int(fingerprint([seed, stage_name, epoch]), 16) % 2**31
     num_rows = steps * stage.rows_per_step
     documents = draw(

@@ -16,6 +16,7 @@ from data.packing import RowPlan
 from data.references import References
 from data.shards import TokenShards
 from memorybank.bank import OnlineReader
+from memorybank.cache import CachedRecords
 from memorybank.store import Generation
 from train.arms import Arm, Bank, Pattern, Reading, text_readings
 from train.checkpoint import Checkpoints
@@ -24,10 +25,11 @@ from train.continual import BankEpochs, Rows
 from train.distributed import Ranks
 from train.engine import Engine
 from train.evaluate import Setting, TextSet, memory_attention, validation_losses
+from train.inputs import InputsAhead
 from train.loop import train_epoch
 from train.metrics import Metrics
 from train.rows import plan_epoch
-from train.schedule import Schedule
+from train.schedule import Schedule, epoch_begins
 from train.stages import MemoryStage, PlainStage, Reader, Stage, encodes_online, reads_bank
 from train.state import History, RunState
 
@@ -54,6 +56,7 @@ class Parts:
     ranks: Ranks
     row_tokens: int
     peak_tokens_per_second: float | None
+    cache_bytes: int
     seed: int
 
 
@@ -69,6 +72,14 @@ def run_stage(parts: Parts, state: RunState, history: History) -> tuple[RunState
         The position at the end, and the history then.
     """
     schedule = parts.schedule
+    if parts.config.memory is not None and (begins := epoch_begins(parts.config)):
+        log.info(
+            "%s: %d bank epochs in %d steps (epoch_steps=%s), each compiled anew",
+            parts.name,
+            len(begins),
+            schedule.num_steps,
+            parts.config.epoch_steps,
+        )
     while True:
         rows = plan_epoch(
             parts.shards,
@@ -77,8 +88,8 @@ def run_stage(parts: Parts, state: RunState, history: History) -> tuple[RunState
             history,
             source_weights=parts.source_weights,
             row_tokens=parts.row_tokens,
-            steps_left=schedule.num_steps - state.epoch_step,
             epoch=state.epoch,
+            epoch_step=state.epoch_step,
             seed=parts.seed,
         )
         last_step = state.epoch_step + rows.steps
@@ -125,7 +136,7 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
             "seconds_validation": time.perf_counter() - started,
         }
 
-    loader = Loader(
+    batches = Loader(
         parts.shards,
         plan,
         rows_per_step=config.rows_per_step,
@@ -134,16 +145,15 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
         world_size=ranks.world_size,
         cursor=state.cursor,
     )
-    with loader as batches:
+    accumulate = config.rows_per_step // (config.micro_rows * ranks.world_size)
+    with batches, InputsAhead(epoch.stage, batches, accumulate=accumulate, cache=epoch.cache) as inputs:
         state = train_epoch(
             parts.engine,
             epoch.stage,
-            batches,
-            lambda: loader.cursor,
+            inputs,
             parts.schedule,
             state,
             last_step=last_step,
-            accumulate=config.rows_per_step // (config.micro_rows * ranks.world_size),
             metrics=parts.metrics,
             validate=validate,
             save=save,
@@ -156,12 +166,13 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
 
 @dataclass(frozen=True, slots=True)
 class _Epoch:
-    """An opened epoch: what its rows and its validation read."""
+    """An opened epoch: what its rows and its validation read; steps alone read through the cache."""
 
     stage: Stage
     reader: Reader
     readings: list[Reading]
     generation: Generation | None
+    cache: CachedRecords | None = None
 
 
 def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) -> _Epoch:
@@ -219,17 +230,18 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
         generation.settings.step,
         f"{len(generation):,}",
     )
-    bank = parts.epochs.reader(generation)
+    cache = CachedRecords(generation, max_bytes=parts.cache_bytes) if reads_bank(memory.source) else None
     stage = MemoryStage(
         neighbours.training_MC,
         neighbours.scores_MC,
         query=memory.query,
         window=parts.window,
-        bank=bank if reads_bank(memory.source) else None,
+        bank=None if cache is None else parts.epochs.reader(generation, cache),
         online=online if encodes_online(memory.source) else None,
         online_share=memory.online_share,
         rows_per_step=parts.config.rows_per_step,
         seed=parts.seed * 1_000_003 + state.epoch,  # other steps of every epoch
+        device=parts.ranks.device,
     )
     readings = text_readings(
         neighbours.validation_MC[:, :, None],
@@ -240,4 +252,4 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
         queries=[memory.query],
         patterns=[Pattern.training],
     )
-    return _Epoch(stage, bank, readings, generation)
+    return _Epoch(stage, parts.epochs.reader(generation), readings, generation, cache)

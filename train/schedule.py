@@ -1,9 +1,13 @@
-"""What happens at which step of a stage: learning rate, validation, saving. Pure.
+"""What happens at which step of a stage: learning rate, validation, saving, and where bank epochs end. Pure.
 
 Steps count finished optimizer updates: `learning_rate(step)` is the rate of the update that follows `step`
 finished ones, `saves(step)` asks after `step` finished ones.
+
+`epoch_steps` of a stage is a number of steps, or ranges of steps with the length that a bank epoch has in each:
+"0-1000:100,1000-:500" is ten epochs of 100 steps, then epochs of 500. An epoch ends where its range ends.
 """
 
+import re
 from dataclasses import dataclass
 
 from train.config import StageConfig
@@ -65,3 +69,78 @@ def schedule_of(stage: StageConfig, *, save_every: int, validate_every: int) -> 
         save_every=save_every,
         validate_every=validate_every,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class EpochRange:
+    """The steps [begin, end) of a stage, in which a bank epoch is `steps` long; without an end, up to the stage's."""
+
+    begin: int
+    end: int | None
+    steps: int
+
+
+def epoch_ranges(epoch_steps: str, *, num_steps: int, key: str) -> list[EpochRange]:
+    """The ranges that a stage's `epoch_steps` states; one number is one range.
+
+    Args:
+        epoch_steps: The setting.
+        num_steps: Updates of the stage, all of which must lie in a range.
+        key: Its name, for messages.
+
+    Raises:
+        ValueError: It is not of this form, holds no step, or leaves a gap, overlaps or ends too early.
+    """
+    setting = f"{key}={epoch_steps}"
+    ranges: list[EpochRange] = []
+    expected: int | None = 0
+    parts = [f"0-:{epoch_steps}"] if re.fullmatch(r"-?\d+", epoch_steps) else epoch_steps.split(",")
+    for part in parts:
+        match = re.fullmatch(r"\s*(\d+)-(\d*):(-?\d+)\s*", part)
+        if match is None:
+            raise ValueError(
+                f"{setting}: {part.strip()!r} is not BEGIN-END:STEPS in whole numbers; write for example "
+                "0-1000:100,1000-:500"
+            )
+        begin, end, steps = int(match[1]), int(match[2]) if match[2] else None, int(match[3])
+        if steps < 1:
+            raise ValueError(f"{setting} is below 1; set null for one pass over the rows")
+        if expected is None:
+            raise ValueError(
+                f"{setting}: the range before {part.strip()!r} has no end; let it end at {begin}, where this one begins"
+            )
+        if begin != expected:
+            fault = (
+                "overlaps the range before it"
+                if begin < expected
+                else f"leaves out the steps from {expected}"
+            )
+            raise ValueError(f"{setting}: {part.strip()!r} {fault}; let it begin at {expected}")
+        if end is not None and end <= begin:
+            raise ValueError(f"{setting}: {part.strip()!r} holds no step; let it end above {begin}")
+        ranges.append(EpochRange(begin, end, steps))
+        expected = end
+    if expected is not None and expected < num_steps:
+        raise ValueError(
+            f"{setting} ends at step {expected} of {num_steps}; leave out the last end: "
+            f"{ranges[-1].begin}-:{ranges[-1].steps}"
+        )
+    return ranges
+
+
+def epoch_end(stage: StageConfig, begin: int) -> int | None:
+    """The step at which the bank epoch ends that begins after `begin` updates; None: after one pass over the rows."""
+    if stage.epoch_steps is None:
+        return None
+    for part in epoch_ranges(stage.epoch_steps, num_steps=stage.steps, key="epoch_steps"):
+        if part.end is None or begin < part.end:
+            return min(begin + part.steps, stage.steps if part.end is None else min(part.end, stage.steps))
+    raise AssertionError(f"no range holds step {begin}")
+
+
+def epoch_begins(stage: StageConfig) -> list[int]:
+    """The step at which each bank epoch begins; empty when epochs are passes over the rows, counted as they come."""
+    begins = [0]
+    while (end := epoch_end(stage, begins[-1])) is not None and end < stage.steps:
+        begins.append(end)
+    return [] if end is None else begins

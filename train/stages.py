@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from data.batch import TokenBatch
@@ -51,8 +52,8 @@ class Stage(Protocol):
 class Reader(Protocol):
     """References in, memories (or references to encode) out: a bank, or the references themselves."""
 
-    def batch(self, ids_BCK: Ids) -> MemoryBatch | ReferenceBatch:
-        """What chunks with these references read."""
+    def batch(self, ids_BCK: Ids, device: torch.device | str = "cpu") -> MemoryBatch | ReferenceBatch:
+        """What chunks with these references read, decoded on the device that reads it."""
         ...
 
 
@@ -79,6 +80,7 @@ class MemoryStage:
         online_share: Share of the steps that are online when both are there.
         rows_per_step: Rows of one update: all micro-batches of an update read memory from the same place.
         seed: Decides which steps are online.
+        device: Where memories are decoded.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class MemoryStage:
         online_share: float,
         rows_per_step: int,
         seed: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         assert bank is not None or online is not None
         self._neighbours_MC = neighbours_MC
@@ -104,11 +107,12 @@ class MemoryStage:
         self._online_share = online_share
         self._rows_per_step = rows_per_step
         self._seed = seed
+        self._device = device
 
     def model_input(self, batch: TokenBatch) -> ModelInput:
         ids_BC = self._neighbours_MC[list(batch.positions)]
         reader = self._reader(batch.positions[0] // self._rows_per_step)
-        memory = reader.batch(window_slots(ids_BC, self._query, window=self._window))
+        memory = reader.batch(window_slots(ids_BC, self._query, window=self._window), self._device)
         return ModelInput(batch.inputs, batch.targets, memory)
 
     def reads(self, cursor: int) -> Reads:

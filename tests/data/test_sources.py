@@ -13,7 +13,7 @@ import pytest
 
 from data.config import DataConfig, SourceConfig, SourceKind
 from data.documents import Document, Split, Use
-from data.sources import content_fingerprints, open_sources
+from data.sources import content_fingerprints, open_sources, read_json_lines
 from tests.support.data import data_config, jsonl_source, sections, write_lines
 
 
@@ -129,6 +129,13 @@ def test_hub_layout_in_a_folder(tmp_path: Path) -> None:
 def test_lines_that_are_no_documents_are_refused(tmp_path: Path, lines: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_lines(tmp_path, lines)
+
+
+@pytest.mark.parametrize("content", [b"plain text", gzip.compress(b'{"text": "x"}\n' * 9)[:-12]])
+def test_a_file_that_is_no_whole_gzip_file_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.jsonl.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz is no whole gzip file: .*; compress it again"):
+        list(read_json_lines([tmp_path / "x.jsonl.gz"], "x", SourceConfig(kind=SourceKind.jsonl)))
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:

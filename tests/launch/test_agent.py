@@ -25,7 +25,7 @@ def fail(run):
     raise {"value": ValueError, "bug": ZeroDivisionError}[how]("this is why")
 
 worker._run = fail
-worker._GRACE_SECONDS = 3
+worker._GRACE_SECONDS = 30
 sys.exit(worker.main(Path(sys.argv[1])))
 """
 
@@ -48,12 +48,16 @@ def test_first_cause_is_said_once(
     root = Path(agent.__file__).parents[1]
     program = tmp_path / "rank.py"
     program.write_text(RANK)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     start = f"from launch import agent; agent.WORKER = ['{program}']; import sys; sys.exit(agent.main(*sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", start, str(tmp_path), "2"],
-        cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False, timeout=120,
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(temporary)},
+        capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
+    assert list(temporary.iterdir()) == []  # torchrun's own log folder would stay
     assert done.stderr.splitlines()[-1] == last
     assert ("Traceback" in done.stderr) is traceback
     assert sum(line.startswith("memory3 pretrain") for line in done.stderr.splitlines()) == 1

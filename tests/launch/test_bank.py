@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from launch.opened import open_run
+from memorybank.cold import stores
 from memorybank.config import CodecKind
 from memorybank.library import Library
 from memorybank.store import Generation
@@ -103,12 +104,15 @@ def test_add_search_replace_remove_compact(folder: Path, tmp_path: Path) -> None
 
 def test_what_training_still_holds_of_a_removed_document_is_named(folder: Path) -> None:
     generation = Generation.open(sorted((trained().main / "bank").glob("generation-continual-*"))[-1])
-    references = open_run("m", str(trained().root)).context.prepared.references
-    document = references.describe(int(generation.ids[0])).document
+    opened = open_run("m", str(trained().root))
+    opened.cold_start()[0].compile(generation.ids[:1])
+    document = opened.context.prepared.references.describe(int(generation.ids[0])).document
     said(bank("remove", document, folder=folder))
     out = said(bank("compact", folder=folder))
     assert "1 of these documents are in the prepared corpus" in out
     assert f"{generation.folder}, a generation of training, holds " in out
+    (kept,) = stores(trained().main / "bank")
+    assert f"{kept}, kept by cold start, holds " in out
 
 
 def test_remove_takes_a_source_and_refuses_what_is_not_there(folder: Path, tmp_path: Path) -> None:
@@ -126,6 +130,123 @@ def test_remove_takes_a_source_and_refuses_what_is_not_there(folder: Path, tmp_p
     assert Library.open(folder).num_documents == before
     assert "removed 3 documents" in said(bank("remove", "--source", "diary", folder=folder))
     assert Library.open(folder).num_documents == before - 3
+
+
+def test_a_document_that_is_named_twice_is_removed_once(folder: Path) -> None:
+    document = Library.open(folder).describe(0).document
+    assert "removed 1 documents of " in said(bank("remove", document, document, folder=folder))
+
+
+def lose_everything(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def half_write(folder: Path) -> None:
+    (folder / "state-000001").rename(folder / "state-000001.partial")
+
+
+def lose_records(folder: Path) -> None:
+    shutil.rmtree(folder / "records-000001-0000")
+
+
+def cut_vectors(folder: Path) -> None:
+    shard = folder / "vectors-000001-0000" / "vectors-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def flip_state(folder: Path) -> None:
+    manifest = folder / "state-000001" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"reference", b"refereNce", 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lose_everything, "there is no bank in {folder}; make one with `memory3 bank build"),
+        (half_write, "there is no bank in {folder}; make one with `memory3 bank build"),
+        (lose_records, "{folder}/records-000001-0000"),
+        (cut_vectors, "{folder}/vectors-000001-0000/vectors-00000.bin"),
+        (flip_state, "{folder}/state-000001/manifest.json"),
+    ],
+)
+def test_what_is_not_whole_is_refused_by_name_by_every_command(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], None], named: str
+) -> None:
+    damage(folder)
+    for command in (
+        ("search", "the harbour"),
+        ("remove", "anything"),
+        ("compact",),
+        ("compact", "--dry-run"),
+        ("stat",),
+        ("verify", "--sample", "0"),
+        ("fetch",),
+    ):
+        if command == ("fetch",):
+            done = within("bank", "fetch", str(folder), str(tmp_path / "there"))
+        else:
+            done = bank(*command, folder=folder)
+        assert done.code == (
+            1 if command[0] == "verify" and damage not in (lose_everything, half_write) else 2
+        ), command
+        assert named.format(folder=folder) in done.out + done.err, command
+    assert not (tmp_path / "there").exists() or not list((tmp_path / "there").glob("state-*"))
+
+
+@pytest.mark.parametrize(
+    "command", [("stat",), ("verify",), ("verify", "--absent", "a"), ("refresh", "--dry-run")]
+)
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path, command: tuple[str, ...]) -> None:
+    done = bank(*command, folder=tmp_path / "nowhere")
+    assert done.code == 2
+    assert f"there is no bank in {tmp_path / 'nowhere'}" in done.err
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_damaged_record_is_refused_when_generation_reads_it_and_the_remedy_named(folder: Path) -> None:
+    shard = folder / "records-000001-0000" / "records-00000.bin"
+    content = np.frombuffer(shard.read_bytes(), np.uint8).copy()
+    content[:: 1 << 16] ^= 1
+    shard.write_bytes(content.tobytes())
+    reading = ("--bank", str(folder), "--max-new-tokens", "2", "--root", str(trained().root))
+    done = within("generate", "m", "--prompt", "The word of the day", *reading)
+    assert done.code == 2
+    assert f"{shard}: block " in done.err
+    assert "`memory3 bank verify --fix` mends it" in done.err
+
+
+def test_a_bank_of_other_weights_is_refused_by_name_until_refreshed(folder: Path, tmp_path: Path) -> None:
+    new = lines(tmp_path / "new.jsonl", {"id": "mine", "title": "A day", "text": TEXT})
+    ours, others = (open_run(run, str(trained().root)).engine.weights_hash() for run in ("m", "c"))
+    for command in (("add", new), ("replace", new), ("verify",), ("verify", "--fix")):
+        done = bank(*command, folder=folder, run="c")
+        assert done.code == 2, command
+        assert f"{folder}: weights is {ours}, but the run's newest is {others}" in done.err
+        assert "`memory3 bank refresh`" in done.err
+    assert Library.open(folder).number == 1
+    said(bank("refresh", folder=folder, run="c"))
+    assert said(bank("verify", folder=folder, run="c")) == f"{folder}: sound\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (
+            ("verify", "--text", "word"),
+            "--text is searched for beside a document; name that too, by --absent DOC",
+        ),
+        (("verify", "--sample", "-1"), "--sample -1 is below 0"),
+        (("search", " "), "the text to search for is empty"),
+        (("search", "words", "-k", "0"), "-k 0 is below 1"),
+        (("add", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(
+    built: Path, arguments: tuple[str, ...], problem: str
+) -> None:
+    done = bank(*arguments, folder=built)
+    assert done.code == 2
+    assert problem in done.err
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,10 @@ REFUSED = {
     "+warmup=null": "+warmup=null: warmup exists; drop the +: 'warmup=null'",
     # grammar
     "warmup.steps": "warmup.steps: settings are written KEY=VALUE; quote values that hold spaces or brackets",
+    "warmup.epoch_steps=0-5:1,5-:2": (
+        "warmup.epoch_steps=0-5:1,5-:2: this is several values; quote one that has commas, "
+        "\"warmup.epoch_steps='0-5:1,5-:2'\""
+    ),
     "warmup.steps=[1": "warmup.steps=[1: settings are written KEY=VALUE; quote values that hold spaces or brackets",
     "~warmup.steps": "~warmup.steps: keys cannot be deleted; set warmup.steps=null where a key may be null",
     # inside a section that is null

@@ -45,6 +45,8 @@ RULES = {
     "codec.separate=true": (
         "codec.separate=true, but codec.kind=model learns nothing from keys or values: set codec.separate=false"
     ),
+    "bank.cache_mib=-1": "bank.cache_mib=-1 is below 0: set 0 to keep nothing",
+    "bank.cold_gib=nan": "bank.cold_gib=nan is below 0: set 0 to keep nothing",
     # of a stage
     "warmup.steps=0": "warmup.steps=0 is below 1; set 1 or more",
     "continual.rows_per_step=0": "continual.rows_per_step=0 is below 1; set 1 or more",
@@ -63,6 +65,9 @@ RULES = {
     "warmup.final_lr=1": "warmup.final_lr=1.0 is not within 0 and warmup.peak_lr=0.002; set for example 0",
     "+warmup.weights.factbook=-1": "warmup.weights.factbook=-1.0 is below 0; set 0 to draw nothing from it",
     "continual.epoch_steps=0": "continual.epoch_steps=0 is below 1; set null for one pass over the rows",
+    "continual.epoch_steps='0-10:5,20-:10'": (
+        "continual.epoch_steps=0-10:5,20-:10: '20-:10' leaves out the steps from 10; let it begin at 10"
+    ),
     "continual.memory.online_share=2": (
         "continual.memory.online_share=2.0 is not within 0 and 1; set for example 0.25"
     ),
@@ -116,6 +121,7 @@ def test_warmup_with_memory_is_refused() -> None:
         ["continual.memory=null"],
         ["continual.memory=null", "model.num_memory_layers=0"],
         ["continual.epoch_steps=null"],
+        ["continual.epoch_steps='0-10:5,10-:13'"],
         ["warmup.rows_per_step=48"],
         ["evaluation.max_probes=null"],
         ["data.reference_tokens=64", "model.reference_tokens=64"],

@@ -10,6 +10,7 @@ from data.documents import Split
 from launch.bank import corpus_documents
 from launch.evaluate import evaluate
 from launch.opened import OpenedRun, library_folder, open_run
+from memorybank import cold
 from memorybank.edits import Editor
 from tests.support.launch import trained, within
 from train.arms import Arm
@@ -83,6 +84,32 @@ def test_a_refreshed_bank_gives_the_numbers_of_what_evaluate_compiles_itself(roo
     for ours, theirs in zip(read, itself, strict=True):
         if ours.arm in (Arm.none, Arm.memory):
             assert ours.loss == pytest.approx(theirs.loss, abs=2e-3)
+
+
+def test_what_one_command_encoded_no_other_encodes_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`evaluate`, `generate` and `inspect` read one store, in whatever process; the bank lists it."""
+
+    def answers() -> list[object]:
+        losses = [
+            (result.arm, result.loss) for result in evaluate(open_run("m", str(root)), Split.validation)
+        ]
+        prompt = ("--prompt", "The import statement", "--max-new-tokens", "4", "--root", str(root))
+        said = [within("generate", "m", *prompt), within("bank", "inspect", "m", *prompt)]
+        assert {done.code for done in said} == {0}
+        return [losses, *(done.out for done in said)]
+
+    first = answers()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(cold, "encode_records", refuse)
+    assert answers() == first
+    (store,) = cold.stores(root / "m/bank")
+    done = within("bank", "stat", "m", "--root", str(root))
+    assert done.code == 0, done.err
+    assert store.name in done.out
+    assert f"{len(cold.ColdRecords(store)):,}" in done.out
 
 
 def test_missing_bank_and_missing_run_are_named(root: Path) -> None:

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from data.references import References
-from memorybank.bank import BankReader, ColdStart, OnlineReader
+from memorybank.bank import BankReader, OnlineReader
+from memorybank.cold import ColdStart
 from memorybank.store import Generation
 from memorybank.writer import compile_generation
 from model.memory import MemoryBatch
@@ -93,32 +94,3 @@ def test_a_batch_without_any_reference(exact: tuple[Memory3LM, BankReader], pass
         with torch.no_grad():
             logits = network(rows(), memory=source.batch(np.full_like(IDS_BCK, -1)))
             torch.testing.assert_close(logits, network(rows()))
-
-
-def test_warm_start_equals_cold_start(
-    network: Memory3LM, passages: References, generation: Generation
-) -> None:
-    size = len(DISTINCT)
-    cold = ColdStart(None, network.encode, passages, codec(), batch=size)
-    warm = BankReader(generation, codec()).batch(IDS_BCK)
-    for _ in range(2):  # encoded on first use, then kept
-        first = BankReader(cold, codec()).batch(IDS_BCK)
-        assert torch.equal(first.pool.k_NLGSE, warm.pool.k_NLGSE)
-        assert torch.equal(first.pool.v_NLGSE, warm.pool.v_NLGSE)
-        assert torch.equal(first.pool.index_NLGS, warm.pool.index_NLGS)
-
-
-def test_cold_start_encodes_what_is_missing_once(
-    network: Memory3LM, passages: References, generation: Generation
-) -> None:
-    calls: list[list[int]] = []
-
-    def encode(tokens_NR: torch.Tensor, lengths_N: torch.Tensor, titles_N: torch.Tensor) -> object:
-        calls.append(tokens_NR[:, 0].tolist())
-        return network.encode(tokens_NR, lengths_N, titles_N)
-
-    mixed = ColdStart(generation, encode, passages, codec(), batch=2)
-    records = mixed.read(np.array([30, 4, 31]))
-    assert torch.equal(records[1], generation.read(np.array([4]))[0])
-    assert torch.equal(mixed.read(np.array([31, 30])), records[[2, 0]])
-    assert len(calls) == 1

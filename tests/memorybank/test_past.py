@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from data.references import References
-from memorybank.bank import BankReader, ColdStart
+from memorybank.bank import BankReader
+from memorybank.cold import ColdStart
 from memorybank.past import Past, PastReferences, WithPast, compile_past
 from memorybank.retriever import RetrievedMemory, Retriever
 from model.generate import generate

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from data.references import References
-from memorybank.bank import BankReader, ColdStart
+from memorybank.bank import BankReader
+from memorybank.cold import ColdStart
 from memorybank.retriever import RetrievedMemory, Retriever
 from memorybank.store import Generation
 from memorybank.writer import compile_generation
@@ -61,7 +62,7 @@ def test_generation_reads_what_each_chunk_retrieves_warm_and_cold_alike(
         batch=4,
     )
     warm = BankReader(Generation.open(tmp_path / "g"), floats)
-    cold = BankReader(ColdStart(None, network.encode, passages, floats, batch=4), floats)
+    cold = BankReader(ColdStart(None, network.encode, passages, floats), floats)
     outputs, read = [], []
     for reader in (warm, cold):
         source = RetrievedMemory(retriever, tokenizer(), reader)

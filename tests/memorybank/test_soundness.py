@@ -192,10 +192,52 @@ def test_a_piece_of_another_library_is_refused(folder: Path, tmp_path: Path) -> 
     assert "another piece" in problem.what
 
 
-def test_a_sample_against_another_model_is_noticed(folder: Path) -> None:
-    problems = verify(folder, compiler(seed=1), sample=6)
+def test_records_that_another_model_would_make_are_noticed(folder: Path) -> None:
+    problems = verify(folder, compiler(seed=1, weights="w0"), sample=6)
     assert problems
     assert all("is not what the model makes of it" in problem.what for problem in problems)
+
+
+def test_a_stale_library_is_sound_and_not_compared(folder: Path) -> None:
+    newer = compiler(seed=1)
+    with pytest.raises(
+        ValueError, match=rf"{folder}: weights is w0, but .* is w1; .*bank refresh.*its bytes are sound"
+    ):
+        verify(folder, newer)
+    assert verify(folder, newer, sample=0) == []
+    flip(folder / RECORDS / "records-00001.bin")
+    assert [problem.piece for problem in verify(folder, newer)] == [RECORDS]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (
+            RECORDS,
+            lambda stored: stored["settings"].update(num_records=7),
+            "7 records of .* are stated, but .* ids",
+        ),
+        (
+            "state-000001",
+            lambda stored: stored["settings"]["parts"][0].update(documents=4),
+            "do not belong together",
+        ),
+        (
+            "state-000001",
+            lambda stored: stored["settings"]["parts"][0].update(references=4),
+            "do not belong together",
+        ),
+    ],
+)
+def test_counts_that_differ_from_the_manifest_are_refused(
+    name: str, change: Callable[[dict[str, object]], None], said: str, folder: Path
+) -> None:
+    rewritten(folder / name / MANIFEST, change)
+    if name == RECORDS:  # named by its state, with the fingerprint that it has now
+        made = json.loads((folder / name / MANIFEST).read_text())["fingerprint"]
+        rewritten(folder / "state-000001" / MANIFEST, lambda stored: stored["inputs"].update({name: made}))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=said):
+        Library.open(folder)
 
 
 def test_what_compact_copied_is_repaired_in_a_new_state(folder: Path) -> None:
@@ -256,6 +298,18 @@ def test_fetch_copies_only_what_is_missing_and_goes_on_after_an_interruption(
     editor(there).remove(Library.open(there).live_ids()[:1])
     with pytest.raises(ValueError, match=f"{there} went on by itself: its state 3 is not one of {folder}"):
         fetch(folder, there, told=lambda *_: None)
+
+
+def test_fetch_refuses_a_source_that_is_not_there_or_the_target_itself(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"there is no bank in {tmp_path / 'nowhere'}"):
+        fetch(tmp_path / "nowhere", tmp_path / "there", told=lambda *_: None)
+    assert not (tmp_path / "there").exists()
+    flip(folder / "text-000001-0000" / "documents.jsonl")
+    before = hashes(folder)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'link'} would be its own source"):
+        fetch(folder, tmp_path / "link", told=lambda *_: None)
+    assert hashes(folder) == before
 
 
 def test_fetch_refuses_a_damaged_source(folder: Path, tmp_path: Path) -> None:

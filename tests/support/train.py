@@ -25,6 +25,7 @@ from model.config import ModelConfig
 from train import distributed
 from train.config import EngineConfig, LoggingConfig, MemoryConfig, SavingConfig, StageConfig
 from train.engine import Engine, ModelInput, StepResult
+from train.schedule import epoch_begins
 from train.state import RunState
 
 COUNTRIES = ("at", "ax", "ay", "bq", "bv", "ck", "cr", "dx", "hm", "ip", "kq", "mq", "pf", "pg", "tl", "wq")
@@ -110,7 +111,7 @@ def run_config(root: Path, run: str, **changes: Any) -> RunConfig:
 
 def continual_config(**changes: Any) -> StageConfig:
     """Twenty steps with memory, in bank epochs of eight."""
-    return stage_config(**({"epoch_steps": 8, "rows_per_step": 4, "memory": MemoryConfig()} | changes))
+    return stage_config(**({"epoch_steps": "8", "rows_per_step": 4, "memory": MemoryConfig()} | changes))
 
 
 def train(config: RunConfig, ranks: distributed.Ranks) -> Path:
@@ -139,9 +140,9 @@ def resume(config: RunConfig, checkpoint: str, ranks: distributed.Ranks) -> Path
         for later in (other / config.run / "checkpoints").iterdir():
             if later.name > f"{stage}-{int(step):08d}":
                 shutil.rmtree(later)
-        epoch_steps = 0 if config.continual is None else config.continual.epoch_steps or 0
+        begins = [0] if config.continual is None else epoch_begins(config.continual)
         for artefact in [*(other / config.run).glob("bank/*"), *(other / config.run).glob("neighbours/*")]:
-            if int(artefact.name[-4:]) * epoch_steps >= int(step):
+            if begins[int(artefact.name[-4:])] >= int(step):
                 shutil.rmtree(artefact)
     ranks.barrier()
     return train(replace(config, paths=PathsConfig(root=str(other))), ranks)

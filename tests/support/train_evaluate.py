@@ -50,7 +50,7 @@ class Encoded:
         self._model, self._references = model, references
 
     @torch.no_grad()
-    def batch(self, ids_BCK: Ids) -> MemoryBatch:
+    def batch(self, ids_BCK: Ids, device: torch.device | str = "cpu") -> MemoryBatch:
         ids_N, slots_BCK = distinct(ids_BCK)
         tokens_NR, lengths_N, _ = map(torch.from_numpy, self._references.tokens(ids_N))
         return MemoryBatch(self._model.encode(tokens_NR, lengths_N), slots_BCK)

@@ -1,5 +1,6 @@
 """What the bank may hold, what rows find in it, and which generation an epoch accepts."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from memorybank.config import (
     EmbedderKind,
     RetrievalConfig,
 )
-from memorybank.embedder import StaticEmbedder
+from memorybank.embedder import StaticEmbedder, VectorCache
 from memorybank.search import RowSearch
 from memorybank.store import Generation
 from model.transformer import Memory3LM
@@ -74,12 +75,12 @@ def planned(history: History, *, steps: int) -> RowPlan:
     return plan_epoch(
         PREPARED.shards,
         "continual",
-        continual_config(epoch_steps=steps),
+        continual_config(epoch_steps=str(steps)),
         history,
         source_weights={},
         row_tokens=128,
-        steps_left=steps,
         epoch=0,
+        epoch_step=0,
         seed=0,
     ).plan
 
@@ -197,6 +198,42 @@ def test_neighbours_are_searched_once(searched: tuple[Path, RowPlan, Rows, Epoch
     np.testing.assert_array_equal(again.scores_MC, found.scores_MC)
     np.testing.assert_array_equal(again.validation_MC, found.validation_MC)
     assert again.report == found.report
+
+
+class CountingEmbedder(StaticEmbedder):
+    """Notes which texts are embedded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def embed(self, texts: Sequence[str]) -> Any:
+        self.texts += texts
+        return super().embed(texts)
+
+
+def test_references_keep_their_search_vectors_from_epoch_to_epoch(tmp_path: Path) -> None:
+    """New weights, a grown bank, even another process: only texts that are new are embedded."""
+    embedded = []
+    for epoch, history in enumerate((read(*SECTIONS[:-3]), read(*SECTIONS))):
+        embedder = CountingEmbedder()
+        search = RowSearch(
+            PREPARED.tokenizer,
+            REFERENCES,
+            VectorCache(tmp_path / "vectors", embedder).vectors,
+            RETRIEVAL,
+            chunk_tokens=CONFIG.chunk_tokens,
+            folder=tmp_path / "indexes",
+            embedder=embedder.name,
+        )
+        bank = epochs(tmp_path, search=search)
+        bank.neighbours(epoch, history, rows_of(planned(history, steps=1)), validation())
+        embedded.append((bank.bank_ids(history), set(embedder.texts)))
+    (before, first), (after, second) = embedded
+    assert {REFERENCES.text(int(id)) for id in before} <= first
+    new = {REFERENCES.text(int(id)) for id in np.setdiff1d(after, before)}
+    assert new <= second
+    assert not first & second
 
 
 @pytest.fixture(scope="module")

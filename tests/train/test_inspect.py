@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from memorybank.bank import BankReader, ColdStart
+from memorybank.bank import BankReader
+from memorybank.cold import ColdStart
 from memorybank.config import QueryMode
 from memorybank.neighbours import Neighbours
 from memorybank.retriever import Retriever

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.batch import TokenBatch
 from tests.support.train import CountingEngine
+from train.engine import ModelInput
+from train.inputs import BankReading, StepInputs
 from train.loop import train_epoch
 from train.metrics import JsonLines, Metrics, read_metrics
 from train.schedule import Schedule
@@ -21,7 +22,16 @@ SCHEDULE = Schedule(
 class Trained:
     """One call of the loop, and what it did."""
 
-    def __init__(self, folder: Path, engine: CountingEngine, *, first: int = 0, last_step: int = 8) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        engine: CountingEngine,
+        *,
+        first: int = 0,
+        last_step: int = 8,
+        reading: BankReading | None = None,
+    ) -> None:
+        self.reading = reading
         self.validated: list[int] = []
         self.saved: list[int] = []
         self.handed_out = 2 * 2 * first
@@ -30,23 +40,22 @@ class Trained:
             self.state = train_epoch(
                 engine,
                 PlainStage(),
-                self.batches(),
-                lambda: self.handed_out,
+                self.inputs(),
                 SCHEDULE,
                 RunState("warmup", step=first, cursor=self.handed_out),
                 last_step=last_step,
-                accumulate=2,
                 metrics=metrics,
                 validate=lambda state: self.validated.append(state.step) or {"validation_none": 1.5},
                 save=lambda state: self.saved.append(state.step),
                 max_skipped=3,
             )
 
-    def batches(self) -> Iterator[TokenBatch]:
+    def inputs(self) -> Iterator[StepInputs]:
         while True:
-            tokens = torch.full((2, 5), self.handed_out)
-            self.handed_out += 2
-            yield TokenBatch(tokens, (self.handed_out - 2, self.handed_out - 1), None)
+            rows = [torch.full((2, 5), self.handed_out + first) for first in (0, 2)]
+            self.handed_out += 4
+            micro = [ModelInput(tokens[:, :-1], tokens[:, 1:]) for tokens in rows]
+            yield StepInputs(micro, self.handed_out, self.reading)
 
 
 def test_counts_updates_and_gives_each_its_micro_batches_and_its_rate(tmp_path: Path) -> None:
@@ -78,6 +87,14 @@ def test_a_line_splits_the_step_into_data_and_update(tmp_path: Path) -> None:
     assert {"loss", "grad_norm", "lr", "tokens", "tokens_per_second", "generation_age"} <= line.keys()
     assert line["seconds_data"] >= 0
     assert line["seconds_update"] >= 0
+
+
+def test_a_line_says_how_memories_came_from_the_bank(tmp_path: Path) -> None:
+    reading = BankReading(cache_hit_rate=0.25, bytes_read=300, seconds_stalled=0.5)
+    line = read_metrics(Trained(tmp_path, CountingEngine(), reading=reading).path)[0]
+    assert (line["cache_hit_rate"], line["bytes_read"], line["seconds_stalled"]) == (0.25, 300, 0.5)
+    without = read_metrics(Trained(tmp_path / "plain", CountingEngine()).path)[0]
+    assert not {"cache_hit_rate", "bytes_read", "seconds_stalled"} & without.keys()
 
 
 def test_skipped_updates_are_counted_and_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:

@@ -20,7 +20,14 @@ NOTHING = History.empty(CORPUS.num_documents)
 HELD_OUT = {number for number, document in enumerate(DOCUMENTS) if document.split is not Split.train}
 
 
-def plan(stage: StageConfig, history: History = NOTHING, *, name: str = "warmup", seed: int = 0) -> EpochRows:
+def plan(
+    stage: StageConfig,
+    history: History = NOTHING,
+    *,
+    name: str = "warmup",
+    epoch_step: int = 0,
+    seed: int = 0,
+) -> EpochRows:
     return plan_epoch(
         SHARDS,
         name,
@@ -28,8 +35,8 @@ def plan(stage: StageConfig, history: History = NOTHING, *, name: str = "warmup"
         history,
         source_weights={"factbook": 1.0},
         row_tokens=128,
-        steps_left=stage.steps,
         epoch=0,
+        epoch_step=epoch_step,
         seed=seed,
     )
 
@@ -59,7 +66,7 @@ def test_held_out_documents_are_never_drawn() -> None:
     everything = finished(*range(CORPUS.num_documents))
     for name in ("warmup", "continual"):
         assert not eligible(CORPUS, name, everything)[list(HELD_OUT)].any()
-    rows = plan(stage_config(steps=60, epoch_steps=60), everything, name="continual").plan
+    rows = plan(stage_config(steps=60, epoch_steps="60"), everything, name="continual").plan
     assert len(set(rows.documents)) > 40
     assert not set(rows.documents.tolist()) & HELD_OUT
 
@@ -125,7 +132,7 @@ def test_arm_c_draws_the_same_rows_as_arm_m() -> None:
 
 
 def test_rows_follow_from_seed_and_history() -> None:
-    stage = stage_config(epoch_steps=10)
+    stage = stage_config(epoch_steps="10")
     first, again, other = plan(stage), plan(stage), plan(stage, seed=1)
     np.testing.assert_array_equal(first.plan.documents, again.plan.documents)
     assert first.plan.documents.tolist() != other.plan.documents.tolist()
@@ -137,8 +144,11 @@ def test_an_epoch_is_a_pass_unless_its_steps_are_given() -> None:
     allowed = eligible(CORPUS, "warmup", NOTHING)
     tokens = int(SHARDS.lengths()[allowed].sum())
     assert plan(stage_config(steps=10_000)).steps == tokens // (128 * 8)
-    assert plan(stage_config(steps=10_000, epoch_steps=3)).steps == 3
-    assert plan(stage_config(steps=2, epoch_steps=3)).steps == 2  # no more than are left
+    assert plan(stage_config(steps=10_000, epoch_steps="3")).steps == 3
+    assert plan(stage_config(steps=2, epoch_steps="3")).steps == 2  # no more than are left
+    assert plan(stage_config(steps=12), epoch_step=10).steps == 2
+    by_range = stage_config(steps=20, epoch_steps="0-7:3,7-:5")
+    assert [plan(by_range, epoch_step=step).steps for step in (0, 3, 6, 7, 12, 17)] == [3, 3, 1, 5, 5, 3]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -146,7 +156,7 @@ def test_an_epoch_is_a_pass_unless_its_steps_are_given() -> None:
 def test_any_number_of_ranks_resumes_with_the_same_rows_in_the_same_order(
     world_size: int, cursor: int
 ) -> None:
-    rows = plan(stage_config(epoch_steps=4)).plan
+    rows = plan(stage_config(epoch_steps="4")).plan
     expected = [
         batch.positions for batch in Loader(SHARDS, rows, rows_per_step=8, micro_rows=8, cursor=cursor)
     ]

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.kill_and_resume import differences
 from data.documents import Split
-from memorybank.config import QueryMode
+from memorybank.config import BankConfig, QueryMode
 from memorybank.store import Generation
 from model.transformer import Memory3LM
 from tests.support.spawn import spawn
@@ -50,7 +50,7 @@ def all_runs(root: Path) -> dict[str, str]:
             "m": continual_config(branch_from=str(root / "w")),
             "c": continual_config(branch_from=str(root / "w"), memory=None),
             "x": continual_config(
-                branch_from=str(root / "w"), memory=MIXED, steps=6, epoch_steps=3, rows_per_step=8
+                branch_from=str(root / "w"), memory=MIXED, steps=6, epoch_steps="0-2:2,2-:3", rows_per_step=8
             ),
         }
         configs = {
@@ -67,9 +67,11 @@ def all_runs(root: Path) -> dict[str, str]:
         for config in configs.values():
             train(config, ranks)
         resume(warmup, "warmup-10", ranks)
-        for step in (4, 8, 12):  # in the middle of an epoch; at the edge of one; in the middle of the second
+        for step in (4, 8):  # in the middle of an epoch; at the edge of one
             resume(configs["m"], f"continual-{step}", ranks)
-        resume(configs["x"], "continual-4", ranks)
+        resume(replace(configs["m"], bank=BankConfig(cache_mib=0)), "continual-12", ranks)
+        for step in (2, 4):  # where epochs change their length; before the next edge
+            resume(configs["x"], f"continual-{step}", ranks)
         return {"refused": _resume_with_another_generation(configs["m"], ranks)}
 
 
@@ -127,13 +129,14 @@ RESUMED = [
     ("m", "continual-4", "continual-00000020"),
     ("m", "continual-8", "continual-00000020"),
     ("m", "continual-12", "continual-00000020"),
+    ("x", "continual-2", "continual-00000006"),
     ("x", "continual-4", "continual-00000006"),
 ]
 
 
 @pytest.mark.parametrize(("run", "origin", "last"), RESUMED)
 def test_a_resumed_run_ends_with_the_same_bytes(run: str, origin: str, last: str, runs: Path) -> None:
-    """Weights, fp32 masters, AdamW's moments of both ranks, state and history."""
+    """Weights, fp32 masters, AdamW's moments of both ranks, state and history; with a cache of records, or without."""
     resumed = resumed_root(runs, run, origin) / run
     assert differences(runs / run / "checkpoints" / last, resumed / "checkpoints" / last) == []
 
@@ -141,12 +144,10 @@ def test_a_resumed_run_ends_with_the_same_bytes(run: str, origin: str, last: str
 @pytest.mark.parametrize(("run", "origin", "last"), RESUMED)
 def test_metrics_have_each_step_once_and_alike(run: str, origin: str, last: str, runs: Path) -> None:
     def lines(root: Path) -> list[dict[str, Any]]:
+        # A cache begins empty after a resume.
+        apart = ("time", "tokens_per_second", "cache_hit_rate", "bytes_read")
         return [
-            {
-                key: value
-                for key, value in line.items()
-                if key not in ("time", "tokens_per_second") and "seconds" not in key
-            }
+            {key: value for key, value in line.items() if key not in apart and "seconds_" not in key}
             for line in read_metrics(root / run / "metrics.jsonl")
             if "checkpoint" not in line
         ]
@@ -204,8 +205,8 @@ def test_fact_documents_are_drawn_once_their_section_is_in_the_bank(runs: Path) 
             history,
             source_weights={"factbook": 1.0},
             row_tokens=128,
-            steps_left=8,
             epoch=int(epoch_end == "continual-16"),
+            epoch_step=8 * int(epoch_end == "continual-16"),
             seed=0,
         ).plan
         facts = [number for number in set(plan.documents.tolist()) if requires[number] >= 0]
@@ -267,6 +268,7 @@ def test_a_generation_is_compiled_by_the_weights_of_the_checkpoint_before_it(run
 def test_the_age_of_the_generation_is_a_metric(runs: Path) -> None:
     assert [line["generation_age"] for line in steps(runs, "m")] == [*range(1, 9), *range(1, 9), *range(1, 5)]
     assert {line["generation_age"] for line in steps(runs, "c")} == {None}
+    assert [line["generation_age"] for line in steps(runs, "x")] == [1, 2, 1, 2, 3, 1]  # as its ranges say
 
 
 def test_a_generation_that_the_checkpoint_does_not_name_is_refused(
@@ -298,7 +300,7 @@ def test_a_validation_says_what_it_read(runs: Path) -> None:
     assert line["query"] == "previous"
     assert line["pattern"] == "training"
     assert line["overlap_limit"] == pytest.approx(2 / 3)
-    assert line["generation_age"] == 3
+    assert line["generation_age"] == 1
     assert {"validation_none", "validation_memory", "validation_shuffled"} <= line.keys()
     assert len(line["memory_attention_layers"]) == 1
     assert 0 < line["memory_attention"] == line["memory_attention_layers"][0] < 1
@@ -313,6 +315,24 @@ def test_every_step_with_memory_says_what_it_read(runs: Path) -> None:
             assert 0 < line["empty_slots"] < 1
             assert 1 <= line["distinct_references"] <= 8 * 4
             assert 0 < line["retrieval_score"] < 1
+
+
+def test_every_step_that_reads_the_bank_says_how_its_records_came(runs: Path) -> None:
+    record_bytes = Generation.open(runs / "m/bank/generation-continual-0000").record_bytes
+    lines = steps(runs, "m")
+    for line in lines:
+        assert 0 <= line["cache_hit_rate"] <= 1
+        assert line["bytes_read"] % record_bytes == 0
+        assert 0 <= line["seconds_stalled"] <= line["seconds_data"]
+    first_of_epoch = [lines[step]["cache_hit_rate"] for step in (0, 8, 16)]
+    assert first_of_epoch == [0, 0, 0]  # another generation, other records
+    assert max(line["cache_hit_rate"] for line in lines) > 0.3
+    without = [line for line in steps(resumed_root(runs, "m", "continual-12"), "m") if line["step"] > 12]
+    assert {line["cache_hit_rate"] for line in without} == {0}
+    assert sum(line["bytes_read"] for line in without) > sum(line["bytes_read"] for line in lines[12:])
+    for line in steps(runs, "x"):
+        assert (line["cache_hit_rate"] is None) == (line["bytes_read"] == 0)  # an online step reads no record
+    assert not any("bytes_read" in line for line in steps(runs, "c"))
 
 
 def test_only_whole_artefacts_are_left(runs: Path) -> None:

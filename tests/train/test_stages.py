@@ -19,7 +19,7 @@ class Recorder:
         self.name = name
         self.asked: list[Any] = []
 
-    def batch(self, ids_BCK: Any) -> Any:
+    def batch(self, ids_BCK: Any, device: Any = "cpu") -> Any:
         self.asked.append(ids_BCK)
         return self.name
 

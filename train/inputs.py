@@ -1,0 +1,121 @@
+"""What the steps of an epoch are given, made ahead.
+
+While a step runs, a thread gathers the records that the next rows read, through a cache, and decodes them on the
+device.
+
+Invariants: inputs are those that the stage would make when they are asked for, bit for bit; the cursor counts what was
+handed out, not what was made ahead. On a GPU the thread queues its copies and its decoding on the stream that trains:
+they are in order by construction, and short beside a step.
+
+Not here: which references a row reads (`stages`), the rows (`data.loader`).
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from data.ahead import ReadAhead
+from data.loader import Loader
+from memorybank.cache import CachedRecords, ReadCounts
+from train.engine import ModelInput
+from train.stages import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class BankReading:
+    """How a step's memories came from the bank, on this rank.
+
+    Attributes:
+        cache_hit_rate: Share of the records that the cache held; None when none were read.
+        bytes_read: Bytes of the records that it did not hold.
+        seconds_stalled: Time that the step waited for memories, of its `seconds_data`.
+    """
+
+    cache_hit_rate: float | None
+    bytes_read: int
+    seconds_stalled: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """What a step is given.
+
+    Attributes:
+        micro: Its micro-batches, on this rank.
+        cursor: Rows of the plan consumed by the whole run once the step is done.
+        reading: None for a stage that reads no bank.
+    """
+
+    micro: list[ModelInput]
+    cursor: int
+    reading: BankReading | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A micro-batch; when its memories began to be read, and what was asked of the cache by then, itself included."""
+
+    inputs: ModelInput
+    cursor: int
+    begun: float
+    counts: ReadCounts | None
+
+
+class InputsAhead:
+    """Iterates over steps; a context manager that ends its thread, to be left before the loader's."""
+
+    def __init__(
+        self, stage: Stage, batches: Loader, *, accumulate: int, cache: CachedRecords | None, depth: int = 1
+    ) -> None:
+        """Starts making inputs.
+
+        Args:
+            stage: Attaches memories to rows.
+            batches: Micro-batches of this rank.
+            accumulate: Micro-batches of a step.
+            cache: What the stage reads the bank through; None when it reads none.
+            depth: Micro-batches that are ready, at most, beside the one in the making.
+        """
+        self._stage = stage
+        self._batches = batches
+        self._accumulate = accumulate
+        self._cache = cache
+        self._counted = ReadCounts()
+        self._ahead = ReadAhead(self._make(), depth=depth, name="memories")
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> StepInputs:
+        micro: list[ModelInput] = []
+        stalled = 0.0
+        for _ in range(self._accumulate):
+            asked = time.perf_counter()
+            made = next(self._ahead)
+            # While this waited, the thread fetched the rows first; from then on, it read their memories.
+            stalled += max(0.0, time.perf_counter() - max(asked, made.begun))
+            micro.append(made.inputs)
+        if made.counts is None:
+            return StepInputs(micro, made.cursor, None)
+        read, self._counted = made.counts.since(self._counted), made.counts
+        asked_for = read.held + read.missed
+        rate = read.held / asked_for if asked_for else None
+        return StepInputs(micro, made.cursor, BankReading(rate, read.bytes_read, stalled))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ahead.close()
+
+    def _make(self) -> Iterator[_Made]:
+        for batch in self._batches:
+            begun = time.perf_counter()
+            inputs = self._stage.model_input(batch)
+            yield _Made(
+                inputs, self._batches.cursor, begun, None if self._cache is None else self._cache.counts
+            )
