@@ -22,6 +22,7 @@ from launch.config import RunConfig
 from memorybank import embedder as embedders
 from memorybank.embedder import Embedder, VectorCache
 from memorybank.search import RowSearch
+from model.flops import text_token_flops
 from model.transformer import Memory3LM
 from train.checkpoint import Checkpoint, Checkpoints, Retention
 from train.config import Precision, StageConfig
@@ -193,11 +194,19 @@ class Context:
             metrics=metrics,
             ranks=ranks,
             row_tokens=config.model.row_tokens,
+            peak_tokens_per_second=self._peak_tokens_per_second(ranks),
             cache_bytes=config.bank.cache_mib << 20,
             seed=config.seed,
             divergence=config.divergence,
             stop=stop or Stop(),
         )
+
+    def _peak_tokens_per_second(self, ranks: Ranks) -> float | None:
+        """What all devices would train on at their stated peak: MFU by the PaLM formula is the share of it."""
+        peak = self.config.logging.peak_tflops
+        if peak is None:
+            return None
+        return peak * 1e12 * ranks.world_size / text_token_flops(self.config.model).palm
 
 
 def context(config: RunConfig) -> Context:

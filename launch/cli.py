@@ -60,7 +60,11 @@ COMMANDS = (
         _OVERRIDES,
     ),
     Command("doctor", "whether this machine can train: versions, devices, disk, locks; a remedy a line", ""),
-    Command("report", "one table from the evaluations of several runs and seeds", ""),
+    Command(
+        "report",
+        "one or several runs as a page: curves, memory, bank, time, faults, and one table of their evaluations",
+        "made from the files of the runs alone, of half-finished ones too; several seeds of one recipe share a table",
+    ),
     Command(
         "demo", "the whole story on the World Factbook, in a quarter of an hour on two cores", _OVERRIDES
     ),
@@ -291,8 +295,15 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         )
     if name == "report":
         sub.add_argument(
-            "runs", nargs="+", metavar="RUN", help="runs with an evaluation; M=C pairs a run with its control"
+            "runs",
+            nargs="+",
+            metavar="RUN",
+            help="run folders, or names below --root; M=C pairs a run with its control",
         )
+        sub.add_argument(
+            "--html", metavar="FILE", default="report.html", help="the page (default: %(default)s)"
+        )
+        sub.add_argument("--pictures", metavar="FOLDER", help="draw the charts as PNGs, too")
         sub.add_argument(
             "--split",
             choices=["validation", "test"],

@@ -95,7 +95,19 @@ def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     ]
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """A frozen configuration as flat keys, whichever version of the schema wrote it."""
+    try:
+        return _flat(OmegaConf.to_container(OmegaConf.load(path)))
+    except _REFUSALS as problem:
+        raise ValueError(f"{path}: {explain(problem, [], CONF)}") from problem
+
+
 def _flatten(config: RunConfig) -> dict[str, Any]:
+    return _flat(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+
+
+def _flat(container: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def visit(value: Any, key: str) -> None:
@@ -105,5 +117,5 @@ def _flatten(config: RunConfig) -> dict[str, Any]:
         else:
             flat[key] = value
 
-    visit(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True), "")
+    visit(container, "")
     return flat

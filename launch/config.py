@@ -111,7 +111,11 @@ def check(config: RunConfig) -> None:
     _at_least(1, "saving", config.saving, "every_steps", "keep_last", "keep_every")
     _at_least(0, "saving", config.saving, "keep_best")
     _check_divergence(config.divergence)
-    _at_least(1, "logging", config.logging, "validate_every", "validation_rows")
+    _at_least(1, "logging", config.logging, "validate_every", "validation_rows", "line_every")
+    if config.logging.peak_tflops is not None and not config.logging.peak_tflops > 0:
+        raise ValueError(
+            f"logging.peak_tflops={config.logging.peak_tflops} is not above 0; set that of one device, or null"
+        )
     sizes = ("text_rows", "max_probes", "answer_tokens", "bootstrap_samples", "batch_rows")
     _at_least(1, "evaluation", config.evaluation, *sizes)
     if not config.run or "/" in config.run or config.run.startswith("."):

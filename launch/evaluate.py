@@ -71,10 +71,10 @@ def save_results(opened: OpenedRun, split: Split, *, library: Library | None = N
     }
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
-        if {key: stored.get(key) for key in identity} == identity:
+        if {key: stored.get(key) for key in identity} == identity and "headline" in stored:
             return from_json(stored)
     results = evaluate(opened, split, library=library)
-    write_json_atomic(path, {**identity, **to_json(results)})
+    write_json_atomic(path, {**identity, "headline": headline(opened.context), **to_json(results)})
     return results
 
 
@@ -98,6 +98,14 @@ def read_results(folder: Path, split: str) -> list[ArmResult]:
     if not path.exists():
         raise ValueError(f"{path} does not exist; run `memory3 evaluate {folder.name} --split {split}` first")
     return from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_headline(folder: Path, split: str) -> list[str] | None:
+    """The headline's relations as `memory3 evaluate` found them; None if an older one wrote the file."""
+    relations: list[str] | None = json.loads(results_path(folder, split).read_text(encoding="utf-8")).get(
+        "headline"
+    )
+    return relations
 
 
 def render_results(

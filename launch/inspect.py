@@ -3,7 +3,7 @@
 A text is read under the conditions of `memory3 evaluate`: every chunk reads what the chunk before it found (or, with
 `--query own`, what it found itself), and references that overlap the text are refused. A prompt is read as
 `memory3 generate` reads it.
-Not here: measuring (`train.inspect`), the HTML page (`launch.page`).
+Not here: measuring (`train.inspect`), the HTML page (`launch.inspection_page`).
 """
 
 import argparse
@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from data.files import write_atomic
-from launch import build, page
+from launch import build, inspection_page
 from launch.generate import Sampling, check, complete, memory_of
+from launch.inspection_page import Setting
 from launch.opened import OpenedRun, open_run
-from launch.page import Setting
 from memorybank.config import QueryMode
 from memorybank.library import Library
 from memorybank.retriever import RetrievedMemory, Retriever
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     console.print(terminal(found, setting, details=arguments.details))
     if arguments.html is not None:
-        write_atomic(Path(arguments.html), page.render(found, setting).encode())
+        write_atomic(Path(arguments.html), inspection_page.render(found, setting).encode())
         console.print(f"page: {arguments.html}", soft_wrap=True)
     return 0
 
@@ -148,8 +148,8 @@ def terminal(inspection: Inspection, setting: Setting, *, details: bool) -> Rend
         details: Whether to list what each head of each layer kept.
     """
     parts: list[RenderableType] = [
-        Text(f"{setting.run}: {page.headline(inspection)}", style="bold"),
-        *(Text(line, style="dim") for line in page.conditions(inspection, setting)),
+        Text(f"{setting.run}: {inspection_page.headline(inspection)}", style="bold"),
+        *(Text(line, style="dim") for line in inspection_page.conditions(inspection, setting)),
         Text.assemble(
             ("text", _style(_HELP, 0.8)),
             " memory made the token likelier  ",
@@ -170,16 +170,16 @@ def _chunk(
 ) -> Iterator[RenderableType]:
     yield Text.assemble(
         (f"chunk {number}", "bold"),
-        (f"  {page.nats(chunk.gain)}", _COLOURS[page.kind(chunk.gain)]),
+        (f"  {inspection_page.nats(chunk.gain)}", _COLOURS[inspection_page.kind(chunk.gain)]),
         f" by memory over {len(chunk.predictions)} tokens",
     )
     text = Text()
     for prediction in chunk.predictions:
         colour = _HELP if prediction.gain > 0 else _HURT
-        style = _style(colour, page.shade(prediction.gain))
+        style = _style(colour, inspection_page.shade(prediction.gain))
         text.append(_printable(prediction.text), f"{style} underline" if prediction.generated else style)
     yield Padding(text, (0, 2))
-    yield Text(f"  {page.reading(chunk)}", style="dim")
+    yield Text(f"  {inspection_page.reading(chunk)}", style="dim")
     if not chunk.reads:
         return
     layers = "  ".join(
@@ -194,8 +194,8 @@ def _chunk(
         table.add_row(
             Text(f"{_printable(citation.title)} [{citation.document}, {citation.begin} to {citation.end}]"),
             f"{read.score:.2f}",
-            f"{page.mean(read.attention_L):.1%}",
-            Text(page.nats(read.gain), style=_COLOURS[page.kind(read.gain)]),
+            f"{inspection_page.mean(read.attention_L):.1%}",
+            Text(inspection_page.nats(read.gain), style=_COLOURS[inspection_page.kind(read.gain)]),
         )
     yield table
     for read in chunk.reads:

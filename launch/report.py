@@ -1,97 +1,115 @@
-"""`memory3 report`: one table from the evaluations of several runs and seeds, and the picture of their losses.
+"""`memory3 report`: one or several runs as a page and as pictures, and one table from their evaluations.
 
-Not here: evaluating (`launch.evaluate`), what the table's columns mean (`train.evaluate`).
+Everything is made from the files of the run folders, JSON lines above all: of a half-finished run as of a finished
+one, without the prepared corpus, without a checkpoint.
+Not here: what stands on the page (`launch.report_page`), evaluating (`launch.evaluate`), what the table's columns mean
+(`train.evaluate`).
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.build import quiet_third_parties, run_folder
-from launch.evaluate import headline, read_results, render_results
-from launch.opened import run_context
-from train.evaluate import ArmResult
-from train.metrics import read_metrics
+from data.files import write_atomic
+from launch import chart, report_page
+from launch.build import run_folder
+from launch.evaluate import read_headline, read_results, render_results, results_path
+from launch.report_page import Evaluation
+from launch.run_log import RunLog, are_seeds
+from train.evaluate import ArmResult, table
 
-_SMOOTH = 10
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A run, and its matched control beside it if one was named (`M=C`)."""
+
+    main: RunLog
+    control: RunLog | None
+
+    @property
+    def logs(self) -> list[RunLog]:
+        """Both, or the one."""
+        return [self.main] if self.control is None else [self.main, self.control]
+
+    def results(self, split: str) -> list[ArmResult] | None:
+        """The results of both; None if one of them was not evaluated on this split."""
+        if not all(results_path(log.folder, split).exists() for log in self.logs):
+            return None
+        return [result for log in self.logs for result in read_results(log.folder, split)]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table of one or more seeds, each `M` or `M=C`."""
-    quiet_third_parties()
-    pairs = [_pair(text) for text in arguments.runs]
-    seeds = [pair_results(*pair, arguments.root, arguments.split) for pair in pairs]
-    print(render_results(seeds, headline=headline(run_context(pairs[0][0], arguments.root))))
+    """Print the tables of the runs, each `M` or `M=C`, and write the page and the pictures."""
+    pairs = [_pair(text, arguments.root) for text in arguments.runs]
+    logs = _named_apart(list({log.folder.resolve(): log for pair in pairs for log in pair.logs}.values()))
+    evaluations = []
+    for group in _groups(pairs, arguments.split):
+        seeds = [results for pair in group if (results := pair.results(arguments.split)) is not None]
+        headline = read_headline(group[0].main.folder, arguments.split)
+        print(render_results(seeds, headline=headline))
+        if any(result.model == "M" for result in seeds[0]):
+            runs = ", ".join(pair.main.label for pair in group)
+            title = f"{runs}: {arguments.split} half" + (f", {len(group)} seeds" if len(group) > 1 else "")
+            evaluations.append(Evaluation(title, table(seeds, headline=headline), _EVALUATION))
+    for log in logs:
+        if not results_path(log.folder, arguments.split).exists():
+            print(
+                f"{log.label} has no evaluation on the {arguments.split} half; `memory3 evaluate {log.label} "
+                f"--split {arguments.split}` makes one"
+            )
+    page = Path(arguments.html)
+    write_atomic(page, report_page.render(logs, evaluations).encode())
+    print(f"page: {page}")
+    if arguments.pictures is not None:
+        folder = Path(arguments.pictures)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, charts in report_page.pictures(logs).items():
+            chart.picture(charts, folder / f"{name}.png")
+            print(f"picture: {folder / f'{name}.png'}")
     return 0
 
 
-def pair_results(main: str, control: str | None, root: str, split: str) -> list[ArmResult]:
-    """The results of a run, and of its matched control beside it."""
-    results = read_results(run_folder(main, root), split)
-    return results if control is None else [*results, *read_results(run_folder(control, root), split)]
-
-
 def draw_losses(runs: Sequence[tuple[str, Path]], path: Path) -> None:
-    """Draw the loss curves of both stages of several runs, over tokens, into a PNG.
+    """Draw the losses of both stages of several runs, over tokens, into a PNG.
 
     Args:
         runs: Labels and run folders, the one with the warmup first.
         path: The picture.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=[1, 1.2])
-    arms = {"none": "no memory", "memory": "memory", "shuffled": "shuffled"}
-    for number, (label, folder) in enumerate(runs):
-        lines = read_metrics(folder / "metrics.jsonl")
-        for axis, stage in zip(axes, ("warmup", "continual"), strict=True):
-            steps = [line for line in lines if line["stage"] == stage and "loss" in line]
-            tokens = [line["tokens"] / 1e6 for line in steps]
-            if steps:
-                axis.plot(
-                    tokens,
-                    _smoothed([line["loss"] for line in steps]),
-                    f"C{number}-",
-                    lw=1,
-                    alpha=0.6,
-                    label=f"{label} training",
-                )
-            at = {line["step"]: line["tokens"] / 1e6 for line in steps}
-            checks = [line for line in lines if line["stage"] == stage and "validation_none" in line]
-            for style, (arm, name) in zip(("o-", "s--", "^:"), arms.items(), strict=True):
-                points = [
-                    (at[line["step"]], line[f"validation_{arm}"])
-                    for line in checks
-                    if f"validation_{arm}" in line and line["step"] in at
-                ]
-                if points:
-                    axis.plot(
-                        *zip(*points, strict=True),
-                        f"C{number}{style}",
-                        ms=4,
-                        label=f"{label} held-out, {name}",
-                    )
-    for axis, stage in zip(axes, ("warmup", "continual"), strict=True):
-        axis.set(title=stage, xlabel="tokens trained on (millions)", ylabel="loss (nats per token)")
-        axis.grid(alpha=0.25)
-        if axis.lines:
-            axis.legend(fontsize=7, framealpha=0.9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    logs = [replace(RunLog.read(folder), label=label) for label, folder in runs]
+    held_out = report_page.held_out_chart(logs)
+    chart.picture([*report_page.loss_charts(logs), *([held_out] if held_out.drawn else [])], path)
 
 
-def _pair(text: str) -> tuple[str, str | None]:
+def _groups(pairs: Sequence[Pair], split: str) -> list[Sequence[Pair]]:
+    """The pairs that were evaluated: in one table if they are seeds of one recipe, else in a table each."""
+    evaluated = [pair for pair in pairs if pair.results(split) is not None]
+    if evaluated and are_seeds([pair.main for pair in evaluated]):
+        return [evaluated]
+    return [[pair] for pair in evaluated]
+
+
+def _pair(text: str, root: str) -> Pair:
     main, _, control = text.partition("=")
-    return main, control or None
+    return Pair(
+        RunLog.read(run_folder(main, root)), RunLog.read(run_folder(control, root)) if control else None
+    )
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """Running mean of the last few values."""
+def _named_apart(logs: list[RunLog]) -> list[RunLog]:
+    """The same runs; those that share a name have their folder's before it."""
+    names = [log.label for log in logs]
     return [
-        sum(values[max(0, i + 1 - _SMOOTH) : i + 1]) / len(values[max(0, i + 1 - _SMOOTH) : i + 1])
-        for i in range(len(values))
+        replace(log, label=f"{log.folder.resolve().parent.name}/{log.label}")
+        if names.count(log.label) > 1
+        else log
+        for log in logs
     ]
+
+
+_EVALUATION = (
+    "Losses in nats, with 95 % intervals over documents (text) and countries (facts). Difference: loss less that of "
+    "M's memory arm, paired; positive where memory is better. own*: a chunk's references were found with the very "
+    "tokens that it predicts."
+)

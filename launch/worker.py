@@ -21,10 +21,11 @@ from launch.lock import one_of_ranks
 from train import distributed
 from train.checkpoint import Checkpoint, cannot_write
 from train.divergence import HopelessError
-from train.metrics import JsonLines, Metrics, ProgressBar, Sink, Wandb, read_metrics
+from train.metrics import JsonLines, Metrics, Mirror, Sink, TensorBoard, Wandb, read_metrics
 from train.run import run_stage
 from train.state import History, RunState
 from train.stopping import Stop, StoppedError
+from train.terminal import LiveView, PlainLines
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def _train(run: Path, config: RunConfig, ranks: distributed.Ranks, stop: Stop | 
         if ranks.is_first:
             _restore_wandb_id(run, newest)
     position = _start(config, newest)
-    with Metrics(_sinks(run, config, position, ranks)) as metrics:
+    with _metrics(run, config, newest, ranks) as metrics:
         for name in ("warmup", "continual"):
             stage = getattr(config, name)
             if stage is None or _is_behind(position, name):
@@ -159,17 +160,34 @@ def _is_behind(position: RunState, name: str) -> bool:
     return name == "warmup" and position.stage == "continual"
 
 
-def _sinks(run: Path, config: RunConfig, position: RunState, ranks: distributed.Ranks) -> list[Sink]:
+def _metrics(run: Path, config: RunConfig, newest: Checkpoint | None, ranks: distributed.Ranks) -> Metrics:
+    """All sinks; a run that was here before says so in its first line."""
     if not ranks.is_first:
-        return []
-    sinks: list[Sink] = [JsonLines(run / "metrics.jsonl", stage=position.stage, step=position.step)]
-    if config.logging.progress:
-        sinks.append(ProgressBar())
-    if config.logging.wandb:
+        return Metrics([])
+    position, path = _start(config, newest), run / "metrics.jsonl"
+    goes_on = path.exists()
+    lines = JsonLines(path, stage=position.stage, step=position.step)
+    sinks: list[Sink] = [lines]
+    chosen = config.logging
+    if chosen.progress:
+        sinks.append(LiveView() if sys.stdout.isatty() else PlainLines(chosen.line_every))
+    if chosen.tensorboard:
         sinks.append(
-            Wandb(run, project=config.logging.wandb_project, config={"run": config.run, "seed": config.seed})
+            Mirror("TensorBoard", lambda: TensorBoard(run, stage=position.stage, step=position.step))
         )
-    return sinks
+    if chosen.wandb:
+        about = {"run": config.run, "seed": config.seed}
+        sinks.append(Mirror("wandb", lambda: Wandb(run, project=chosen.wandb_project, config=about)))
+    metrics = Metrics(sinks)
+    if goes_on:
+        metrics.log(
+            stage=position.stage,
+            step=position.step,
+            event="restarted" if newest is None else "resumed",
+            checkpoint=None if newest is None else newest.folder.name,
+            steps_repeated=lines.steps_cut,
+        )
+    return metrics
 
 
 def leave(code: int) -> None:

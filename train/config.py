@@ -134,7 +134,13 @@ class LoggingConfig:
     """What a run says of itself while it trains."""
 
     progress: bool = True
-    """Show the live progress bar."""
+    """Show the live view on a terminal; elsewhere a line every `line_every` steps."""
+    line_every: int = 20
+    """Steps between two lines where the output is no terminal."""
+    peak_tflops: float | None = None
+    """Peak of one rank's device in the type of training, TFLOP/s (H100, bf16: 989), for MFU; null: none is shown."""
+    tensorboard: bool = False
+    """Mirror the metrics to `<run>/tensorboard`, a folder for each stage (needs the extra `tensorboard`)."""
     wandb: bool = False
     """Mirror the metrics to wandb (offline where no key or network is found)."""
     wandb_project: str = "memory3"

@@ -508,7 +508,7 @@ def render(rows: Sequence[TableRow], relations: Sequence[RelationRow] = ()) -> s
     parts = []
     for block in dict.fromkeys(row.block for row in rows):
         chosen = [row for row in rows if row.block == block]
-        parts.append(f"**{block}**\n\n" + _markdown(_HEADER, [_cells(row) for row in chosen]))
+        parts.append(f"**{block}**\n\n" + _markdown(HEADER, [cells(row) for row in chosen]))
         parts.extend(
             f"{row.result.model} {row.result.arm.value}: {row.result.note}."
             for row in chosen
@@ -735,11 +735,13 @@ def _table_row(
     )
 
 
-_HEADER = ["model", "arm", "counted", "loss", "difference", "seeds", "exact", "query", "pattern", "filter"]
-_HEADER += ["hit@1 / hit@5", "filled", "age"]
+HEADER = ["model", "arm", "counted", "loss", "difference", "seeds", "exact", "query", "pattern", "filter"]
+HEADER += ["hit@1 / hit@5", "filled", "age"]
+"""Of the columns of `cells`."""
 
 
-def _cells(row: TableRow) -> list[str]:
+def cells(row: TableRow) -> list[str]:
+    """A row of the table as text, below `HEADER`."""
     result = row.result
     num_tokens = sum(item.tokens for item in result.items)
     return [

@@ -9,7 +9,7 @@ to a row that reads none. The parts need not add up to the whole: references can
 Invariants: a chunk of Q inputs is held to account for the Q tokens it predicts, which are the ones after each of
 them; the row and its ablations go through the model as one batch.
 
-Not here: searching (`memorybank.retriever`), drawing (`launch.inspect`, `launch.page`).
+Not here: searching (`memorybank.retriever`), drawing (`launch.inspect`, `launch.inspection_page`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -34,6 +34,7 @@ def train_epoch(
     validate: Validate,
     save: Save,
     divergence: DivergenceConfig,
+    peak_tokens_per_second: float | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> RunState:
     """Train up to `last_step` finished updates of the stage and return where that leaves the run.
@@ -51,6 +52,8 @@ def train_epoch(
         validate: Reads held-out text.
         save: Publishes a checkpoint.
         divergence: When training counts as gone wrong.
+        peak_tokens_per_second: What the devices' stated peak would make of the text's operations; None: MFU is not
+            reported.
         stopping: Whether to return early; a collective, asked after every step.
 
     Raises:
@@ -73,6 +76,7 @@ def train_epoch(
                 health = state.health.after(result, divergence)
                 state = state.after(result, cursor=given.cursor, health=health)
                 ended = time.perf_counter()
+                rate = result.tokens / (ended - started)
                 reads = stage.reads(state.cursor)
                 metrics.log(
                     stage=state.stage,
@@ -84,7 +88,8 @@ def train_epoch(
                     lr=lr,
                     skipped=result.skipped,
                     tokens=state.tokens,
-                    tokens_per_second=result.tokens / (ended - started),
+                    tokens_per_second=rate,
+                    mfu=None if peak_tokens_per_second is None else rate / peak_tokens_per_second,
                     seconds_data=fetched - started,
                     seconds_update=ended - fetched,
                     generation=state.generation,

@@ -1,26 +1,31 @@
-"""What a run reports: JSON lines always, a live progress bar, wandb when asked.
+"""What a run reports: JSON lines always; TensorBoard and wandb, which mirror them, when asked.
 
 `metrics.jsonl` holds each step once: a resumed run cuts off the lines after its checkpoint and goes on. Every line
-names its stage and step; a validation says which tokens, query mode and filter its losses cover.
-Not here: what is measured (`loop`, `evaluate`).
+names its stage and step; a validation says which tokens, query mode and filter its losses cover. A line with an
+`event` (`resumed`, `restarted`) tells what happened to the run, and is never cut off. A mirror has the same names,
+below the stage's, and never disturbs training.
+Not here: what is measured (`loop`, `evaluate`), the live view (`terminal`).
 """
 
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any, Protocol, Self
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.files import write_atomic
 
 log = logging.getLogger(__name__)
 
-_STAGE_ORDER = {"warmup": 0, "continual": 1}
+STAGES = ("warmup", "continual")
+"""In the order of time."""
+
+_MIRROR_SECONDS = 60
+"""A mirror whose server is gone gets this long to start, and this long to finish."""
 
 
 class Sink(Protocol):
@@ -40,12 +45,16 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line; complete lines only are ever read back."""
+    """One JSON object a line; complete lines only are ever read back.
+
+    Attributes:
+        steps_cut: Finished updates that were cut off: the run repeats them.
+    """
 
     def __init__(self, path: Path, *, stage: str, step: int) -> None:
         """Open for appending after (`stage`, `step`); what a killed run wrote beyond is cut off."""
         self._path = path
-        _cut(path, stage, step)
+        self.steps_cut = _cut(path, stage, step)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, values: Mapping[str, Any]) -> None:
@@ -61,77 +70,124 @@ class JsonLines:
         self._file.close()
 
 
-class ProgressBar:
-    """The live line of a stage: loss, tokens per second, time left."""
+class Mirror:
+    """A sink that may fail: what goes wrong is said once, and the run goes on without it.
 
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:>9}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:>7,.0f} tokens/s"),
-            TimeRemainingColumn(),
-        )
-        self._task: Any = None
-        self._stage = ""
+    Args:
+        name: What it is called in a warning.
+        start: Opens the sink.
+    """
+
+    def __init__(self, name: str, start: Callable[[], Sink]) -> None:
+        self._name = name
+        self._sink: Sink | None = None
+        try:
+            self._sink = start()
+        except Exception as problem:  # a third party's outage must not stop a run
+            self._give_up("is off", problem)
 
     def log(self, values: Mapping[str, Any]) -> None:
-        if "loss" not in values:
-            return
-        if values["stage"] != self._stage:
-            self._stage = values["stage"]
-            self._task = self._progress.add_task(
-                self._stage, total=values["num_steps"], completed=values["step"] - 1, loss=0.0, rate=0.0
-            )
-            self._progress.start()
-        self._progress.update(
-            self._task, completed=values["step"], loss=values["loss"], rate=values["tokens_per_second"]
-        )
+        if self._sink is not None:
+            try:
+                self._sink.log(values)
+            except Exception as problem:
+                self._give_up("went quiet", problem)
 
     def rewind(self, stage: str, step: int) -> None:
-        return None
+        if self._sink is not None:
+            self._sink.rewind(stage, step)
 
     def close(self) -> None:
-        self._progress.stop()
+        """Flush, for no longer than a minute: a server that is gone must not keep a finished run."""
+        if self._sink is not None:
+            closing = Thread(target=self._close, args=(self._sink,), daemon=True)
+            closing.start()
+            closing.join(_MIRROR_SECONDS)
+            if closing.is_alive():
+                self._give_up("was left behind", f"it did not finish within {_MIRROR_SECONDS} s")
+
+    def _close(self, sink: Sink) -> None:
+        try:
+            sink.close()
+        except Exception as problem:
+            self._give_up("did not finish", problem)
+
+    def _give_up(self, what: str, why: object) -> None:
+        self._sink = None
+        log.warning("%s %s: %s; metrics.jsonl has everything", self._name, what, why)
 
 
 class Wandb:
-    """Mirrors the metrics; never disturbs training: every failure is logged once and the mirror goes quiet."""
+    """A wandb run of the run folder's id: the same after every resume.
+
+    Offline where `WANDB_API_KEY` is not set, or where the server does not answer at the start: `wandb sync` brings
+    it up later. `WANDB_MODE` decides otherwise.
+    """
 
     def __init__(self, run: Path, *, project: str, config: Mapping[str, Any]) -> None:
-        self._run: Any = None
-        try:
-            import wandb
+        import wandb
 
-            mode: Any = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-            self._run = wandb.init(
+        def start(mode: Any) -> Any:
+            return wandb.init(
                 project=project,
                 dir=str(run),
                 id=_run_id(run),
                 name=run.name,
                 resume="allow",
                 config=dict(config),
-                mode=os.environ.get("WANDB_MODE", mode),
+                mode=mode,
+                settings=wandb.Settings(init_timeout=_MIRROR_SECONDS),
             )
-        except Exception as problem:  # a third party's outage must not stop a run
-            log.warning("wandb is off: %s; metrics.jsonl has everything", problem)
+
+        mode = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+        try:
+            self._run = start(mode)
+        except Exception as problem:
+            if mode == "offline":
+                raise
+            log.warning("wandb is offline: %s; `wandb sync` brings %s/wandb up later", problem, run)
+            self._run = start("offline")
+        for stage in STAGES:
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
     def log(self, values: Mapping[str, Any]) -> None:
-        if self._run is None:
-            return
-        stage = values["stage"]
-        try:
-            self._run.log({f"{stage}/{name}": value for name, value in values.items() if name != "stage"})
-        except Exception as problem:
-            log.warning("wandb went quiet: %s", problem)
-            self._run = None
+        self._run.log({f"{values['stage']}/{name}": number for name, number in _numbers(values)})
 
     def rewind(self, stage: str, step: int) -> None:
         return None  # wandb keeps what it has; the line that tells of the rollback follows
 
     def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
+        self._run.finish()
+
+
+class TensorBoard:
+    """Event files below `<run>/tensorboard/`, a folder for each stage; what a resumed stage repeats is hidden."""
+
+    def __init__(self, run: Path, *, stage: str, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = run / "tensorboard"
+        self._open = SummaryWriter
+        self._resumed = (stage, step)
+        self._writers: dict[str, Any] = {}
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        stage = values["stage"]
+        if stage not in self._writers:
+            resumed, step = self._resumed
+            purge = step + 1 if stage == resumed and step else None
+            self._writers[stage] = self._open(str(self._folder / stage), purge_step=purge)
+        for name, number in _numbers(values):
+            self._writers[stage].add_scalar(name, number, values["step"], walltime=values["time"])
+
+    def rewind(self, stage: str, step: int) -> None:
+        if stage in self._writers:
+            self._writers.pop(stage).close()
+        self._resumed = (stage, step)
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
 
 
 class Metrics:
@@ -162,8 +218,19 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a `metrics.jsonl`."""
-    return [json.loads(line) for line in _complete_lines(path)]
+    """All complete lines of a `metrics.jsonl`.
+
+    Raises:
+        ValueError: A line is no JSON object; the file and the line are named.
+    """
+    lines = []
+    for number, text in enumerate(_complete_lines(path), start=1):
+        try:
+            line = json.loads(text)
+        except ValueError as problem:
+            raise ValueError(f"{path}, line {number} is not JSON ({problem}); delete that line") from problem
+        lines.append(line)
+    return lines
 
 
 def _complete_lines(path: Path) -> list[str]:
@@ -171,17 +238,33 @@ def _complete_lines(path: Path) -> list[str]:
         return [line for line in lines if line.endswith("\n")]
 
 
-def _cut(path: Path, stage: str, step: int) -> None:
-    """Keep the complete lines up to (`stage`, `step`)."""
+def _cut(path: Path, stage: str, step: int) -> int:
+    """Keep events and the complete lines up to (`stage`, `step`); return how many updates were cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        end = (_STAGE_ORDER[stage], step)
-        kept = [line for line in _complete_lines(path) if _position(json.loads(line)) <= end]
-        write_atomic(path, "".join(kept).encode())
+    if not path.exists():
+        return 0
+    kept, steps_cut = [], 0
+    for text in _complete_lines(path):
+        line = json.loads(text)
+        if "event" in line or _position(line) <= (STAGES.index(stage), step):
+            kept.append(text)
+        else:
+            steps_cut += "loss" in line
+    write_atomic(path, "".join(kept).encode())
+    return steps_cut
 
 
 def _position(line: Mapping[str, Any]) -> tuple[int, int]:
-    return _STAGE_ORDER[line["stage"]], int(line["step"])
+    return STAGES.index(line["stage"]), int(line["step"])
+
+
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a line by their names; those of a list have a number behind its name."""
+    for name, value in values.items():
+        if isinstance(value, list):
+            yield from ((f"{name}/{place}", item) for place, item in enumerate(value))
+        elif isinstance(value, int | float):
+            yield name, value
 
 
 def _run_id(run: Path) -> str:

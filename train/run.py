@@ -8,6 +8,7 @@ Not here: a single epoch's loop (`loop`), assembling the parts from a configurat
 """
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -59,6 +60,7 @@ class Parts:
     metrics: Metrics
     ranks: Ranks
     row_tokens: int
+    peak_tokens_per_second: float | None
     cache_bytes: int
     seed: int
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
@@ -139,9 +141,17 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
     def save(now: RunState) -> None:
         read = history.after(plan, now.cursor).finished
         keep = now.step in (parts.schedule.branch_step, parts.schedule.num_steps)
+<<<<<<< HEAD
         _publish(parts, now, history, read, keep=keep)
+=======
+        started = time.perf_counter()
+        folder = parts.checkpoints.save(parts.engine, now, history, read, keep=keep)
+        seconds = time.perf_counter() - started
+        parts.metrics.log(stage=now.stage, step=now.step, checkpoint=folder.name, seconds_checkpoint=seconds)
+>>>>>>> d6fc54da593f0f2b1aa9353f111ba9cd7fb03a6b
 
     def validate(now: RunState) -> dict[str, Any]:
+        started = time.perf_counter()
         setting = Setting(label=parts.name, reader=epoch.reader, batch_rows=config.micro_rows, ranks=ranks)
         losses = validation_losses(parts.engine, parts.validation, epoch.readings, setting)
         attention = memory_attention(parts.engine, parts.validation, epoch.readings, setting)
@@ -154,6 +164,7 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
             "pattern": None if config.memory is None else "training",
             "overlap_limit": None if config.memory is None else parts.overlap_limit,
             "generation_age": None if epoch.generation is None else now.step - now.epoch_step,
+            "seconds_validation": time.perf_counter() - started,
         }
 
     batches = Loader(
@@ -178,8 +189,12 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
             metrics=parts.metrics,
             validate=validate,
             save=save,
+<<<<<<< HEAD
             divergence=parts.divergence,
             stopping=lambda: ranks.any(parts.stop.requested),
+=======
+            peak_tokens_per_second=parts.peak_tokens_per_second,
+>>>>>>> d6fc54da593f0f2b1aa9353f111ba9cd7fb03a6b
         )
         if state.step < last_step:
             raise StoppedError(f"stopped after {state.step} steps of the {parts.name} stage")
@@ -253,12 +268,14 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
     if memory is None or parts.epochs is None:
         return _Epoch(PlainStage(), online, [Reading(Arm.none)], None)
     rows = read_rows(parts.shards, plan, tuple(range(plan.num_rows)))
+    started = time.perf_counter()
     neighbours = parts.epochs.neighbours(
         state.epoch,
         history,
         Rows(rows.inputs.numpy(), [plan.documents_of_row(position) for position in rows.positions]),
         Rows(parts.validation.tokens_MT1[:, :-1].numpy(), parts.validation.row_documents),
     )
+    searched = time.perf_counter()
     everything = neighbours.read_ids(training=True)
     if not len(everything):
         log.warning(
@@ -287,6 +304,8 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
             epoch=state.epoch,
             **{f"bank_{key}": value for key, value in neighbours.report.items()},
             bank_compiled=len(ids),
+            bank_seconds_search=searched - started,
+            bank_seconds_compile=time.perf_counter() - searched,
         )
     log.info(
         "bank epoch %d: %s references may be read, %s of %s chunks found one; the generation of step %d holds %s",

@@ -1,4 +1,4 @@
-"""`memory3 report`: the table of a run, of a run and its control, and of several seeds."""
+"""`memory3 report`: the table of a run, of a run and its control, and of several seeds; the page and the pictures."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.build import Context
 from launch.report import draw_losses
 from tests.support.launch import trained, within
 from train.arms import Arm
@@ -21,6 +20,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for run in ("m", "c"):
         assert within("evaluate", run, "--root", str(root)).code == 0
     return root
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page lands in the working directory."""
+    monkeypatch.chdir(tmp_path)
 
 
 def test_pair_shows_memory_against_its_control(root: Path) -> None:
@@ -42,19 +47,51 @@ def test_two_seeds_stand_in_one_table(root: Path) -> None:
     assert re.search(r"\| (\+\+|--) ", done.out)
 
 
-def test_run_that_was_not_evaluated_is_named_with_the_command(root: Path) -> None:
-    done = within("report", "m", "--split", "test", "--root", str(root))
-    assert done.code == 2
-    assert done.err == (
-        f"memory3 report: {root}/m/evaluation-test.json does not exist; run `memory3 evaluate m --split test` first\n"
+def test_run_that_was_not_evaluated_has_a_page_and_is_told_the_command(root: Path, tmp_path: Path) -> None:
+    done = within("report", "m", "--split", "test", "--root", str(root), "--html", "page.html")
+    assert done.code == 0, done.err
+    assert done.out == (
+        "m has no evaluation on the test half; `memory3 evaluate m --split test` makes one\npage: page.html\n"
     )
+    assert "Continual stage" in (tmp_path / "page.html").read_text()
 
 
-def test_headline_relations_are_those_of_the_validation_probes(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_pair_has_a_page_and_pictures_of_both_without_corpus_or_checkpoint(
+    root: Path, tmp_path: Path
 ) -> None:
-    """On the test half it is the other way round."""
-    monkeypatch.setattr(Context, "hit_shares", lambda self: {"capital": (9, 0.5, 0.9), "area": (9, 0.0, 0.1)})
+    """Only lines, settings and evaluations are there; one run is given as a folder."""
+    for run in ("m", "c"):
+        (tmp_path / run).mkdir()
+        for name in ("metrics.jsonl", "config.yaml", "evaluation-validation.json"):
+            shutil.copy(root / run / name, tmp_path / run)
+    done = within("report", f"{tmp_path / 'm'}=c", "--root", str(tmp_path), "--pictures", "drawn")
+    assert done.code == 0, done.err
+    page = (tmp_path / "report.html").read_text()
+    assert "m: validation half" in page
+    assert "c, held-out, no memory" in page
+    assert str(tmp_path) not in page
+    drawn = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert drawn == ["bank.png", "losses.png", "memory.png", "stability.png", "throughput.png"]
+
+
+def test_a_run_that_is_not_there_is_named(root: Path) -> None:
+    done = within("report", "nothing", "--root", str(root))
+    assert done.code == 2
+    assert f"{root}/nothing/metrics.jsonl does not exist" in done.err
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(root: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "m"
+    other.mkdir(parents=True)
+    for name in ("metrics.jsonl", "config.yaml"):
+        shutil.copy(root / "m" / name, other)
+    done = within("report", "m", str(other), "--root", str(root))
+    assert done.code == 0, done.err
+    assert "runs/m · other/m" in (tmp_path / "report.html").read_text()
+
+
+def test_headline_relations_are_those_that_the_evaluation_names(root: Path) -> None:
+    """They were decided on validation probes; on the test half it is the other way round."""
     items = tuple(
         ProbeItem(f"{group}/{relation}", group, relation, 1.0, 2, False, hit, hit, False)
         for group in ("aa", "bb")
@@ -75,7 +112,7 @@ def test_headline_relations_are_those_of_the_validation_probes(
         for arm, filled in ((Arm.none, None), (Arm.memory, 1.0))
     ]
     path = root / "m" / "evaluation-test.json"
-    path.write_text(json.dumps(to_json(arms)))
+    path.write_text(json.dumps({"headline": ["capital"], **to_json(arms)}))
     done = within("report", "m", "--split", "test", "--root", str(root))
     path.unlink()
     assert done.code == 0, done.err

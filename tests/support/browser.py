@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +25,46 @@ _QUIET = (
     "--enable-logging=stderr",
 )
 _DARK = "--blink-settings=preferredColorScheme=0"
+
+
+class Elements(HTMLParser):
+    """Every element and attribute of a page, and whether all that was opened is closed."""
+
+    VOID = ("meta", "br", "link", "img")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._page = page
+        self._open: list[str] = []
+        self.feed(page)
+        assert not self._open
+
+    @property
+    def loaded(self) -> list[str]:
+        """What the page would load or run if it were let: nothing, on a good page; its policy must say so, too."""
+        policies = [
+            given["content"] for tag, given in self.elements if tag == "meta" and "http-equiv" in given
+        ]
+        found = [] if policies == ["default-src 'none'; style-src 'unsafe-inline'"] else ["no policy"]
+        for tag, attributes in self.elements:
+            found += [f"{tag} {name}" for name in attributes if name.startswith("on") or name == "src"]
+            if not (attributes.get("href") or "#").startswith("#"):
+                found.append(f"{tag} href={attributes['href']}")
+        styles = re.findall(r"<style>(.*?)</style>", self._page, re.DOTALL)
+        return found + re.findall(r"url\(|@import|http\S*", "".join(styles))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
 
 
 def chromium() -> str:

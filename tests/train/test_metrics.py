@@ -1,12 +1,14 @@
 import json
 import logging
 import sys
+import threading
 import types
 from pathlib import Path
 
 import pytest
 
-from train.metrics import JsonLines, Metrics, ProgressBar, Wandb, read_metrics
+from train.metrics import JsonLines, Metrics, Mirror, TensorBoard, Wandb, read_metrics
+from train.terminal import PlainLines
 
 
 def write(path: Path, *positions: tuple[str, int]) -> None:
@@ -69,19 +71,56 @@ def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
 
 def test_all_sinks_get_each_line_with_its_time_and_are_closed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with Metrics([JsonLines(path, stage="warmup", step=0), ProgressBar()]) as metrics:
-        metrics.log(stage="warmup", step=1, num_steps=2, loss=2.0, tokens_per_second=10.0)
+    with Metrics([JsonLines(path, stage="warmup", step=0), PlainLines(1)]) as metrics:
+        metrics.log(stage="warmup", step=1, num_steps=2, loss=2.0, grad_norm=1, lr=1, tokens_per_second=1)
         metrics.log(stage="warmup", step=1, validation_none=3.0)
     assert [set(line) - {"time", "stage", "step"} for line in read_metrics(path)] == [
-        {"num_steps", "loss", "tokens_per_second"},
+        {"num_steps", "loss", "grad_norm", "lr", "tokens_per_second"},
         {"validation_none"},
     ]
+
+
+def test_what_happened_to_a_run_is_never_cut_off(tmp_path: Path) -> None:
+    """A run that falls back to an older checkpoint still tells that it was resumed from a newer one before."""
+    path = tmp_path / "metrics.jsonl"
+    write(path, ("warmup", 9), ("warmup", 10), ("warmup", 11))
+    for step, cut in ((10, 1), (9, 1)):
+        lines = JsonLines(path, stage="warmup", step=step)
+        assert lines.steps_cut == 0  # none of these lines is that of a step
+        lines.log({"stage": "warmup", "step": step, "event": "resumed", "steps_repeated": cut})
+        lines.close()
+    assert [line.get("event") for line in read_metrics(path)] == [None, "resumed", "resumed"]
+    assert positions(path) == [("warmup", 9), ("warmup", 10), ("warmup", 9)]
+
+
+def test_steps_that_are_repeated_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path, stage="warmup", step=0)
+    for step in (1, 2, 3):
+        lines.log({"stage": "warmup", "step": step, "loss": 2.5})
+        lines.log({"stage": "warmup", "step": step, "validation_none": 2.5})
+    lines.close()
+    again = JsonLines(path, stage="warmup", step=1)
+    again.close()
+    assert again.steps_cut == 2
+
+
+def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"stage": "warmup", "step": 1}\nnonsense\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is not JSON"):
+        read_metrics(path)
 
 
 class FakeRun:
     def __init__(self, fails: bool) -> None:
         self.lines: list[dict[str, object]] = []
+        self.axes: dict[str, str] = {}
         self.fails = fails
+        self.finished = 0
+
+    def define_metric(self, name: str, *, step_metric: str) -> None:
+        self.axes[name] = step_metric
 
     def log(self, values: dict[str, object]) -> None:
         if self.fails:
@@ -89,22 +128,29 @@ class FakeRun:
         self.lines.append(values)
 
     def finish(self) -> None:
-        pass
+        self.finished += 1
 
 
 def fake_wandb(
-    monkeypatch: pytest.MonkeyPatch, *, fails: bool = False
+    monkeypatch: pytest.MonkeyPatch, *, fails: bool = False, refuses: str | None = None
 ) -> list[tuple[dict[str, object], FakeRun]]:
     started: list[tuple[dict[str, object], FakeRun]] = []
 
     def init(**settings: object) -> FakeRun:
+        if settings["mode"] == refuses:
+            raise ConnectionError("the server does not answer")
         started.append((settings, FakeRun(fails)))
         return started[-1][1]
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    fake = types.SimpleNamespace(init=init, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return started
+
+
+def wandb_mirror(run: Path) -> Mirror:
+    return Mirror("wandb", lambda: Wandb(run, project="memory3", config={"seed": 0}))
 
 
 def test_wandb_is_offline_without_a_key_and_keeps_its_run_id_on_resume(
@@ -112,21 +158,125 @@ def test_wandb_is_offline_without_a_key_and_keeps_its_run_id_on_resume(
 ) -> None:
     started = fake_wandb(monkeypatch)
     for _ in range(2):
-        sink = Wandb(tmp_path, project="memory3", config={"seed": 0})
-        sink.log({"stage": "warmup", "step": 1, "loss": 2.0})
+        sink = wandb_mirror(tmp_path)
+        sink.log({"stage": "warmup", "step": 1, "loss": 2.0, "query": None, "by_layer": [0.1, 0.2]})
         sink.close()
     assert [settings["mode"] for settings, _ in started] == ["offline", "offline"]
     assert started[0][0]["id"] == started[1][0]["id"]
     assert started[0][0]["resume"] == "allow"
-    assert started[0][1].lines == [{"warmup/step": 1, "warmup/loss": 2.0}]
+    assert started[0][1].lines == [
+        {"warmup/step": 1, "warmup/loss": 2.0, "warmup/by_layer/0": 0.1, "warmup/by_layer/1": 0.2}
+    ]
+    assert started[0][1].axes == {"warmup/*": "warmup/step", "continual/*": "continual/step"}
+    assert started[0][1].finished == 1
 
 
-def test_an_outage_of_wandb_is_said_once_and_stops_nothing(
+def test_an_outage_of_wandb_at_the_start_leaves_an_offline_run_of_the_same_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    started = fake_wandb(monkeypatch, refuses="online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with caplog.at_level(logging.WARNING):
+        wandb_mirror(tmp_path).log({"stage": "warmup", "step": 1, "loss": 2.0})
+    ((settings, run),) = started
+    assert settings["mode"] == "offline"
+    assert settings["id"] == (tmp_path / "wandb-id").read_text()
+    assert run.lines == [{"warmup/step": 1, "warmup/loss": 2.0}]
+    assert [record.message for record in caplog.records] == [
+        f"wandb is offline: the server does not answer; `wandb sync` brings {tmp_path}/wandb up later"
+    ]
+
+
+def test_an_outage_of_wandb_in_the_middle_is_said_once_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake_wandb(monkeypatch, fails=True)
-    sink = Wandb(tmp_path, project="memory3", config={})
+    sink = wandb_mirror(tmp_path)
     with caplog.at_level(logging.WARNING):
         for step in range(3):
             sink.log({"stage": "warmup", "step": step})
-    assert [record.message for record in caplog.records] == ["wandb went quiet: no network"]
+        sink.close()
+    assert [record.message for record in caplog.records] == [
+        "wandb went quiet: no network; metrics.jsonl has everything"
+    ]
+
+
+def test_a_mirror_that_cannot_start_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_wandb(monkeypatch, refuses="offline")
+    lines = JsonLines(tmp_path / "metrics.jsonl", stage="warmup", step=0)
+    with caplog.at_level(logging.WARNING), Metrics([lines, wandb_mirror(tmp_path)]) as metrics:
+        metrics.log(stage="warmup", step=1, loss=2.0)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    assert [record.message for record in caplog.records] == [
+        "wandb is off: the server does not answer; metrics.jsonl has everything"
+    ]
+
+
+def test_a_mirror_that_does_not_finish_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("train.metrics._MIRROR_SECONDS", 0.05)
+    released = threading.Event()
+
+    class Stuck:
+        def log(self, values: object) -> None:
+            pass
+
+        def close(self) -> None:
+            released.wait(10)
+
+    with caplog.at_level(logging.WARNING):
+        Mirror("wandb", Stuck).close()
+    released.set()
+    assert [record.message for record in caplog.records] == [
+        "wandb was left behind: it did not finish within 0.05 s; metrics.jsonl has everything"
+    ]
+
+
+def test_wandb_itself_writes_an_offline_run_that_can_be_synced_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package itself, twice under one id, without a network."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for step in (1, 2):
+        sink = wandb_mirror(tmp_path)
+        sink.log({"stage": "warmup", "step": step, "loss": 2.0})
+        sink.close()
+    name = (tmp_path / "wandb-id").read_text()
+    runs = list((tmp_path / "wandb").glob(f"offline-run-*-{name}"))
+    assert runs
+    assert all(list(run.glob("run-*.wandb")) for run in runs)
+
+
+def test_tensorboard_has_the_names_of_the_lines_and_hides_what_is_repeated(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, loss in ((0, 2.0), (2, 1.0)):
+        sink = TensorBoard(tmp_path, stage="warmup", step=first)
+        for step in range(first + 1, 5):
+            sink.log({"stage": "warmup", "step": step, "loss": loss, "query": None, "time": 1e9 + step})
+        sink.log({"stage": "continual", "step": 1, "loss": 3.0, "memory_layers": [0.1, 0.2], "time": 2e9})
+        sink.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "warmup"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2), (2, 2), (3, 1), (4, 1)]
+    continual = EventAccumulator(str(tmp_path / "tensorboard" / "continual"))
+    continual.Reload()
+    assert set(continual.Tags()["scalars"]) == {"loss", "step", "memory_layers/0", "memory_layers/1", "time"}
+
+
+def test_tensorboard_that_is_not_there_is_said_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with caplog.at_level(logging.WARNING):
+        sink = Mirror("TensorBoard", lambda: TensorBoard(tmp_path, stage="warmup", step=0))
+        sink.log({"stage": "warmup", "step": 1, "loss": 1.0, "time": 0.0})
+        sink.close()
+    (record,) = caplog.records
+    assert record.message.startswith("TensorBoard is off: ")

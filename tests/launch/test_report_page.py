@@ -1,0 +1,167 @@
+"""`launch.report_page`: what stands on the page, that it loads nothing, and that a browser lays it out."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.report_page import Evaluation, loss_charts, pictures, render
+from launch.run_log import RunLog
+from tests.support.browser import Elements, boxes, screenshot
+from tests.support.run_log import lines, run_folder
+from train.arms import Arm
+from train.evaluate import ArmResult, TextItem, table
+
+HOSTILE = "</td><script>alert(1)</script>"
+
+
+def two_runs(folder: Path) -> list[RunLog]:
+    main = RunLog.read(run_folder(folder / "m", lines(), "seed: 0\nmodel: {width: 8}\n"))
+    control = RunLog.read(run_folder(folder / "c", lines(warmup=0, has_memory=False), "model: {width: 16}\n"))
+    return [main, control]
+
+
+def evaluation() -> Evaluation:
+    from memorybank.config import QueryMode
+    from train.arms import Pattern
+
+    def result(arm: Arm, loss: float, *, reads: bool) -> ArmResult:
+        return ArmResult(
+            arm=arm,
+            model="M",
+            query=QueryMode.own if reads else None,
+            pattern=Pattern.training if reads else None,
+            overlap_limit=0.9 if reads else None,
+            age_steps=None,
+            filled=1.0 if reads else None,
+            note=HOSTILE,
+            items=(TextItem("a", loss * 10, 10), TextItem("b", loss * 20, 20)),
+        )
+
+    arms = [result(Arm.none, 2.0, reads=False), result(Arm.memory, 1.9, reads=True)]
+    return Evaluation("m: test half", table([arms], samples=10), "")
+
+
+def page(logs: list[RunLog], *evaluations: Evaluation) -> Elements:
+    return Elements(render(logs, evaluations))
+
+
+def test_it_says_what_memory_did_beside_its_control(tmp_path: Path) -> None:
+    text = page(two_runs(tmp_path)).text
+    assert "Held-out loss 2.500 with memory, 2.600 without, 2.600 in c" in text
+    assert "+0.100 nats" in text
+    assert "than shuffled memory by +0.200" in text
+    assert "Query own: a chunk's search has seen the tokens that it predicts" in text
+    assert "c, held-out, no memory" in text
+    assert "m, held-out, memory" in text
+    assert "m, shuffled" in text
+
+
+def test_charts_cover_both_stages_memory_bank_speed_and_stability(tmp_path: Path) -> None:
+    drawn = pictures(two_runs(tmp_path))
+    assert {name: [chart.title for chart in charts] for name, charts in drawn.items()} == {
+        "losses": ["Warmup", "Continual stage"],
+        "memory": [
+            "Held-out loss, by what is read",
+            "What memory saves",
+            "Attention on memory",
+            "Score of what was retrieved",
+            "References read in a step",
+            "Empty slots",
+        ],
+        "bank": [
+            "References that may be read",
+            "Memories compiled at a refresh",
+            "Age of the generation that is read",
+        ],
+        "throughput": ["Speed"],
+        "stability": ["Gradient norm", "Learning rate"],
+    }
+    saved = drawn["memory"][1].series[0]
+    assert saved.points[0] == (100, pytest.approx(0.1))
+    assert drawn["memory"][0].marks == [82.0, 122.0]
+
+
+def test_the_time_of_a_stage_is_split(tmp_path: Path) -> None:
+    text = page(two_runs(tmp_path)).text
+    assert "data 8.3% · retrieve 16.7% · update 58.3% · search 4.2% · compile 8.3% · validation 4.2%" in text
+
+
+def test_a_run_of_warmup_alone_has_no_empty_charts(tmp_path: Path) -> None:
+    log = RunLog.read(run_folder(tmp_path / "w", lines(warmup=15, continual=0)))
+    assert [chart.title for chart in loss_charts([log])] == ["Warmup"]
+    said = page([log])
+    assert "Held-out loss 2.900 after 15 of 40 steps of the warmup stage" in said.text
+    assert not [given for _, given in said.elements if given.get("id") in ("memory", "bank", "settings")]
+
+
+def test_a_run_of_one_step_and_of_none(tmp_path: Path) -> None:
+    begun = RunLog.read(run_folder(tmp_path / "one", lines(warmup=1, continual=0)))
+    assert "Training loss 8.000 after 1 of 40 steps" in page([begun]).text
+    assert "none: no step yet" in page([RunLog.read(run_folder(tmp_path / "none", []))]).text
+
+
+def test_faults_that_were_survived_are_listed(tmp_path: Path) -> None:
+    written = lines(warmup=12, continual=0)
+    written[4]["skipped"] = True
+    written[4]["grad_norm"] = float("inf")
+    event = {"stage": "warmup", "step": 8, "event": "resumed", "checkpoint": "warmup-00000008"}
+    written.append({**event, "steps_repeated": 3, "time": 2e9})
+    text = page([RunLog.read(run_folder(tmp_path / "m", written))]).text
+    assert "1 resumes, 3 steps repeated; 1 skipped updates" in text
+    assert "resumed from warmup-00000008" in text
+    assert "update skipped: a gradient was not finite" in text
+    assert "No resume" not in text
+    quiet = page([RunLog.read(run_folder(tmp_path / "quiet", lines()))]).text
+    assert "No resume, no restart and no skipped update stands in these runs' lines." in quiet
+
+
+def test_settings_that_differ_stand_side_by_side(tmp_path: Path) -> None:
+    text = page(two_runs(tmp_path)).text
+    assert "model.width816" in text
+    assert str(tmp_path) not in text
+
+
+def test_the_evaluation_has_its_table_and_no_empty_columns(tmp_path: Path) -> None:
+    text = page(two_runs(tmp_path), evaluation()).text
+    assert "text, query own, training pattern" in text
+    assert "1.900" in text
+    assert "exact" not in text
+
+
+def test_it_loads_nothing_and_holds_the_words_of_others_as_text(tmp_path: Path) -> None:
+    logs = two_runs(tmp_path)
+    hostile = RunLog(HOSTILE, tmp_path, logs[1].lines, {"model.width": HOSTILE})
+    made = page([logs[0], hostile], evaluation())
+    assert made.loaded == []
+    assert "script" not in {tag for tag, _ in made.elements}
+    assert made.text.count(HOSTILE) > 5
+
+
+def test_a_browser_draws_it_light_and_dark_and_has_nothing_to_say(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(render(two_runs(tmp_path), [evaluation()]))
+    for dark in (False, True):
+        assert screenshot(path, tmp_path / f"{dark}.png", width=1200, height=900, dark=dark) == []
+    assert (tmp_path / "True.png").read_bytes() != (tmp_path / "False.png").read_bytes()
+
+
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_browser_lays_out_every_part_within_the_page(width: int, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(render(two_runs(tmp_path), [evaluation()]))
+    selectors = ["body", ".tile", ".card", ".chart", ".plot>svg", ".series span", ".scroll", ".bar"]
+    found = boxes(path, selectors, width=width)
+    (body,) = found["body"]
+    assert len(found[".tile"]) == 5
+    assert len(found[".chart"]) == len(found[".plot>svg"]) == 14
+    for selector in selectors[1:]:
+        assert found[selector], selector
+        for left, top, right, bottom in found[selector]:
+            assert right > left, selector
+            assert bottom > top, selector
+            assert body[0] <= left, selector
+            assert right <= body[2] + 0.5, selector
+    columns = {left for left, *_ in found[".chart"]}
+    assert len(columns) == 1 if width == 500 else len(columns) > 1
+    for above, below in zip(found[".card"], found[".card"][1:], strict=False):
+        assert above[3] <= below[1]
