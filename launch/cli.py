@@ -264,15 +264,14 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         _add_actions(sub, CHECKPOINT_ACTIONS, _add_checkpoint_arguments)
     if name in ("evaluate", "generate"):
         _add_run(sub)
-    if name == "evaluate":
+        _add_bank_read(sub)
+    if name in ("evaluate", "report"):
         sub.add_argument(
             "--split",
             choices=["validation", "test"],
             default="validation",
             help="held-out part (default: %(default)s)",
         )
-    if name in ("evaluate", "generate"):
-        _add_bank_read(sub)
     if name == "generate":
         sub.add_argument("--prompt", required=True, help="text to complete")
         sub.add_argument(
@@ -304,12 +303,6 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
             "--html", metavar="FILE", default="report.html", help="the page (default: %(default)s)"
         )
         sub.add_argument("--pictures", metavar="FOLDER", help="draw the charts as PNGs, too")
-        sub.add_argument(
-            "--split",
-            choices=["validation", "test"],
-            default="validation",
-            help="held-out part (default: %(default)s)",
-        )
         sub.add_argument("--root", default="runs", help="folder of run names (default: %(default)s)")
     if name == "pretrain":
         sub.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from memorybank.config import CodecKind
 from memorybank.cost import memory_bytes, position_bytes
 from model.flops import count_parameters
 from train.config import Precision, StageConfig
+from train.schedule import epoch_begins
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +133,8 @@ def _memories(config: RunConfig, stage: StageConfig, num_references: int) -> int
         record = 2 * memory_bytes(config.model) + position_bytes(config.model)
     else:
         record = memory_bytes(config.model, codec) + position_bytes(config.model)
-    epoch_steps = stage.epoch_steps or stage.steps
+    begins = epoch_begins(stage) or [0]
+    longest = max(end - begin for begin, end in pairwise([*begins, stage.steps]))
     chunks = config.model.row_tokens // config.model.chunk_tokens
-    rows = epoch_steps * stage.rows_per_step + config.logging.validation_rows
-    return ceil(stage.steps / epoch_steps) * min(num_references, rows * chunks) * record
+    rows = longest * stage.rows_per_step + config.logging.validation_rows
+    return len(begins) * min(num_references, rows * chunks) * record

@@ -7,6 +7,7 @@ Not here: reading the lines (`launch.run_log`), drawing a line (`launch.chart`),
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -352,15 +353,16 @@ def _bank_note(logs: Sequence[RunLog]) -> str:
     )
 
 
+def _validation_loss(log: RunLog, *, arm: str) -> str:
+    return _number((log.validation or {}).get(f"validation_{arm}"), ".3f")
+
+
 def _runs(logs: Sequence[RunLog]) -> Iterator[str]:
     columns: dict[str, Callable[[RunLog], str]] = {
         "stage": lambda log: "–" if log.last is None else str(log.last["stage"]),
         "steps": lambda log: "0" if log.last is None else f"{log.last['step']:,} / {log.last['num_steps']:,}",
         "tokens": lambda log: "0" if log.last is None else chart.human(log.last["tokens"]),
-        **{
-            name: lambda log, arm=arm: _number((log.validation or {}).get(f"validation_{arm}"), ".3f")
-            for arm, (name, _) in _ARMS.items()
-        },
+        **{name: partial(_validation_loss, arm=arm) for arm, (name, _) in _ARMS.items()},
         "attention": lambda log: _number((log.validation or {}).get("memory_attention"), ".1%"),
         "hours": lambda log: f"{log.hours():.2f}",
         "skipped": lambda log: str(len(log.skipped)),

@@ -128,9 +128,8 @@ def _train(run: Path, config: RunConfig, ranks: distributed.Ranks, stop: Stop | 
 def _refuse_a_new_beginning(run: Path) -> None:
     """A run that has published checkpoints and has none now does not begin anew unless it is asked to."""
     path = run / "metrics.jsonl"
-    published = (
-        [line["checkpoint"] for line in read_metrics(path) if "checkpoint" in line] if path.exists() else []
-    )
+    lines = read_metrics(path) if path.exists() else []
+    published = [line["checkpoint"] for line in lines if "checkpoint" in line and "event" not in line]
     if published:
         raise ValueError(
             f"{run} published {published[-1]}, and {run / 'checkpoints'} holds none now; restore it from a copy, or "

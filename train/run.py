@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from time import perf_counter
 from typing import Any
 
 from data.loader import Loader, read_rows
@@ -141,14 +140,7 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
     def save(now: RunState) -> None:
         read = history.after(plan, now.cursor).finished
         keep = now.step in (parts.schedule.branch_step, parts.schedule.num_steps)
-<<<<<<< HEAD
         _publish(parts, now, history, read, keep=keep)
-=======
-        started = time.perf_counter()
-        folder = parts.checkpoints.save(parts.engine, now, history, read, keep=keep)
-        seconds = time.perf_counter() - started
-        parts.metrics.log(stage=now.stage, step=now.step, checkpoint=folder.name, seconds_checkpoint=seconds)
->>>>>>> d6fc54da593f0f2b1aa9353f111ba9cd7fb03a6b
 
     def validate(now: RunState) -> dict[str, Any]:
         started = time.perf_counter()
@@ -189,12 +181,9 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
             metrics=parts.metrics,
             validate=validate,
             save=save,
-<<<<<<< HEAD
             divergence=parts.divergence,
-            stopping=lambda: ranks.any(parts.stop.requested),
-=======
             peak_tokens_per_second=parts.peak_tokens_per_second,
->>>>>>> d6fc54da593f0f2b1aa9353f111ba9cd7fb03a6b
+            stopping=lambda: ranks.any(parts.stop.requested),
         )
         if state.step < last_step:
             raise StoppedError(f"stopped after {state.step} steps of the {parts.name} stage")
@@ -202,10 +191,10 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
 
 
 def _publish(parts: Parts, state: RunState, history: History, read: Documents, *, keep: bool) -> None:
-    started = perf_counter()
+    started = time.perf_counter()
     folder = parts.checkpoints.save(parts.engine, state, history, read, keep=keep)
-    seconds = perf_counter() - started
-    parts.metrics.log(stage=state.stage, step=state.step, checkpoint=folder.name, seconds_save=seconds)
+    seconds = time.perf_counter() - started
+    parts.metrics.log(stage=state.stage, step=state.step, checkpoint=folder.name, seconds_checkpoint=seconds)
 
 
 def _go_back(parts: Parts, problem: DivergedError) -> tuple[RunState, History]:

@@ -127,6 +127,9 @@ class LiveView:
                 if isinstance(handler, logging.StreamHandler):
                     self._streams.append((handler, handler.setStream(sys.stderr)))
 
+    def rewind(self, stage: str, step: int) -> None:
+        return None
+
     def close(self) -> None:
         self._live.stop()
         for handler, stream in self._streams:
@@ -169,6 +172,9 @@ class PlainLines:
             self._console.print(
                 self._status.line(values["time"]), soft_wrap=True, markup=False, highlight=False
             )
+
+    def rewind(self, stage: str, step: int) -> None:
+        return None
 
     def close(self) -> None:
         pass

@@ -53,7 +53,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
 
 def test_a_rollback_forgets_the_lines_after_it_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with Metrics([JsonLines(path, stage="warmup", step=0), ProgressBar()]) as metrics:
+    with Metrics([JsonLines(path, stage="warmup", step=0), PlainLines(1)]) as metrics:
         for step in (1, 2, 3):
             metrics.log(stage="warmup", step=step)
         metrics.rewind("warmup", 1)
