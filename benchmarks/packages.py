@@ -22,7 +22,7 @@ SHORTEST = 200
 _BASE64 = {c: n for n, c in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
 _FOREIGN = re.compile(r"/translations/|/(?!en)[a-z]{2}([_-][A-Z]{2})?/|\.(?!en)[a-z]{2}(\.[a-z-]+)?\.html")
 _PAGES = (".txt", ".txt.gz", ".pod", ".pod.gz", ".html", ".html.gz", ".htm", ".xhtml")
-_HIDDEN = re.compile(r"<(script|style|head|nav)\b.*?</\1>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
+_HIDDEN = re.compile(r"<(script|style|head|title|nav)\b.*?</\1>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
 _BLOCK = re.compile(r"</?(p|div|li|tr|h\d|dt|dd|pre|br|table|section)\b[^>]*>", re.IGNORECASE)
 
 
