@@ -34,12 +34,12 @@ from data.sources import read_json_lines
 from launch import audit, estimate, inspect
 from launch import build as builders
 from launch.compose import load_config
-from launch.opened import OpenedRun, library_folder, open_run
+from launch.opened import OpenedRun, allow_maps, library_folder, open_run
 from memorybank import embedder as embedders
 from memorybank import soundness
 from memorybank.cold import ColdRecords, stores
 from memorybank.config import CodecKind
-from memorybank.edits import Documents, Editor, Told
+from memorybank.edits import Documents, Editor, Known, Told
 from memorybank.library import Library
 from memorybank.segment import CutDocument
 from memorybank.store import Generation
@@ -50,6 +50,7 @@ Ids = NDArray[np.int64]
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks for."""
     builders.quiet_third_parties()
+    allow_maps()
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
         "build": build,
         "add": add,
@@ -75,9 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
 def build(arguments: argparse.Namespace) -> int:
     """Make a bank of everything that may be read with the run's newest checkpoint."""
     opened, editor = _opened(arguments)
-    documents = corpus_documents(opened, editor)
     if arguments.dry_run:
         return _print_estimate(estimate.of_build(opened, editor))
+    documents = corpus_documents(opened, editor)
     return _edit(editor, lambda editor: editor.build(documents))
 
 
@@ -243,7 +244,9 @@ def corpus_documents(opened: OpenedRun, editor: Editor) -> Documents:
             yield cutter.cut(shards.document(number), shards.tokens(number), shards.title_length(number))
 
     corpus = opened.context.prepared.references.fingerprint
-    return Documents({"references": corpus, "documents": fingerprint(numbers.tolist())}, read)
+    origin = {"references": corpus, "documents": fingerprint(numbers.tolist())}
+    known = Known(opened.context.reference_vectors(editor.compiler.embedder), opened.bank_ids)
+    return Documents(origin, read, known)
 
 
 def _put(arguments: argparse.Namespace, edit: Callable[[Editor, Documents], int]) -> int:
@@ -406,6 +409,7 @@ def _described(library: Library) -> Table:
         ("references", f"{len(library):,}"),
         ("removed, not yet compacted", f"{1 - len(library) / there:.1%}"),
         ("segments", f"{len(library.parts):,}"),
+        ("index", estimate.index_of(library)),
         *((f"bytes of {what}", decimal(size)) for what, size in library.bytes_by_kind().items()),
         ("bytes per record", f"{library.record_bytes:,}"),
         ("codec", library.settings.codec),

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +23,7 @@ from launch.config import RunConfig
 from memorybank import embedder as embedders
 from memorybank.embedder import Embedder, VectorCache
 from memorybank.search import RowSearch
+from memorybank.vectors import Vectors, compile_vectors
 from model.flops import text_token_flops
 from model.transformer import Memory3LM
 from train.checkpoint import Checkpoint, Checkpoints, Retention
@@ -71,15 +73,24 @@ class Context:
     def vectors(self, embedder: Embedder) -> VectorCache:
         return VectorCache(prepared_folder(self.config) / "vectors", embedder)
 
+    def reference_vectors(
+        self, embedder: Embedder, *, progress: Callable[[int], None] = lambda _: None
+    ) -> Vectors:
+        """The search vectors of all prepared references; those that are not there yet are made."""
+        references = self.prepared.references
+        folder = prepared_folder(self.config) / "vectors" / f"references-{embedder.name}"
+        compile_vectors(self.vectors(embedder), references, folder, progress=progress)
+        return Vectors.open(folder)
+
     def search(self, embedder: Embedder, references: ReferenceSource | None = None) -> RowSearch:
         return RowSearch(
             self.prepared.tokenizer,
             references or self.prepared.references,
             self.vectors(embedder).vectors,
+            lambda: self.reference_vectors(embedder),
             self.config.retrieval,
             chunk_tokens=self.config.model.chunk_tokens,
             folder=prepared_folder(self.config) / "indexes",
-            embedder=embedder.name,
         )
 
     def hit_shares(self) -> dict[str, tuple[int, float, float]]:

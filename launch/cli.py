@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launch.devices import DEVICES
-from memorybank.config import STAGES, CodecKind
+from memorybank.config import CodecKind
 from memorybank.cost import CODECS, EMBEDDERS, Hardware
 
 _OVERRIDES = """\
@@ -196,7 +196,7 @@ def _add_bank_arguments(sub: argparse.ArgumentParser, name: str) -> None:
     if name in ("build", "refresh"):
         sub.add_argument(
             "--codec",
-            choices=[kind.name for kind in CodecKind if kind not in STAGES],
+            choices=[kind.name for kind in CodecKind],
             help="how keys and values are kept (default: what the bank has, or the run's codec.kind)",
         )
     if name in ("add", "replace"):

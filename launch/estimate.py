@@ -16,11 +16,14 @@ import torch
 from rich.filesize import decimal
 
 from launch.opened import OpenedRun
+from memorybank import codecs, quantizer
+from memorybank.codec import Codec
+from memorybank.config import STAGES
 from memorybank.edits import Compiler, Documents, Editor, compaction
-from memorybank.library import Library
+from memorybank.index_plan import plan_index, renewed
+from memorybank.library import Library, asked_index, state_numbers
 from memorybank.segment import CutDocument
 
-INDEX = "exact search over memory-mapped vectors"
 _COPIED_BYTES_PER_SECOND = 200e6
 """Reading, hashing and writing on one core; used for the estimate alone."""
 
@@ -34,9 +37,11 @@ class Estimate:
     references: int
     text_bytes: int
     vector_bytes: int
+    index_bytes: int
     record_bytes: int
     seconds: float
     codec: str
+    index: str
     note: str = ""
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -46,8 +51,9 @@ class Estimate:
         for name, size in (
             ("text and tables", self.text_bytes),
             ("search vectors", self.vector_bytes),
+            ("search index", self.index_bytes),
             ("records", self.record_bytes),
-            ("to be written", self.text_bytes + self.vector_bytes + self.record_bytes),
+            ("to be written", self.text_bytes + self.vector_bytes + self.index_bytes + self.record_bytes),
         ):
             yield name, decimal(size)
         there = next(
@@ -56,7 +62,7 @@ class Estimate:
         yield "free on that disk", decimal(shutil.disk_usage(there).free)
         yield "time, about", f"{self.seconds:,.0f} s"
         yield "codec", self.codec
-        yield "index", INDEX
+        yield "index", self.index
         if self.note:
             yield "note", self.note
 
@@ -93,8 +99,9 @@ def of_refresh(library: Library, editor: Editor) -> Estimate:
     compiler = _compiler(editor)
     ids = library.live_ids(0)[: compiler.batch]
     tokens_NR, lengths_N, titles_N = library.tokens(ids)
+    name, record_bytes, codec = _codec(editor)
     seconds = _seconds_per_reference(
-        compiler, torch.from_numpy(tokens_NR), torch.from_numpy(lengths_N), torch.from_numpy(titles_N)
+        compiler, codec, torch.from_numpy(tokens_NR), torch.from_numpy(lengths_N), torch.from_numpy(titles_N)
     )
     count = len(library)
     return Estimate(
@@ -103,10 +110,12 @@ def of_refresh(library: Library, editor: Editor) -> Estimate:
         count,
         0,
         0,
-        count * compiler.codec.record_bytes,
+        0,
+        count * record_bytes,
         count * seconds,
-        compiler.codec.name,
-        "text and search vectors stay",
+        name,
+        index_of(library),
+        "text, search vectors and index stay",
     )
 
 
@@ -121,15 +130,20 @@ def of_compact(library: Library) -> Estimate:
         if len(group) > 1 or library.live_ids(place).size < library.parts[place].references
     )
     text, vectors, records = (int(sizes[what] * count / there) for what in ("text", "vectors", "records"))
+    kept = library.index is not None and not len(library.removed)
+    plan = plan_index(len(library), library.vectors(0).size, asked_index(library.settings.index))
+    index = 0 if kept else plan.disk_bytes
     return Estimate(
         library.folder,
         library.num_documents,
         count,
         text,
         vectors,
+        index,
         records,
-        (text + vectors + records) / _COPIED_BYTES_PER_SECOND,
+        (text + vectors + index + records) / _COPIED_BYTES_PER_SECOND,
         library.settings.codec,
+        index_of(library) if kept else plan.describe(),
         f"{1 - len(library) / there:.1%} of the references were removed; nothing is encoded",
     )
 
@@ -149,32 +163,87 @@ def _of(
         passage = passages[row % len(passages)]
         lengths_N[row], titles_N[row] = len(passage.tokens), passage.title
         tokens_NR[row, : len(passage.tokens)] = torch.from_numpy(passage.tokens.astype(np.int64))
-    seconds = _seconds_per_reference(compiler, tokens_NR, lengths_N, titles_N)
+    name, record_bytes, codec = _codec(editor)
+    seconds = _seconds_per_reference(compiler, codec, tokens_NR, lengths_N, titles_N)
     texts = [cut.document.text[: 4 * width] for cut in sample]
     compiler.embedder.embed(texts[:1])
     started = time.perf_counter()
     compiler.embedder.embed(texts)
     seconds += (time.perf_counter() - started) / len(texts)
+    index_bytes, index = _grown_index(editor, references)
+    uncounted = ["fit the codec"] * (codec is None) + ["build the index"] * (index_bytes > 0)
     return Estimate(
         editor.folder,
         documents,
         references,
         text_bytes,
         references * compiler.embedder.size * 4,
-        references * compiler.codec.record_bytes,
+        index_bytes,
+        references * record_bytes,
         references * seconds,
-        compiler.codec.name,
+        name,
+        index,
+        ", ".join(f"the time to {what} is not counted" for what in uncounted),
     )
 
 
+def index_of(library: Library) -> str:
+    """The search index of a library in words: lists and their recall, and what is searched exactly."""
+    there = sum(part.references for part in library.parts)
+    if library.index is None:
+        return f"exact search over {there:,} memory-mapped vectors"
+    settings, found = library.index.settings, library.index.extra
+    kind = f"{settings['kind']}, {settings['lists']:,} lists, {found['lists_read']:,} of them read"
+    recall = f"recall@5 {found['recall_at_5']:.3f}, recall@64 {found['recall_at_64']:.3f}"
+    added = sum(part.references for part in library.parts if part.first > settings["last_id"])
+    return (
+        f"{kind}; {recall} over {found['queries']:,} queries; {added:,} vectors added since, searched exactly"
+    )
+
+
+def _grown_index(editor: Editor, references: int) -> tuple[int, str]:
+    """Bytes that the index of a bank with so many more references would take, and its description."""
+    compiler, listed, there = _compiler(editor), None, 0
+    if state_numbers(editor.folder):
+        with Library.open(editor.folder) as library:
+            listed, there = library.num_listed, sum(part.references for part in library.parts)
+    plan = renewed(listed, there + references, compiler.embedder.size, compiler.index)
+    if plan is None:
+        return 0, "stays as it is; what is put in is searched exactly"
+    return plan.disk_bytes, plan.describe()
+
+
+def _codec(editor: Editor) -> tuple[str, int, Codec | None]:
+    """Name, bytes of a record, and the codec itself unless it has yet to be fitted."""
+    compiler, config = _compiler(editor), _compiler(editor).codec
+    if config is None:
+        with Library.open(editor.folder) as library:
+            name, weights = library.settings.codec, library.settings.weights
+            codec = codecs.named(name, compiler.shape, editor.folder)
+            is_fitted = library.shared.codec is None or weights == compiler.weights
+        return name, codec.record_bytes, codec if is_fitted else None
+    if config.kind not in STAGES:
+        codec = codecs.of_kind(config.kind, compiler.shape, compiler.dtype)
+        return codec.name, codec.record_bytes, codec
+    name = quantizer.factory(config.kind, compiler.shape.head_size)
+    return f"{name}, fitted first", compiler.shape.record_bytes(quantizer.vector_bytes(config.kind)), None
+
+
 def _seconds_per_reference(
-    compiler: Compiler, tokens_NR: torch.Tensor, lengths_N: torch.Tensor, titles_N: torch.Tensor
+    compiler: Compiler,
+    codec: Codec | None,
+    tokens_NR: torch.Tensor,
+    lengths_N: torch.Tensor,
+    titles_N: torch.Tensor,
 ) -> float:
-    compiler.codec.encode(
-        compiler.encode(tokens_NR, lengths_N, titles_N)
-    )  # kernels are chosen, pages touched
+    def made() -> None:
+        memory = compiler.encode(tokens_NR, lengths_N, titles_N)
+        if codec is not None:
+            codec.encode(memory).cpu()
+
+    made()  # kernels are chosen, pages touched
     started = time.perf_counter()
-    compiler.codec.encode(compiler.encode(tokens_NR, lengths_N, titles_N)).cpu()
+    made()
     return (time.perf_counter() - started) / len(tokens_NR)
 
 

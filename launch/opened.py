@@ -5,6 +5,7 @@ Not here: what they do with it.
 """
 
 import logging
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +115,7 @@ class OpenedRun:
 
     def codec_of(self, library: Library) -> Codec:
         """The codec that a library's memories were written with."""
-        return codecs.named(library.settings.codec, self.shape, self.bank)
+        return codecs.named(library.settings.codec, self.shape, library.folder)
 
     def cold_start(self) -> tuple[ColdStart, Codec]:
         """Memories of the run's own references, encoded when first read and kept below `bank`; their codec."""
@@ -140,25 +141,20 @@ class OpenedRun:
             kind: Another codec than that, or than the run's.
 
         Raises:
-            ValueError: The run encodes whole documents, or the codec would have to be fitted.
+            ValueError: The run encodes whole documents, or the codec does not suit the model.
         """
         self._refuse_documents()
-        if kind is None and state_numbers(library):
-            with Library.open(library) as opened:
-                codec = self.codec_of(opened)
-        else:
-            kind = kind or self.config.codec.kind
-            if kind in STAGES:
-                names = ", ".join(kind.name for kind in CodecKind if kind not in STAGES)
-                raise ValueError(
-                    f"codec {kind.name} is fitted to the references of a run, and a bank that is edited must stand "
-                    f"alone: choose --codec from {names}"
-                )
-            codec = codecs.of_kind(kind, self.shape, self.context.dtype)
+        codec = self.config.codec
+        if kind is not None:
+            codec = CodecConfig(kind=kind, separate=codec.separate and kind in STAGES)
+            check_codec(codec, self.shape.head_size)
         prepared = self.context.prepared
         return Compiler(
             encode=self.engine.encode,
-            codec=codec,
+            codec=None if kind is None and state_numbers(library) else codec,
+            shape=self.shape,
+            dtype=self.context.dtype,
+            index=self.config.retrieval.index,
             embedder=self.context.embedder(),
             cutter=DocumentCutter(prepared.tokenizer, prepared.references.reference_tokens),
             layout=self.config.model.layout(),
@@ -180,6 +176,7 @@ class OpenedRun:
                 to be.
         """
         self._refuse_documents()
+        allow_maps()
         expected = {
             "layout": self.config.model.layout(),
             "tokenizer": self.context.inputs["tokenizer"],
@@ -195,6 +192,12 @@ class OpenedRun:
                 f"run {self.config.run} has bank.context=document, and a bank that is edited keeps memories of "
                 "references that were encoded by themselves: leave --bank away, or train with bank.context=reference"
             )
+
+
+def allow_maps() -> None:
+    """Let the process open as many files as it may: every map holds one, and a large bank has thousands."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def library_folder(run: Path, given: str | None) -> Path:

@@ -44,19 +44,14 @@ def ensure(config: RunConfig) -> None:
 
 
 def embed_references(context: "Context") -> None:
-    """Fill the cache of search vectors, with a progress bar."""
+    """Make the search vectors, with a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    references = context.prepared.references
-    cache = context.vectors(context.embedder())
     with Progress(
         TextColumn("search vectors"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     ) as progress:
-        task = progress.add_task("", total=len(references))
-        cache.vectors(
-            [references.text(number) for number in range(len(references))],
-            progress=lambda done: progress.advance(task, done),
-        )
+        task = progress.add_task("", total=len(context.prepared.references))
+        context.reference_vectors(context.embedder(), progress=lambda done: progress.advance(task, done))
 
 
 def report_retrieval(context: "Context") -> None:

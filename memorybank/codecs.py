@@ -1,6 +1,7 @@
 """Which codec a bank has: chosen by configuration when it is written, by its name when it is read.
 
     <bank>/codec-<kind>[-separate]-<weights>/     a quantiser (quantizer.py), one for each set of weights
+    <library>/codec-SSSSSS-0000/                  the same, of a library
 
 A quantiser belongs to the weights whose memories trained it: it is fitted when they first write records, on references
 sampled uniformly from those that the bank may hold, and every generation of these weights uses it. Generations state
@@ -10,7 +11,7 @@ Not here: what the coders do (codec.py, quantizer.py).
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.files import MANIFEST, is_finished, open_manifest
-from data.references import References
+from data.references import ReferenceTokens
 from memorybank import quantizer
 from memorybank.codec import Codec, Floats, Integers, VectorCoder
 from memorybank.config import STAGES, CodecConfig, CodecKind
@@ -104,7 +105,7 @@ def obtain(
     bank: Path,
     *,
     encode: Encode,
-    references: References,
+    references: ReferenceTokens,
     ids: Ids,
     settings: GenerationSettings,
     is_first: bool = True,
@@ -135,9 +136,64 @@ def obtain(
     """
     if config.kind not in STAGES:
         return of_kind(config.kind, shape, dtype)
-    stated = quantizer.identity(config.kind, shape.head_size, separate=config.separate)
-    inputs = {"weights": settings.weights}
     folder = bank / f"codec-{config.kind.name}{'-separate' if config.separate else ''}-{settings.weights}"
+    ids = np.unique(ids)
+
+    def sampled() -> tuple[Ids, Ids]:
+        held_out, sample = draw(config, shape, len(ids))
+        return ids[held_out], ids[sample]
+
+    return fitted(
+        config,
+        shape,
+        dtype,
+        folder,
+        encode=encode,
+        references=references,
+        sampled=sampled,
+        inputs={"weights": settings.weights},
+        is_first=is_first,
+        barrier=barrier,
+        alone=alone,
+        batch=batch,
+    )
+
+
+def fitted(
+    config: CodecConfig,
+    shape: MemoryShape,
+    dtype: torch.dtype,
+    folder: Path,
+    *,
+    encode: Encode,
+    references: ReferenceTokens,
+    sampled: Callable[[], tuple[Ids, Ids]],
+    inputs: Mapping[str, str],
+    is_first: bool = True,
+    barrier: Callable[[], None] = lambda: None,
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    batch: int = 64,
+) -> Codec:
+    """Return the quantiser that stands in `folder`, which is fitted first if it is not there; every rank calls this.
+
+    Args:
+        config: which quantiser.
+        shape: of a memory.
+        dtype: the type that the model computes in.
+        folder: where it stands, or shall stand.
+        encode: the model's encoder, possibly a collective.
+        references: their tokens.
+        sampled: draws the references to measure its error on, and those to train it on, ascending.
+        inputs: fingerprints of what the memories are made from.
+        is_first: whether this process trains.
+        barrier: returns when every process has called it.
+        alone: wraps the training, while all other processes wait.
+        batch: references encoded at once.
+
+    Raises:
+        ValueError: there are too few references to train it.
+    """
+    stated = quantizer.identity(config.kind, shape.head_size, separate=config.separate)
     finished = is_finished(
         folder, kind=quantizer.KIND, version=quantizer.VERSION, settings=stated, inputs=inputs
     )
@@ -145,7 +201,7 @@ def obtain(
     if not finished:
         held_out, sample = (
             _encoded(encode, references, some, of_kind(CodecKind.model, shape, dtype), batch=batch)
-            for some in draw(config, shape, ids)
+            for some in sampled()
         )
         # On every rank, so that every rank refuses.
         vectors = quantizer.training_vectors(config.kind, sample, separate=config.separate)
@@ -158,16 +214,21 @@ def obtain(
     return quantizer.open_codec(folder, shape)
 
 
-def draw(config: CodecConfig, shape: MemoryShape, ids: Ids) -> tuple[Ids, Ids]:
-    """Return references drawn uniformly, in two parts: to measure a quantiser's error on, and to train it on."""
+def draw(config: CodecConfig, shape: MemoryShape, num: int) -> tuple[Ids, Ids]:
+    """Return which of `num` references, drawn uniformly, a quantiser's error is measured on, and it is trained on.
+
+    Both ascend; nothing as large as `num` is held.
+    """
     each = shape.num_kept * (1 if config.separate else 2)
     # A tenth more than whole references would need: short ones give fewer vectors.
     wanted = max(LEAST_SAMPLED, -(-quantizer.advised_vectors(config.kind) * 11 // (10 * each)))
-    drawn = np.random.default_rng(0).permutation(np.unique(ids))
-    held_out = min(MOST_HELD_OUT, -(-(len(drawn) - 1) // 10))
-    return drawn[:held_out], drawn[held_out : held_out + wanted]
+    held_out = min(MOST_HELD_OUT, -(-(num - 1) // 10))
+    drawn = np.random.default_rng(0).choice(num, min(held_out + wanted, num), replace=False).astype(np.int64)
+    return np.sort(drawn[:held_out]), np.sort(drawn[held_out:])
 
 
-def _encoded(encode: Encode, references: References, ids: Ids, codec: Codec, *, batch: int) -> ExplicitMemory:
+def _encoded(
+    encode: Encode, references: ReferenceTokens, ids: Ids, codec: Codec, *, batch: int
+) -> ExplicitMemory:
     """Return the memories of references, on the CPU, as `codec` keeps them."""
     return codec.decode(encode_records(encode, references, ids, codec, batch=batch))

@@ -5,6 +5,10 @@
     newer weights --refresh--> records for every segment              --> state
     --compact--> segments without what was removed, copied            --> state; everything older is deleted
 
+A quantiser is fitted by `build`, and by `refresh` for other weights. The search index is built anew by `build`, `add`
+and `replace` when the vectors that are not in it are too many (`index_plan.renewed`), by `refresh` when the embedder is
+another one, and by `compact` when it holds a vector that was removed.
+
 Invariants: an edit is one rename: until then readers see the library as it was, whatever becomes of the writer; an
 interrupted edit that is repeated goes on after the last whole shard; the bytes do not depend on the number of ranks;
 nothing but one shard is held in memory. A library has one writer at a time.
@@ -18,12 +22,13 @@ Not here: reading (library.py), verification and repair (soundness.py), where do
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from data.files import (
@@ -38,9 +43,14 @@ from data.files import (
     write_atomic,
 )
 from data.references import ReferenceTokens
+from memorybank import codecs, quantizer
 from memorybank import segment as segments
 from memorybank.codec import Codec
+from memorybank.config import STAGES, CodecConfig, IndexConfig, IndexKind
 from memorybank.embedder import Embedder
+from memorybank.index import Block, Blocks
+from memorybank.index_plan import renewed
+from memorybank.index_store import build_index, queries_of
 from memorybank.library import (
     KIND,
     PIECE,
@@ -49,15 +59,22 @@ from memorybank.library import (
     Library,
     LibrarySettings,
     Part,
+    Shared,
+    asked_index,
+    index_blocks,
+    is_index_of,
     open_piece,
     piece_folder,
     settings_of,
+    shared_of,
     state_folder,
     state_numbers,
+    stated_index,
 )
+from memorybank.record import MemoryShape
 from memorybank.segment import CutDocument, DocumentCutter, Segment, write_segment
 from memorybank.store import GenerationSettings, differences
-from memorybank.vectors import compile_vectors, copy_vectors
+from memorybank.vectors import Vectors, compile_vectors, copy_vectors
 from memorybank.writer import Encode, compile_generation, copy_generation
 
 KEPT_STATES = 2
@@ -66,8 +83,11 @@ REFERENCES_PER_SEGMENT = 1 << 18
 RECORDS_PER_SHARD = 2048
 BATCH = 32
 """References encoded at once; the last batch is filled up, so that it also is the least that an edit encodes."""
+QUERIES = 1000
+"""Of these an index's recall is measured: second halves of references, as a chunk of their document would ask."""
 
 Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
 Told = Callable[[str, int, int, int], None]
 """What, how many in all, how many more are done, bytes of each: for a progress bar."""
 
@@ -96,6 +116,15 @@ class Alone:
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """Search vectors that stand elsewhere already."""
+
+    vectors: Vectors
+    rows: Ids
+    """Their rows, in the order of the references."""
+
+
+@dataclass(frozen=True, slots=True)
 class Documents:
     """Documents on their way into a library."""
 
@@ -103,6 +132,8 @@ class Documents:
     """Fingerprints of what they are read from: an interrupted edit goes on only where these are the same."""
     read: Callable[[], Iterator[CutDocument]]
     """Reads and cuts them, always in the same order."""
+    known: Known | None = None
+    """The vectors of all their references, if the same embedder made them before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,27 +141,32 @@ class Compiler:
     """Everything that turns references into vectors and records."""
 
     encode: Encode
-    codec: Codec
+    codec: CodecConfig | None
+    """Of a library that is built or refreshed; None keeps the codec that it has, fitted to new weights if need be."""
+    shape: MemoryShape
+    dtype: torch.dtype
+    """The type that the model computes in."""
     embedder: Embedder
     cutter: DocumentCutter
     layout: Mapping[str, Any]
     weights: str
     lineage: str
     step: int
+    index: IndexConfig = field(default_factory=IndexConfig)
     batch: int = BATCH
     records_per_shard: int = RECORDS_PER_SHARD
 
-    @property
-    def settings(self) -> LibrarySettings:
-        """What a library compiled with this states."""
+    def settings(self, codec: str) -> LibrarySettings:
+        """What a library compiled with this, and a codec of that name, states."""
         return LibrarySettings(
             layout=self.layout,
             weights=self.weights,
             lineage=self.lineage,
             step=self.step,
             tokenizer=self.cutter.fingerprint,
-            codec=self.codec.name,
+            codec=codec,
             embedder=self.embedder.name,
+            index=stated_index(self.index),
         )
 
 
@@ -178,36 +214,49 @@ class Editor:
         """Take out documents by their numbers (`Library.document_numbers`): no search finds them from now on."""
         with self._writing(), Library.open(self.folder) as base:
             left = base.without(np.union1d(base.removed, documents))
-            return self._publish(base, base.settings, *left, base.next_reference, action="remove")
+            return self._publish(
+                base, base.settings, *left, base.next_reference, shared=base.shared, action="remove"
+            )
 
     def refresh(self) -> int:
         """Compile all records with the compiler's weights; search vectors stay, unless the embedder is another one."""
         compiler = self._compiler()
         expect = {"tokenizer": compiler.cutter.fingerprint}
         with self._writing(), Library.open(self.folder, expect=expect) as base:
-            if not _changes(base.settings, compiler):
+            kept = self._kept_codec(base)
+            if kept is not None and not _changes(base.settings, compiler, but=("lineage", "step")):
                 return base.number
             number = base.number + 1
-            renewed = compiler.embedder.name != base.settings.embedder
+            codec, codec_piece = kept or self._new_codec(base, base.segments, number)
+            embeds = compiler.embedder.name != base.settings.embedder
+            same = ("lineage", "step", "index", "embedder")
+            encodes = kept is None or bool(_changes(base.settings, compiler, but=same))
             parts = []
             for place, part in enumerate(base.parts):
                 texts, ids = base.segments[place], base.live_ids(place)
                 vectors = self.folder / part.vectors
-                if renewed:
+                if embeds:
                     vectors = piece_folder(self.folder, "vectors", number, place)
                     self._embed(texts, vectors, sum(map(len, base.segments)))
-                records = piece_folder(self.folder, "records", number, place)
-                self._encode(texts, base, ids, records, len(base))
+                records = self.folder / part.records
+                if encodes:
+                    records = piece_folder(self.folder, "records", number, place)
+                    self._encode(texts, base, ids, records, len(base), codec)
                 parts.append(replace(part, vectors=vectors.name, records=records.name))
+            settings = compiler.settings(codec.name)
+            if not encodes:
+                settings = replace(settings, lineage=base.settings.lineage, step=base.settings.step)
+            shared = Shared(self._indexed(base, parts, number), codec_piece)
             return self._publish(
-                base, compiler.settings, parts, base.removed, base.next_reference, action="refresh"
+                base, settings, parts, base.removed, base.next_reference, shared=shared, action="refresh"
             )
 
     def compact(self) -> int:
         """Rewrite what holds removed documents, join small segments, and delete everything older.
 
-        Nothing is encoded or embedded: records and vectors are copied. After this, nothing of a removed document is
-        left in the folder.
+        Nothing is encoded or embedded: records and vectors are copied, and an index that holds a removed vector is
+        built again from those that are left. After this, nothing of a removed document is left in the folder (but for
+        what the centroids of a quantiser, which are means, owe to it: `refresh` for other weights fits them anew).
 
         Raises:
             ValueError: somebody still reads an older state, which therefore stays; the new one is published.
@@ -216,10 +265,13 @@ class Editor:
             assert self.team.world_size == 1, "copying is one process's work"
             number, none = base.number, np.zeros(0, np.int64)
             groups = compaction(base, self.references_per_segment)
-            if len(base.removed) or len(groups) < len(base.parts):
+            listed = set() if base.index is None else set(base.index.inputs)
+            lists_gone = not listed <= {part.vectors for part in base.parts}
+            if len(base.removed) or len(groups) < len(base.parts) or lists_gone:
                 parts = self._rewritten(base, groups)
+                shared = replace(base.shared, index=self._indexed(base, parts, base.number + 1, whole=True))
                 number = self._publish(
-                    base, base.settings, parts, none, base.next_reference, action="compact"
+                    base, base.settings, parts, none, base.next_reference, shared=shared, action="compact"
                 )
             base.close()
             held = sweep(self.folder, kept=1)
@@ -237,8 +289,8 @@ class Editor:
         Raises:
             ValueError: the library was compiled with something else.
         """
-        compiler = self._compiler()
-        refuse_changes(self.folder, settings_of(state), compiler)
+        compiler, settings = self._compiler(), settings_of(state)
+        refuse_changes(self.folder, settings, compiler)
         texts = Segment(open_piece(self.folder / part.text))
         if name == part.vectors:
             return self._embed(texts, self.folder / name, len(texts))
@@ -249,10 +301,22 @@ class Editor:
             ids = ids[~np.isin(of, removed)]
         then = replace(compiler, lineage=state.settings["lineage"], step=state.settings["step"])
         return replace(self, compiler=then)._encode(
-            texts, _PlainSegment(texts), ids, self.folder / name, len(ids)
+            texts,
+            _PlainSegments([texts]),
+            ids,
+            self.folder / name,
+            len(ids),
+            codecs.named(settings.codec, compiler.shape, self.folder),
         )
 
-    def rename(self, state: Manifest, fingerprints: Mapping[str, str]) -> None:
+    def index_again(self, state: Manifest, parts: Sequence[Part], name: str) -> str | None:
+        """Build the index of a state from these parts of it, and return its name; None when so few need none."""
+        compiler, asked = self._compiler(), settings_of(state).index
+        refuse_changes(self.folder, settings_of(state), compiler)
+        then = replace(self, compiler=replace(compiler, index=asked_index(asked)))
+        return then._indexed(None, parts, int(PIECE.fullmatch(name)[2]))  # type: ignore[index]
+
+    def rename(self, state: Manifest, fingerprints: Mapping[str, str], index: str | None) -> None:
         """Publish a state like `state` whose pieces have other fingerprints now, and delete those of the lost ones."""
         publish_state(
             self.folder,
@@ -261,6 +325,7 @@ class Editor:
             [Part(**part) for part in state.settings["parts"]],
             state.mapped(REMOVED).read_all().view(np.int64),
             int(state.settings["next_reference"]),
+            shared=replace(shared_of(state), index=index),
             action="repair",
             known=fingerprints,
         )
@@ -287,18 +352,147 @@ class Editor:
         removed = np.zeros(0, np.int64) if base is None else base.removed
         if self.team.rank == 0:
             removed = np.union1d(removed, clashes(made, base, replaces=replaces))
+        if base is None:
+            codec, codec_piece = self._new_codec(base, made, number)
+        else:
+            codec, codec_piece = self._codec_of(base)
         parts, total = [], sum(map(len, made))
         for place, texts in enumerate(made):
             vectors = piece_folder(self.folder, "vectors", number, place)
             records = piece_folder(self.folder, "records", number, place)
-            self._embed(texts, vectors, total)
-            self._encode(texts, _PlainSegment(texts), texts.numbers, records, total)
+            self._embed(texts, vectors, total, _known(documents.known, texts, first))
+            self._encode(texts, _PlainSegments([texts]), texts.numbers, records, total, codec)
             parts.append(_part(texts, vectors, records))
         after = int(made[-1].numbers[-1]) + 1
-        kept: list[Part] = []
         if base is not None:
             kept, removed = base.without(removed)
-        return self._publish(base, compiler.settings, [*kept, *parts], removed, after, action=action)
+            parts = [*kept, *parts]
+        shared = Shared(self._indexed(base, parts, number), codec_piece)
+        settings = compiler.settings(codec.name)
+        return self._publish(base, settings, parts, removed, after, shared=shared, action=action)
+
+    def _codec_of(self, base: Library) -> tuple[Codec, str | None]:
+        """Return the codec that a library has, and its piece."""
+        name, shape = base.settings.codec, self._compiler().shape
+        return codecs.named(name, shape, self.folder), base.shared.codec
+
+    def _kept_codec(self, base: Library) -> tuple[Codec, str | None] | None:
+        """Return the codec that a library keeps with the compiler's weights, and its piece; None: it needs another."""
+        compiler, piece = self._compiler(), base.shared.codec
+        config, weights = compiler.codec, base.settings.weights
+        has: CodecConfig | None = None
+        if piece is not None:
+            has = quantizer.config_of(open_piece(self.folder / piece))
+        if has is None and config is not None and config.kind not in STAGES:
+            kept = codecs.of_kind(config.kind, compiler.shape, compiler.dtype).name == base.settings.codec
+        else:
+            kept = config in (None, has) and (has is None or weights == compiler.weights)
+        return self._codec_of(base) if kept else None
+
+    def _new_codec(
+        self, base: Library | None, texts: Sequence[Segment], number: int
+    ) -> tuple[Codec, str | None]:
+        """Return the codec that the compiler asks for, and its piece; a quantiser is fitted to a sample of texts."""
+        compiler = self._compiler()
+        config = compiler.codec
+        if config is None:
+            assert base is not None
+            assert base.shared.codec is not None
+            config = quantizer.config_of(open_piece(self.folder / base.shared.codec))
+        if config.kind not in STAGES:
+            return codecs.of_kind(config.kind, compiler.shape, compiler.dtype), None
+        folder, references = piece_folder(self.folder, "codec", number, 0), _PlainSegments(texts)
+        chosen = config
+
+        def sampled() -> tuple[Ids, Ids]:
+            found = (references.ids(rows) for rows in codecs.draw(chosen, compiler.shape, len(references)))
+            held_out, sample = (ids if base is None else ids[base.is_live(ids)] for ids in found)
+            return held_out, sample
+
+        self.told("fitting the codec", 1, 0, 0)
+        codec = codecs.fitted(
+            config,
+            compiler.shape,
+            compiler.dtype,
+            folder,
+            encode=compiler.encode,
+            references=references,
+            sampled=sampled,
+            inputs={
+                "weights": compiler.weights,
+                "references": fingerprint([of.fingerprint for of in texts]),
+            },
+            is_first=self.team.rank == 0,
+            barrier=self.team.barrier,
+            batch=compiler.batch,
+        )
+        self.told("fitting the codec", 1, 1, 0)
+        return codec, folder.name
+
+    def _indexed(
+        self, base: Library | None, parts: Sequence[Part], number: int, *, whole: bool = False
+    ) -> str | None:
+        """Return the index piece of a state with these parts, which is built if what stands will not do; None: exact.
+
+        Args:
+            base: the library before.
+            parts: in order.
+            number: of the state.
+            whole: whether an index that lists vectors of parts that are gone will not do either.
+        """
+        if self.team.rank != 0:
+            return None  # one process decides and builds; the others wait for it to publish the state
+        texts = [Segment(open_piece(self.folder / part.text)) for part in parts]
+        vectors = [Vectors(open_piece(self.folder / part.vectors)) for part in parts]
+        inputs = {part.vectors: found.fingerprint for part, found in zip(parts, vectors, strict=True)}
+        if self.compiler is not None:
+            config = self.compiler.index
+        else:
+            assert base is not None
+            config = asked_index(base.settings.index)
+        standing = None if base is None else base.index
+        if standing is not None:
+            assert base is not None
+            fits = is_index_of(standing, parts, inputs) and base.settings.index == stated_index(config)
+            if not fits or (whole and not standing.inputs.keys() <= inputs.keys()):
+                standing = None
+        listed = None if standing is None else int(standing.settings["num_vectors"])
+        total = sum(map(len, vectors))
+        plan = renewed(listed, total, vectors[0].size, config)
+        if plan is None:
+            assert standing is not None
+            return standing.folder.name
+        if plan.kind is IndexKind.exact:
+            return None
+        folder, blocks = piece_folder(self.folder, "index", number, 0), index_blocks(texts, vectors)
+        query_ids, queries = self._queries(base, texts, blocks)
+        build_index(
+            folder,
+            blocks,
+            plan,
+            queries=queries,
+            query_ids=query_ids,
+            inputs=inputs,
+            recall=config.recall,
+            progress=lambda done: self.told("indexing", total, done, plan.code_bytes),
+        )
+        return folder.name
+
+    def _queries(
+        self, base: Library | None, texts: Sequence[Segment], blocks: Sequence[Block]
+    ) -> tuple[Ids, Floats]:
+        """Return references and a query made of each; without an embedder, those of an index that was built before."""
+        of = _PlainSegments(texts)
+        ids = of.ids(np.unique(np.linspace(0, len(of) - 1, QUERIES).astype(np.int64)))
+        if self.compiler is not None:
+            asked = [text[len(text) // 2 :] for text in map(of.content, ids.tolist())]
+            return ids, self.compiler.embedder.embed(asked)
+        if base is not None and base.index is not None:
+            then, queries = queries_of(base.index)
+            there = base.is_live(then)
+            if there.any():
+                return then[there], queries[there]
+        return ids, Blocks(blocks).of(ids)
 
     def _write_segments(self, number: int, documents: Documents, first: int) -> None:
         compiler = self._compiler()
@@ -345,35 +539,39 @@ class Editor:
             found.append(Segment(open_manifest(folder, kind=segments.KIND, version=segments.VERSION)))
         raise AssertionError
 
-    def _embed(self, texts: Segment, folder: Path, total: int) -> None:
-        embedder = self._compiler().embedder
-        compile_vectors(
-            embedder,
-            texts,
-            folder,
-            rank=self.team.rank,
-            world_size=self.team.world_size,
-            barrier=self.team.barrier,
-            progress=lambda done: self.told("embedding", total, done, 4 * embedder.size),
-        )
+    def _embed(self, texts: Segment, folder: Path, total: int, known: Known | None = None) -> None:
+        embedder, team = self._compiler().embedder, self.team
+        shared = {"rank": team.rank, "world_size": team.world_size, "barrier": team.barrier}
+        if known is not None and known.vectors.embedder != embedder.name:
+            known = None
+        what = "embedding" if known is None else "copying vectors"
+
+        def progress(done: int) -> None:
+            self.told(what, total, done, 4 * embedder.size)
+
+        if known is not None:
+            vectors = known.vectors
+            copy_vectors(vectors, vectors.read, known.rows, texts, folder, progress=progress, **shared)  # type: ignore[arg-type]
+        else:
+            compile_vectors(embedder, texts, folder, progress=progress, **shared)  # type: ignore[arg-type]
 
     def _encode(
-        self, texts: Segment, references: ReferenceTokens, ids: Ids, folder: Path, total: int
+        self, texts: Segment, references: ReferenceTokens, ids: Ids, folder: Path, total: int, codec: Codec
     ) -> None:
         compiler = self._compiler()
         compile_generation(
             compiler.encode,
             references,
             ids,
-            compiler.codec,
+            codec,
             folder,
-            settings=_generation_settings(compiler.settings, texts),
+            settings=_generation_settings(compiler.settings(codec.name), texts),
             rank=self.team.rank,
             world_size=self.team.world_size,
             barrier=self.team.barrier,
             records_per_shard=compiler.records_per_shard,
             batch=compiler.batch,
-            progress=lambda done: self.told("compiling", total, done, compiler.codec.record_bytes),
+            progress=lambda done: self.told("compiling", total, done, codec.record_bytes),
         )
 
     def _rewritten(self, base: Library, groups: Sequence[Sequence[int]]) -> list[Part]:
@@ -410,7 +608,7 @@ class Editor:
                 max_references=len(ids),
             )
             made = Segment(open_manifest(text, kind=segments.KIND, version=segments.VERSION))
-            copy_vectors(base.vectors(group[0]), base.read_vectors, made, vectors)
+            copy_vectors(base.vectors(group[0]), base.read_vectors, made.numbers, made, vectors)
             copy_generation(
                 base.generation(group[0]),
                 base.read,
@@ -430,6 +628,7 @@ class Editor:
         removed: Ids,
         next_reference: int,
         *,
+        shared: Shared,
         action: str,
     ) -> int:
         number, known = (1, {}) if base is None else (base.number + 1, base.manifest.inputs)
@@ -439,7 +638,15 @@ class Editor:
                     f"nothing would be left in bank {self.folder}: delete the folder instead, if that is meant"
                 )
             publish_state(
-                self.folder, number, settings, parts, removed, next_reference, action=action, known=known
+                self.folder,
+                number,
+                settings,
+                parts,
+                removed,
+                next_reference,
+                shared=shared,
+                action=action,
+                known=known,
             )
             if base is not None:
                 base.close()
@@ -519,13 +726,14 @@ def publish_state(
     removed: Ids,
     next_reference: int,
     *,
+    shared: Shared,
     action: str,
     known: Mapping[str, str],
 ) -> None:
     """Publish a state of a library; `known` are fingerprints of pieces that need not be opened for them."""
     stated = asdict(settings)
     inputs = {name: str(stated.pop(name)) for name in ("weights", "tokenizer")}
-    for name in (name for part in parts for name in part.pieces):
+    for name in chain(*(part.pieces for part in parts), shared.pieces):
         inputs[name] = known[name] if name in known else open_piece(folder / name).fingerprint
     decided = {
         **stated,
@@ -534,6 +742,7 @@ def publish_state(
         "record_bytes": int(open_piece(folder / parts[0].records).settings["record_bytes"]),
         "next_reference": next_reference,
         "parts": [asdict(part) for part in parts],
+        "shared": asdict(shared),
     }
     with publishing(
         state_folder(folder, number), kind=KIND, version=VERSION, settings=decided, inputs=inputs
@@ -568,27 +777,63 @@ def sweep(folder: Path, *, kept: int = KEPT_STATES) -> list[Path]:
     return held
 
 
-@dataclass(frozen=True, slots=True)
-class _PlainSegment:
-    """The references of a segment that no state names yet, by number."""
+class _PlainSegments:
+    """The references of segments that perhaps no state names yet, by number; rows count them through all segments."""
 
-    segment: Segment
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = segments
+        self._begins = np.cumsum([0, *map(len, segments)])
+        self._firsts = np.array([int(of.numbers[0]) for of in segments], np.int64)
+
+    def __len__(self) -> int:
+        return int(self._begins[-1])
+
+    def ids(self, rows: Ids) -> Ids:
+        """Return the numbers of rows."""
+        places = np.searchsorted(self._begins, rows, side="right") - 1
+        found = [
+            self._segments[place].numbers[row - self._begins[place]]
+            for place, row in zip(places.tolist(), rows.tolist(), strict=True)
+        ]
+        return np.array(found, np.int64)
 
     def tokens(self, ids: Sequence[int] | Ids) -> tuple[Ids, Ids, Ids]:
-        return self.segment.padded(np.searchsorted(self.segment.numbers, np.asarray(ids)))
+        asked = np.asarray(ids, np.int64)
+        places = self._places(asked)
+        width = self._segments[0].reference_tokens
+        tokens_NR = np.zeros((len(asked), width), np.int64)
+        lengths_N, titles_N = np.zeros(len(asked), np.int64), np.zeros(len(asked), np.int64)
+        for place in np.unique(places).tolist():
+            mine, of = places == place, self._segments[place]
+            rows = np.searchsorted(of.numbers, asked[mine])
+            tokens_NR[mine], lengths_N[mine], titles_N[mine] = of.padded(rows)
+        return tokens_NR, lengths_N, titles_N
+
+    def content(self, id: int) -> str:
+        """Return the text of a reference without its title line."""
+        of = self._segments[int(self._places(np.array([id]))[0])]
+        return of.citation(int(np.searchsorted(of.numbers, id)))[1]
+
+    def _places(self, ids: Ids) -> Ids:
+        return np.searchsorted(self._firsts, ids, side="right") - 1
 
 
-def _changes(settings: LibrarySettings, compiler: Compiler) -> list[tuple[str, Any, Any]]:
-    """Return what was not made with the compiler: setting, its value, the compiler's value."""
-    expected = {
-        key: value for key, value in asdict(compiler.settings).items() if key not in ("lineage", "step")
-    }
-    return list(differences(asdict(settings), expected))
+def _known(known: Known | None, texts: Segment, first: int) -> Known | None:
+    """Return the known vectors of one segment, of documents whose first reference has the number `first`."""
+    return None if known is None else Known(known.vectors, known.rows[texts.numbers - first])
+
+
+def _changes(
+    settings: LibrarySettings, compiler: Compiler, *, but: Sequence[str]
+) -> list[tuple[str, Any, Any]]:
+    """Return what was not made with the compiler: setting, its value, the compiler's value; nothing of the codec."""
+    expected = asdict(compiler.settings(settings.codec))
+    return list(differences(asdict(settings), {key: expected[key] for key in expected if key not in but}))
 
 
 def refuse_changes(folder: Path, settings: LibrarySettings, compiler: Compiler) -> None:
     """Refuse to mix records of different weights, or vectors of different embedders."""
-    for key, found, wanted in _changes(settings, compiler):
+    for key, found, wanted in _changes(settings, compiler, but=("lineage", "step", "index")):
         raise ValueError(
             f"bank {folder}: {key} is {found}, but the run's newest is {wanted}; compile it for these weights with "
             "`memory3 bank refresh` first"

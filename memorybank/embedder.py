@@ -3,7 +3,8 @@
 Invariants: vectors are float32 of length one (zero for a blank text); `Embedder.name` is derived
 from the bytes of the weights, so that vectors of two embedders are never mixed; nothing is downloaded.
 
-A cache is a folder per embedder, of blocks that are written whole and never changed:
+A cache is for queries (references have vectors.py). It is a folder per embedder, of blocks that are written whole and
+never changed; of these it holds 16 bytes a text in memory, and reads vectors when they are asked for:
 
     <folder>/<embedder.name>/block-NNNNN.npz      keys (n, 16) uint8: blake2b of each text
                                                   vectors (n, X) float32
@@ -31,6 +32,7 @@ from data.files import write_atomic
 from memorybank.config import EmbedderConfig, EmbedderKind
 
 Vectors = NDArray[np.float32]
+_KNOWN = np.dtype([("key", "<u8"), ("block", "<u4"), ("row", "<u4")])
 
 
 class Embedder(Protocol):
@@ -159,10 +161,11 @@ class VectorCache:
 
     def __init__(self, folder: Path, embedder: Embedder, *, texts_per_block: int = 1024) -> None:
         """Keep vectors of `embedder` below `folder`, which is made at the first write."""
+        self.name, self.size = embedder.name, embedder.size
         self._folder = folder / embedder.name
         self._embedder = embedder
         self._texts_per_block = texts_per_block
-        self._vectors: dict[bytes, Vectors] = {}
+        self._known = np.zeros(0, _KNOWN)
         self._num_blocks = 0
 
     def vectors(self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None) -> Vectors:
@@ -171,20 +174,38 @@ class VectorCache:
         Processes may call at the same time: one embeds while the others wait, then read what it wrote.
         `progress` is told how many distinct texts each step settled.
         """
-        keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+        keys = _keys(texts)
         distinct = dict(zip(keys, texts, strict=True))
+        order = sorted(distinct, key=lambda key: (len(distinct[key]), key))
         with self._only_writer():
             self._read_new_blocks()
-            order = sorted(distinct, key=lambda key: (len(distinct[key]), key))
+            known, number = self._find(order)[1], self._num_blocks
             for begin in range(0, len(order), self._texts_per_block):
-                block = order[begin : begin + self._texts_per_block]
-                missing = [key for key in block if key not in self._vectors]
+                block = range(begin, min(begin + self._texts_per_block, len(order)))
+                missing = [order[place] for place in block if not known[place]]
                 if missing:
-                    self._write_block(missing, self._embedder.embed([distinct[key] for key in missing]))
+                    made = self._embedder.embed([distinct[key] for key in missing])
+                    self._write_block(number, missing, made)
+                    number += 1
                 if progress is not None:
                     progress(len(block))
-        none = np.zeros((0, self._embedder.size), np.float32)
-        return np.stack([self._vectors[key] for key in keys]) if keys else none
+            self._read_new_blocks()
+        places, found = self._find(keys)
+        assert found.all()
+        return self._read(places)
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Return one vector per text, (n, X), embedding what is not kept, and keeping nothing: for texts that others
+        keep.
+        """
+        with self._only_writer():
+            self._read_new_blocks()
+        places, found = self._find(_keys(texts))
+        vectors_NX = np.empty((len(texts), self.size), np.float32)
+        vectors_NX[found] = self._read(places[found])
+        new = np.flatnonzero(~found)
+        vectors_NX[new] = self._embedder.embed([texts[place] for place in new.tolist()])
+        return vectors_NX
 
     @contextmanager
     def _only_writer(self) -> Iterator[None]:
@@ -197,25 +218,57 @@ class VectorCache:
     def _block(self, number: int) -> Path:
         return self._folder / f"block-{number:05d}.npz"
 
-    def _read_new_blocks(self) -> None:
-        while self._block(self._num_blocks).exists():
-            path = self._block(self._num_blocks)
-            try:
-                with np.load(path, allow_pickle=False) as block:
-                    self._vectors.update(zip(map(bytes, block["keys"]), block["vectors"], strict=True))
-            except (zipfile.BadZipFile, KeyError, ValueError) as damage:
-                raise ValueError(
-                    f"{path} is damaged ({damage}): delete {self._folder}, and its vectors are made anew"
-                ) from damage
-            self._num_blocks += 1
+    def _load(self, number: int, what: str) -> NDArray[Any]:
+        path = self._block(number)
+        try:
+            with np.load(path, allow_pickle=False) as block:
+                return np.asarray(block[what])
+        except (zipfile.BadZipFile, KeyError, ValueError) as damage:
+            raise ValueError(
+                f"{path} is damaged ({damage}): delete {self._folder}, and its vectors are made anew"
+            ) from damage
 
-    def _write_block(self, keys: Sequence[bytes], vectors_NX: Vectors) -> None:
+    def _read_new_blocks(self) -> None:
+        new = [self._known]
+        while self._block(self._num_blocks).exists():
+            keys = _beginnings(self._load(self._num_blocks, "keys"))
+            rows = np.zeros(len(keys), _KNOWN)
+            rows["key"], rows["block"], rows["row"] = keys, self._num_blocks, np.arange(len(keys))
+            new.append(rows)
+            self._num_blocks += 1
+        if len(new) > 1:
+            known = np.concatenate(new)
+            self._known = known[np.argsort(known["key"], kind="stable")]
+
+    def _find(self, keys: Sequence[bytes]) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
+        """Return block and row of each key, and whether there is one."""
+        if not len(self._known) or not keys:
+            return np.zeros(len(keys), _KNOWN), np.zeros(len(keys), np.bool_)
+        wanted = _beginnings(np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), 16))
+        places = np.minimum(np.searchsorted(self._known["key"], wanted), len(self._known) - 1)
+        return self._known[places], self._known["key"][places] == wanted
+
+    def _read(self, places: NDArray[np.void]) -> Vectors:
+        vectors_NX = np.empty((len(places), self.size), np.float32)
+        for number in np.unique(places["block"]).tolist():
+            mine = places["block"] == number
+            vectors_NX[mine] = self._load(number, "vectors")[places["row"][mine]]
+        return vectors_NX
+
+    def _write_block(self, number: int, keys: Sequence[bytes], vectors_NX: Vectors) -> None:
         buffer = io.BytesIO()
         keys_N16 = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), 16)
         np.savez(buffer, keys=keys_N16, vectors=vectors_NX)
-        write_atomic(self._block(self._num_blocks), buffer.getvalue())
-        self._vectors.update(zip(keys, vectors_NX, strict=True))
-        self._num_blocks += 1
+        write_atomic(self._block(number), buffer.getvalue())
+
+
+def _keys(texts: Sequence[str]) -> list[bytes]:
+    return [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+
+
+def _beginnings(keys_N16: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Return half of each key; two of 1e8 texts share it with a probability of 0.03 %."""
+    return np.ascontiguousarray(keys_N16[:, :8]).view("<u8")[:, 0]
 
 
 def _is_blank(text: str) -> bool:

@@ -17,8 +17,19 @@ from numpy.typing import NDArray
 
 Vectors = NDArray[np.float32]
 Ids = NDArray[np.int64]
-Block = tuple[Ids, NDArray[np.floating]]
-"""Ids (n,), and their vectors (n, X) in float32 or float16, usually a memory map."""
+
+
+class Rows(Protocol):
+    """Vectors (n, X) in float32 or float16: an array, a memory map, or what reads them when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice | Ids, /) -> NDArray[np.floating]: ...
+
+
+Block = tuple[Ids, Rows]
+"""Ids (n,), and their vectors."""
 Found = tuple[Vectors, Ids]
 """Scores and ids, both (n, k), best first."""
 
@@ -56,6 +67,31 @@ class ExactIndex:
         return ordered(*self._index.search(np.ascontiguousarray(queries, np.float32), k))
 
 
+class IdSet:
+    """Ids as a bitmap: an eighth of a byte for each that there could be, however many there are."""
+
+    def __init__(self, bound: int) -> None:
+        """Make an empty set of ids below `bound`."""
+        self.bits = np.zeros(bound // 8 + 1, np.uint8)
+        """What faiss's IDSelectorBitmap reads."""
+
+    def add(self, ids: Ids) -> None:
+        """Put in ids below the bound."""
+        np.bitwise_or.at(self.bits, ids // 8, (1 << (ids % 8)).astype(np.uint8))
+
+    def add_range(self, begin: int, end: int) -> None:
+        """Put in all ids of [begin, end)."""
+        first, last = min(-(-begin // 8), end // 8), end // 8
+        self.bits[first:last] = 255
+        self.add(np.arange(begin, min(8 * first, end)))
+        self.add(np.arange(max(8 * last, begin), end))
+
+    def has(self, ids: Ids) -> NDArray[np.bool_]:
+        """Return for each id below the bound whether it is in here."""
+        found: NDArray[np.bool_] = (self.bits[ids // 8] >> (ids % 8).astype(np.uint8) & 1).astype(np.bool_)
+        return found
+
+
 class Blocks:
     """Vectors in blocks, under numbers that ascend through all of them; nothing is copied or held.
 
@@ -68,7 +104,8 @@ class Blocks:
         self._blocks: list[Block] = []
         self._begins: list[int] = [0]
         for ids, vectors in blocks:
-            self.append(ids, vectors)
+            self._append(ids, vectors)
+        self._firsts = np.array([ids[0] for ids, _ in self._blocks], np.int64)
 
     def __len__(self) -> int:
         return self._begins[-1]
@@ -83,8 +120,7 @@ class Blocks:
         """The greatest id; -1 when there is none."""
         return int(self._blocks[-1][0][-1]) if self._blocks else -1
 
-    def append(self, ids: Ids, vectors: NDArray[np.floating]) -> None:
-        """Add a block whose ids are greater than all before; an empty one is passed over."""
+    def _append(self, ids: Ids, vectors: Rows) -> None:
         check_block(ids, vectors, self.size or vectors.shape[1])
         if not len(ids):
             return
@@ -98,10 +134,10 @@ class Blocks:
 
     def begin_after(self, id: int) -> int:
         """Return the position of the first id greater than `id`."""
-        for (ids, _), begin in zip(self._blocks, self._begins, strict=False):
-            if ids[-1] > id:
-                return begin + int(np.searchsorted(ids, id, side="right"))
-        return len(self)
+        number = int(np.searchsorted(self._firsts, id, side="right")) - 1
+        if number < 0:
+            return 0
+        return self._begins[number] + int(np.searchsorted(self._blocks[number][0], id, side="right"))
 
     def spans(
         self, begin: int = 0, end: int | None = None, *, rows: int | None = None
@@ -127,10 +163,9 @@ class Blocks:
         """Return the vectors at ascending positions, (n, X)."""
         found = np.empty((len(positions), self.size), np.float32)
         bounds = np.searchsorted(positions, self._begins)
-        for (_, vectors), first, low, high in zip(
-            self._blocks, self._begins, bounds, bounds[1:], strict=False
-        ):
-            found[low:high] = vectors[positions[low:high] - first]
+        for number in np.flatnonzero(np.diff(bounds)).tolist():
+            low, high = bounds[number : number + 2]
+            found[low:high] = self._blocks[number][1][positions[low:high] - self._begins[number]]
         return found
 
     def has(self, ids: Ids) -> NDArray[np.bool_]:
@@ -154,8 +189,7 @@ class Blocks:
 
     def _find(self, ids: Ids) -> tuple[Ids, NDArray[np.bool_]]:
         positions, present = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.bool_)
-        firsts = np.array([block[0] for block, _ in self._blocks], np.int64)
-        block_of = np.searchsorted(firsts, ids, side="right") - 1
+        block_of = np.searchsorted(self._firsts, ids, side="right") - 1
         for number in np.unique(block_of[block_of >= 0]).tolist():
             own, rows = self._blocks[number][0], np.flatnonzero(block_of == number)
             places = np.minimum(np.searchsorted(own, ids[rows]), len(own) - 1)
@@ -164,7 +198,7 @@ class Blocks:
         return positions, present
 
 
-def check_block(ids: Ids, vectors: NDArray[np.floating], size: int) -> None:
+def check_block(ids: Ids, vectors: Rows, size: int) -> None:
     """Raise ValueError when the vectors are not `size` numbers for each id."""
     if vectors.shape != (len(ids), size):
         raise ValueError(
@@ -174,7 +208,7 @@ def check_block(ids: Ids, vectors: NDArray[np.floating], size: int) -> None:
 
 
 def search_spans(
-    spans: Iterable[tuple[Ids, Vectors]], queries: Vectors, k: int, *, removed: Ids | None = None
+    spans: Iterable[tuple[Ids, Vectors]], queries: Vectors, k: int, *, removed: IdSet | None = None
 ) -> Found:
     """Return the exact best of vectors that pass by once, however many queries there are.
 
@@ -182,15 +216,15 @@ def search_spans(
         spans: ids and vectors, `Blocks.spans` for example; each is compared with all queries.
         queries: (n, X).
         k: results per query.
-        removed: ids that are not found, ascending.
+        removed: ids that are not found.
     """
     share_threads()
     queries = np.ascontiguousarray(queries, np.float32)
     best = nothing(len(queries), k)
     for span_ids, span_vectors in spans:
         ids, vectors = span_ids, span_vectors
-        if removed is not None and len(removed):
-            kept = ~np.isin(ids, removed[slice(*np.searchsorted(removed, [ids[0], ids[-1] + 1]))])
+        if removed is not None:
+            kept = ~removed.has(ids)
             if not kept.all():
                 ids, vectors = ids[kept], vectors[kept]
         if len(ids):

@@ -136,6 +136,27 @@ def plan_index(
     )
 
 
+def renewed(listed: int | None, num_vectors: int, size: int, config: IndexConfig) -> IndexPlan | None:
+    """Return the plan of the index that a changed bank needs, or None where the one that stands will do.
+
+    Vectors that were added since are searched exactly. An index is built anew when they are more than `auto` would
+    search exactly anyway, and more than a tenth of those in its lists.
+
+    Args:
+        listed: vectors in the lists of the index that stands; None when there is none.
+        num_vectors: of the bank.
+        size: numbers in a vector.
+        config: what is asked for.
+
+    Raises:
+        ValueError: see `plan_index`.
+    """
+    stands = listed is not None and config.kind is not IndexKind.exact
+    if stands and num_vectors - (listed or 0) <= max(EXACT_UP_TO, (listed or 0) // 10):
+        return None
+    return plan_index(num_vectors, size, config)
+
+
 def _num_lists(num_vectors: int) -> int:
     """The power of two nearest 4 sqrt(n) up to 1e6; beyond, what faiss's guidelines state; never too many to train."""
     if num_vectors <= 1_000_000:

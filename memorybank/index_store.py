@@ -5,10 +5,13 @@
                       extra: recall against exact search, as measured when it was built
       search.json     {lists_read, rerank}
       index.faiss, sizes.bin, lists.bin   (index_lists.py)
+      query_ids.bin, queries.bin          i8 and float32: what recall was measured with, and the references that
+                                          it was taken from
 
 An exact index has no files of its own: it reads the vectors where they are. The vectors themselves belong to
 the bank; an index is opened over them. What the bank added since has greater ids and is searched exactly, what
-it removed is never found; building again folds both in.
+it removed is never found; building again folds both in. It can be built again without an embedder, since it keeps the
+queries.
 
 Invariants: an index that misses the recall it was asked for is not published; it is refused over other vectors
 than its own; damage is refused by the file's name.
@@ -26,9 +29,8 @@ from typing import Any
 
 import faiss
 import numpy as np
-from numpy.typing import NDArray
 
-from data.files import is_finished, open_manifest, publishing, write_json_atomic
+from data.files import Manifest, is_finished, open_manifest, publishing, write_atomic, write_json_atomic
 from memorybank.config import IndexKind
 from memorybank.index import (
     SPAN_BYTES,
@@ -36,6 +38,7 @@ from memorybank.index import (
     Blocks,
     Found,
     Ids,
+    IdSet,
     Vectors,
     merged,
     ordered,
@@ -46,8 +49,9 @@ from memorybank.index_plan import IndexPlan
 
 log = logging.getLogger(__name__)
 
-KIND, VERSION = "search-index", 1
+KIND, VERSION = "search-index", 2
 SEARCH = "search.json"
+QUERY_IDS, QUERIES = "query_ids.bin", "queries.bin"
 CANDIDATES = 64
 """Results that recall is measured in: what retrieval fetches before it filters."""
 _QUERIES_AT_ONCE = 1 << 18
@@ -63,6 +67,7 @@ class BankIndex:
         lists: InvertedLists | None = None,
         last_listed: int = -1,
         rerank: int = 1,
+        removed: IdSet | None = None,
     ) -> None:
         """Search `blocks`, whose vectors up to id `last_listed` are in `lists`.
 
@@ -71,32 +76,17 @@ class BankIndex:
             lists: None searches all exactly.
             last_listed: the greatest id in the lists.
             rerank: candidates that the lists give per result, scored by their whole vectors.
+            removed: what is not found; everything in the lists that is not in the blocks has to be here.
         """
         self._blocks = Blocks(blocks)
         self._lists = lists
         self._rerank = rerank
         self._listed = self._blocks.begin_after(last_listed) if lists is not None else 0
-        self._removed: Ids = np.zeros(0, np.int64)
-        self._removed_bits = np.zeros(last_listed // 8 + 1 if lists is not None else 0, np.uint8)
+        self._removed = removed
 
     def __len__(self) -> int:
-        return len(self._blocks) - len(self._removed)
-
-    def add(self, ids: Ids, vectors: NDArray[np.floating]) -> None:
-        """Add vectors (n, X) under ascending ids greater than all before; they are searched exactly."""
-        self._blocks.append(ids, vectors)
-
-    def remove(self, ids: Ids) -> None:
-        """Find these no more; ValueError when one is not there."""
-        ids = np.unique(ids)
-        gone = ~self._blocks.has(ids) | np.isin(ids, self._removed)
-        if gone.any():
-            raise ValueError(
-                f"{gone.sum()} of {len(ids)} references to be removed are not in the index (first: {ids[gone][0]})"
-            )
-        self._removed = np.union1d(self._removed, ids)
-        listed = ids[ids < 8 * len(self._removed_bits)]
-        np.bitwise_or.at(self._removed_bits, listed // 8, (1 << (listed % 8)).astype(np.uint8))
+        """Vectors, those that were removed included."""
+        return len(self._blocks)
 
     def search(self, queries: Vectors, k: int) -> Found:
         """Return scores and ids, (n, k), best first; -1 and -inf where there is no more.
@@ -117,8 +107,8 @@ class BankIndex:
     def _search_lists(self, queries: Vectors, k: int) -> Found:
         assert self._lists is not None
         selector = None
-        if len(self._removed):
-            selector = faiss.IDSelectorNot(faiss.IDSelectorBitmap(self._removed_bits))
+        if self._removed is not None:
+            selector = faiss.IDSelectorNot(faiss.IDSelectorBitmap(self._removed.bits))
         scores, ids = self._lists.search(queries, k * self._rerank, selector=selector)
         if self._rerank > 1:
             scores = true_scores(self._blocks, queries, ids)
@@ -132,6 +122,7 @@ def build_index(
     *,
     queries: Vectors,
     inputs: Mapping[str, str],
+    query_ids: Ids,
     recall: float = 0.95,
     progress: Callable[[int], None] | None = None,
 ) -> None:
@@ -145,6 +136,7 @@ def build_index(
         blocks: ids and vectors (float32 or float16, usually memory maps), ids ascending through all of them.
         plan: `plan_index` of their number.
         queries: a thousand or so real search vectors, (n, X), that recall is measured with.
+        query_ids: the references whose text they were made of, (n,).
         inputs: fingerprints of the vectors and the name of their embedder.
         recall: share of the exact five best that has to be found.
         progress: told how many vectors each finished shard coded.
@@ -201,13 +193,15 @@ def build_index(
                 "retrieval.index.recall (what is built so far is kept)"
             )
         write_json_atomic(work / SEARCH, {"lists_read": report["lists_read"], "rerank": plan.rerank})
+        write_atomic(work / QUERY_IDS, query_ids.astype("<i8").tobytes())
+        write_atomic(work / QUERIES, queries.astype("<f4").tobytes())
 
 
 def open_index(
     folder: Path,
     blocks: Sequence[Block],
     *,
-    removed: Ids | None = None,
+    removed: IdSet | None = None,
     inputs: Mapping[str, str] | None = None,
 ) -> BankIndex:
     """Open a published index over the vectors of its bank.
@@ -231,20 +225,28 @@ def open_index(
             f"{last_id}, but there are {found:,} of {vectors.size}; build it anew"
         )
     if settings["kind"] == IndexKind.exact.name:
-        index = BankIndex(blocks)
-    else:
-        search = json.loads(manifest.text(SEARCH))
-        lists = InvertedLists(
-            manifest.mapped(TRAINED).read_all(),
-            manifest.mapped(SIZES).read_all().view(np.uint64),
-            folder / LISTS,
-            num_read=search["lists_read"],
-            check=manifest.mapped(LISTS).read,
-        )
-        index = BankIndex(blocks, lists=lists, last_listed=last_id, rerank=search["rerank"])
-    if removed is not None and len(removed):
-        index.remove(removed)
-    return index
+        return BankIndex(blocks, removed=removed)
+    return index_of(manifest, blocks, removed=removed)
+
+
+def index_of(manifest: Manifest, blocks: Sequence[Block], *, removed: IdSet | None = None) -> BankIndex:
+    """Return an opened index with lists over `blocks`; vectors that are gone have to be in `removed`."""
+    search = json.loads(manifest.text(SEARCH))
+    lists = InvertedLists(
+        manifest.mapped(TRAINED).read_all(),
+        manifest.mapped(SIZES).read_all().view(np.uint64),
+        manifest.folder / LISTS,
+        num_read=search["lists_read"],
+        check=manifest.mapped(LISTS).read,
+    )
+    last_id = int(manifest.settings["last_id"])
+    return BankIndex(blocks, lists=lists, last_listed=last_id, rerank=search["rerank"], removed=removed)
+
+
+def queries_of(manifest: Manifest) -> tuple[Ids, Vectors]:
+    """Return what an index's recall was measured with: references, and a query made of each."""
+    ids = manifest.mapped(QUERY_IDS).read_all().view(np.int64)
+    return ids, manifest.mapped(QUERIES).read_all().view("<f4").reshape(len(ids), -1)
 
 
 def true_scores(blocks: Blocks, queries: Vectors, ids: Ids) -> Vectors:

@@ -7,11 +7,14 @@
       text-SSSSSS-PPPP/        a segment, made for state S                      (segment.py)
       vectors-SSSSSS-PPPP/     its search vectors                               (vectors.py)
       records-SSSSSS-PPPP/     its records, a generation of the segment         (store.py, writer.py)
+      index-SSSSSS-0000/       lists over the vectors there were, if they are many  (index_store.py)
+      codec-SSSSSS-0000/       the quantiser of the records, if they have one   (quantizer.py)
 
-Every piece is published by one rename and never changes; a state names the three pieces of each of its parts by
-fingerprint. An edit makes the pieces it needs, then publishes the next state, again by one rename. A reader keeps
-the state it opened; the newest is the one of the largest number, whatever the clocks say. Nothing points out of the
-folder.
+Every piece is published by one rename and never changes; a state names the three pieces of each of its parts, and
+index and codec, by fingerprint. An index names the vectors that it was built from; those of later parts are searched
+exactly, and what is gone is kept from being found by a bitmap. An edit makes the pieces it needs, then publishes the
+next state, again by one rename. A reader keeps the state it opened; the newest is the one of the largest number,
+whatever the clocks say. Nothing points out of the folder.
 
 Invariants: a document that was removed is found by no search and its references cannot be read; a library of other
 weights, layout, tokenizer, codec or embedder than expected is refused by the setting's name; a piece that is missing,
@@ -23,8 +26,8 @@ Not here: how states come about (edits.py), verification (soundness.py).
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,8 +39,10 @@ from torch import Tensor
 
 from data.files import MANIFEST, Manifest, hold, open_manifest
 from data.references import Citation
-from memorybank import segment, store, vectors
-from memorybank.index import search_spans
+from memorybank import index_store, quantizer, segment, store, vectors
+from memorybank.config import IndexConfig, IndexKind
+from memorybank.index import Block, IdSet
+from memorybank.index_store import BankIndex, index_of
 from memorybank.segment import Segment
 from memorybank.store import Generation, differences
 from memorybank.vectors import Vectors
@@ -45,12 +50,14 @@ from memorybank.vectors import Vectors
 KIND, VERSION = "library", 1
 REMOVED = "removed.bin"
 STATE = re.compile(r"state-(\d{6,})")
-PIECE = re.compile(r"(text|vectors|records)-(\d{6,})-(\d{4,})")
+PIECE = re.compile(r"(text|vectors|records|index|codec)-(\d{6,})-(\d{4,})")
 """Names of pieces: what it is, the state that it was made for, its part of it."""
 _FORMATS = {
     "text": (segment.KIND, segment.VERSION),
     "vectors": (vectors.KIND, vectors.VERSION),
     "records": (store.KIND, store.VERSION),
+    "index": (index_store.KIND, index_store.VERSION),
+    "codec": (quantizer.KIND, quantizer.VERSION),
 }
 
 Ids = NDArray[np.int64]
@@ -75,6 +82,21 @@ class LibrarySettings:
     """Codec.name."""
     embedder: str
     """Embedder.name."""
+    index: Mapping[str, Any] = field(default_factory=lambda: stated_index(IndexConfig()))
+    """What was asked of the search index: `IndexConfig` as plain JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Pieces that serve all parts; None where there is none."""
+
+    index: str | None = None
+    codec: str | None = None
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """Names of their folders."""
+        return tuple(name for name in (self.index, self.codec) if name is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +120,23 @@ class Part:
 def settings_of(state: Manifest) -> LibrarySettings:
     """Return what the records and vectors of a state were made with."""
     found = {**state.settings, **state.inputs}
-    return LibrarySettings(**{field.name: found[field.name] for field in fields(LibrarySettings)})
+    names = (field.name for field in fields(LibrarySettings))
+    return LibrarySettings(**{name: found[name] for name in names if name in found})
+
+
+def shared_of(state: Manifest) -> Shared:
+    """Return the pieces of a state that serve all parts; older states name none."""
+    return Shared(**state.settings.get("shared", {}))
+
+
+def stated_index(config: IndexConfig) -> dict[str, Any]:
+    """Return a configuration of the search index as a state keeps it."""
+    return {**asdict(config), "kind": config.kind.name}
+
+
+def asked_index(stated: Mapping[str, Any]) -> IndexConfig:
+    """Return the configuration of the search index that a state keeps."""
+    return IndexConfig(**{**stated, "kind": IndexKind[stated["kind"]]})
 
 
 def open_piece(folder: Path) -> Manifest:
@@ -113,7 +151,7 @@ def state_folder(folder: Path, number: int) -> Path:
 
 
 def piece_folder(folder: Path, what: str, number: int, part: int) -> Path:
-    """Return where a piece stands: `what` is text, vectors or records."""
+    """Return where a piece stands: `what` is text, vectors, records, index or codec."""
     return folder / f"{what}-{number:06d}-{part:04d}"
 
 
@@ -123,6 +161,21 @@ def state_numbers(folder: Path) -> list[int]:
         return []
     found = (STATE.fullmatch(path.name) for path in folder.iterdir() if (path / MANIFEST).is_file())
     return sorted(int(match[1]) for match in found if match)
+
+
+def is_index_of(index: Manifest, parts: Sequence[Part], inputs: Mapping[str, str]) -> bool:
+    """Return whether an index was built from vectors of these parts alone, up to some part; parts may be gone since."""
+    names = [part.vectors for part in parts if part.first <= index.settings["last_id"]]
+    return all(index.inputs.get(name) == inputs[name] for name in names)
+
+
+def index_blocks(segments: Iterable[Segment], vectors: Iterable[Vectors]) -> list[Block]:
+    """Return the search vectors of segments, by their references' numbers, as an index takes them."""
+    return [
+        (of.numbers[rows], block)
+        for of, found in zip(segments, vectors, strict=True)
+        for rows, block in found.blocks()
+    ]
 
 
 class Library:
@@ -149,6 +202,16 @@ class Library:
         self._vectors = [Vectors(self._piece(part.vectors)) for part in self.parts]
         self._records = [Generation(self._piece(part.records)) for part in self.parts]
         self._firsts = np.array([part.first for part in self.parts], np.int64)
+        self.shared = shared_of(manifest)
+        self.index = None if self.shared.index is None else self._piece(self.shared.index)
+        """The search index, where there is one."""
+        if self.index is not None and not is_index_of(self.index, self.parts, manifest.inputs):
+            raise ValueError(
+                f"{self.index.folder} was built from other vectors than those of {manifest.folder}; "
+                "build it anew with `memory3 bank verify --fix`"
+            )
+        if self.shared.codec is not None:
+            self._piece(self.shared.codec)
         for part, text, found, records in zip(
             self.parts, self.segments, self._vectors, self._records, strict=True
         ):
@@ -214,8 +277,7 @@ class Library:
         """References that can be found."""
         count = 0
         for place, part in enumerate(self.parts):
-            removed = self._removed_rows(place)
-            count += part.references - (0 if removed is None else int(removed.sum()))
+            count += part.references - len(self._removed_ids(place))
         return count
 
     @property
@@ -228,9 +290,8 @@ class Library:
         places = range(len(self.parts)) if part is None else [part]
         found = [np.zeros(0, np.int64)]
         for place in places:
-            removed = self._removed_rows(place)
-            numbers = self.segments[place].numbers
-            found.append(numbers if removed is None else numbers[~removed])
+            numbers, removed = self.segments[place].numbers, self._removed_ids(place)
+            found.append(np.setdiff1d(numbers, removed, assume_unique=True) if len(removed) else numbers)
         return np.concatenate(found)
 
     def live_documents(self, part: int) -> Ids:
@@ -340,8 +401,11 @@ class Library:
         return found
 
     def search(self, queries: Floats, k: int) -> tuple[Floats, Ids]:
-        """Return the scores and ids, both (n, k), best first, of what can be found; -1 and -inf for no more."""
-        return search_spans(self._blocks(), queries, k)
+        """Return the scores and ids, both (n, k), best first, of what can be found; -1 and -inf for no more.
+
+        Exact, where there is no index; else the best of its lists' and the exact best of what was added since.
+        """
+        return self._opened_index.search(queries, k)
 
     def generation(self, part: int) -> Generation:
         """The records of a part."""
@@ -353,27 +417,41 @@ class Library:
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes on disk of text, vectors and records, this state's alone."""
-        sums = dict.fromkeys(("text", "vectors", "records"), 0)
-        for part in self.parts:
-            for what, name in zip(sums, part.pieces, strict=True):
-                sums[what] += sum(
-                    file.stat().st_size for file in (self.folder / name).iterdir() if file.is_file()
-                )
+        sums = dict.fromkeys(("text", "vectors", "records", "index", "codec"), 0)
+        for name in self.piece_names():
+            files = (file for file in (self.folder / name).iterdir() if file.is_file())
+            sums[name.split("-")[0]] += sum(file.stat().st_size for file in files)
         return sums
 
-    def part_names(self) -> set[str]:
+    def piece_names(self) -> set[str]:
         """Names of all pieces of this state."""
-        return {name for part in self.parts for name in part.pieces}
+        return {name for part in self.parts for name in part.pieces}.union(self.shared.pieces)
 
-    def _blocks(self) -> Iterator[tuple[Ids, Floats]]:
-        for place, of in enumerate(self.segments):
-            removed = self._removed_rows(place)
-            for first, block in self._vectors[place].shards():
-                rows = slice(first, first + len(block))
-                if removed is None or not removed[rows].any():
-                    yield of.numbers[rows], block
-                else:
-                    yield of.numbers[rows][~removed[rows]], block[~removed[rows]]
+    @property
+    def num_listed(self) -> int | None:
+        """Vectors in the lists of the index, those that are gone included; None without an index."""
+        return None if self.index is None else int(self.index.settings["num_vectors"])
+
+    @cached_property
+    def _opened_index(self) -> BankIndex:
+        blocks = index_blocks(self.segments, self._vectors)
+        if self.index is None:
+            return BankIndex(blocks, removed=self._gone)
+        return index_of(self.index, blocks, removed=self._gone)
+
+    @cached_property
+    def _gone(self) -> IdSet | None:
+        """What a search must not find: removed references, and in an index those of parts that are gone."""
+        gone = IdSet(self.next_reference)
+        for place in range(len(self.parts)):
+            gone.add(self._removed_ids(place))
+        if self.index is not None:
+            begin = 0
+            for of in self.segments:
+                gone.add_range(begin, max(int(of.numbers[0]), begin))
+                begin = int(of.numbers[-1]) + 1
+            gone.add_range(begin, self.next_reference)
+        return gone if gone.bits.any() else None
 
     def _numbers_of(self, document_id: str) -> Iterator[int]:
         for of in self.segments:
@@ -386,20 +464,18 @@ class Library:
         place = int(np.searchsorted(self.removed, document))
         return place < len(self.removed) and int(self.removed[place]) == document
 
-    def _removed_rows(self, place: int) -> NDArray[np.bool_] | None:
-        """Which references of a part belong to documents that were removed; None when none does."""
-        if place not in self._masks:
-            of, bounds = self.segments[place], [*self._firsts.tolist(), self.next_reference]
-            first, last = np.searchsorted(self.removed, bounds[place : place + 2])
-            self._masks[place] = None
-            if first < last:
-                gone = np.isin(of.document_numbers, self.removed[first:last])
-                self._masks[place] = gone[of.references["document"]]
-        return self._masks[place]
-
-    @cached_property
-    def _masks(self) -> dict[int, NDArray[np.bool_] | None]:
-        return {}
+    def _removed_ids(self, place: int) -> Ids:
+        """The references of a part that belong to documents that were removed, ascending."""
+        of, bounds = self.segments[place], [*self._firsts.tolist(), self.next_reference]
+        first, last = np.searchsorted(self.removed, bounds[place : place + 2])
+        removed = self.removed[first:last]
+        if not len(removed):
+            return np.zeros(0, np.int64)
+        counts = of.documents["references"][np.searchsorted(of.document_numbers, removed)].astype(np.int64)
+        # A document's references have consecutive numbers.
+        begins = np.repeat(removed - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
+        ids: Ids = begins + np.arange(counts.sum())
+        return ids
 
     def _locate(self, ids: Ids) -> tuple[Ids, Ids]:
         """Return the part and row of each reference, in the shape of `ids`; -1 where there is none."""

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from data.files import Manifest, open_manifest, publishing, write_atomic
 from memorybank.codec import Codec, relative_errors
-from memorybank.config import STAGES, CodecKind
+from memorybank.config import STAGES, CodecConfig, CodecKind
 from memorybank.record import MemoryShape
 from model.memory import ExplicitMemory
 
@@ -54,6 +54,11 @@ def factory(kind: CodecKind, head_size: int) -> str:
     *first, (parts, bits) = STAGES[kind]
     residual = "".join(f"Residual{parts}x{bits}," for parts, bits in first)
     return f"OPQ{head_size // 4 if first else parts}_{head_size},{residual}PQ{parts}x{bits}"
+
+
+def vector_bytes(kind: CodecKind) -> int:
+    """Return the bytes of a vector's codes: whole bytes for each stage."""
+    return sum(-(-parts * bits // 8) for parts, bits in STAGES[kind])
 
 
 def min_vectors(kind: CodecKind) -> int:
@@ -183,6 +188,13 @@ def training_vectors(
 def identity(kind: CodecKind, head_size: int, *, separate: bool) -> dict[str, Any]:
     """Return the settings of a quantiser's manifest."""
     return {"factory": factory(kind, head_size), "head_size": head_size, "separate": separate}
+
+
+def config_of(manifest: Manifest) -> CodecConfig:
+    """Return the configuration that a published quantiser follows."""
+    stated = manifest.settings
+    kind = next(kind for kind in STAGES if factory(kind, stated["head_size"]) == stated["factory"])
+    return CodecConfig(kind=kind, separate=stated["separate"])
 
 
 def fit(

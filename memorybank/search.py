@@ -1,7 +1,8 @@
 """Neighbours of whole sets of rows: chunks -> text -> search vectors -> index -> filters.
 
 Search vectors do not depend on the model's weights, so all of this is known before anything is compiled, and an
-index depends on the references alone, not on the run or on what was indexed before.
+index depends on the references alone, not on the run or on what was indexed before. The references' vectors stay on
+disk (`vectors`), and are read by map.
 Not here: the filters (`neighbours`), retrieval while generating (`retriever`).
 """
 
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 from data.references import ReferenceSource
 from data.tokenizer import Tokenizer
 from memorybank.config import IndexKind, RetrievalConfig
-from memorybank.index import ExactIndex, SearchIndex
+from memorybank.index import SearchIndex
 from memorybank.index_plan import plan_index
-from memorybank.index_store import build_index, open_index
+from memorybank.index_store import BankIndex, build_index, open_index
 from memorybank.neighbours import Neighbours, find
+from memorybank.vectors import Vectors
 
 Ids = NDArray[np.int64]
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -31,10 +33,10 @@ class RowSearch:
         tokenizer: Turns chunks back into text.
         references: What is searched.
         embed: Texts to unit vectors, usually `VectorCache.vectors`.
+        vectors: Opens the search vectors of all references.
         retrieval: Candidates, filters and the kind of index.
         chunk_tokens: Tokens of a chunk.
         folder: Where indexes that are too large for an exact search are published.
-        embedder: The name of what `embed` embeds with.
     """
 
     def __init__(
@@ -42,19 +44,19 @@ class RowSearch:
         tokenizer: Tokenizer,
         references: ReferenceSource,
         embed: Embed,
+        vectors: Callable[[], Vectors],
         retrieval: RetrievalConfig,
         *,
         chunk_tokens: int,
         folder: Path,
-        embedder: str,
     ) -> None:
         self._tokenizer = tokenizer
         self._references = references
         self._embed = embed
+        self._vectors = vectors
         self._retrieval = retrieval
         self._chunk_tokens = chunk_tokens
         self._folder = folder
-        self._embedder = embedder
 
     def index(self, ids: Ids) -> SearchIndex:
         """An index over some references, ids ascending, of the kind that suits their number.
@@ -62,18 +64,19 @@ class RowSearch:
         One with lists is published, and opened again by whoever needs the same. Its recall is measured with what
         training asks with: chunks of the documents, taken from a sample of the references.
         """
-        vectors_NX = self._embed([self._references.text(int(id)) for id in ids])
-        config = self._retrieval.index
-        plan = plan_index(len(ids), vectors_NX.shape[1], config)
+        vectors, config = self._vectors(), self._retrieval.index
+        plan = plan_index(len(ids), vectors.size, config)
+        blocks = vectors.blocks_of(ids)
         if plan.kind is IndexKind.exact:
-            index = ExactIndex(plan.size)
-            index.add(ids, vectors_NX)
-            return index
+            return BankIndex(blocks)
         chosen = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
-        folder = self._folder / f"{plan.kind.name}-{self._embedder}-{chosen}"
-        inputs = {"references": self._references.fingerprint, "embedder": self._embedder}
-        blocks = [(ids, vectors_NX)]
-        build_index(folder, blocks, plan, queries=self._queries(ids), inputs=inputs, recall=config.recall)
+        folder = self._folder / f"{plan.kind.name}-{vectors.embedder}-{chosen}"
+        inputs = {"references": self._references.fingerprint, "embedder": vectors.embedder}
+        asked = ids[:: max(1, len(ids) // 1000)][:1000]
+        queries = self._queries(asked)
+        build_index(
+            folder, blocks, plan, queries=queries, query_ids=asked, inputs=inputs, recall=config.recall
+        )
         return open_index(folder, blocks, inputs=inputs)
 
     def neighbours(
@@ -115,7 +118,6 @@ class RowSearch:
         )
 
     def _queries(self, ids: Ids) -> NDArray[np.float32]:
-        """Search vectors of chunks within a thousand references."""
-        sample = ids[:: max(1, len(ids) // 1000)][:1000]
-        chunks = [self._references.content_tokens(int(id))[-self._chunk_tokens :] for id in sample]
+        """Search vectors of chunks within references."""
+        chunks = [self._references.content_tokens(int(id))[-self._chunk_tokens :] for id in ids]
         return self._embed([self._tokenizer.decode(chunk) for chunk in chunks])

@@ -1,7 +1,8 @@
 """Whether a library is what it says: every byte against its hash, and a sample against the model; repair, and absence.
 
-Invariants: `verify` changes nothing; `repair` makes anew what can be made from the library's own text, which is vectors
-and records, and touches no piece that is sound; `find_document` reads every file there is, and believes no table.
+Invariants: `verify` changes nothing; `repair` makes anew what can be made from the library's own text, which is
+vectors, records and the search index, and touches no piece that is sound; `find_document` reads every file there is,
+and believes no table.
 
 Not here: edits (edits.py), the checksum that guards each read (data/files.py).
 """
@@ -9,6 +10,7 @@ Not here: edits (edits.py), the checksum that guards each read (data/files.py).
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,14 @@ from numpy.typing import NDArray
 from data import files
 from data.files import (
     MANIFEST,
+    Manifest,
     copy_artefact,
     delete_artefact,
     only_writer,
     open_manifest,
     reopen,
 )
+from memorybank import codecs
 from memorybank.edits import Compiler, Editor, Told, refuse_changes, sweep
 from memorybank.library import (
     KIND,
@@ -32,7 +36,9 @@ from memorybank.library import (
     VERSION,
     Library,
     Part,
+    is_index_of,
     open_piece,
+    shared_of,
     state_folder,
     state_numbers,
 )
@@ -122,13 +128,14 @@ def verify(
 
 
 def repair(editor: Editor, problems: Sequence[Problem]) -> list[str]:
-    """Make anew the vectors and records among the problems, and return the names of the pieces made.
+    """Make anew the vectors, records and index among the problems, and return the names of the pieces made.
 
     Only the shards that are damaged are made, where the manifest still tells them from the others. Where what is made
     differs from what was (it was copied by `compact`, say, from records that other batches made), a new state names it.
 
     Raises:
-        ValueError: a text or a state is damaged, which only a copy can restore; or the compiler is another one.
+        ValueError: a text, a quantiser or a state is damaged, which only a copy can restore; or the compiler is another
+            one.
     """
     assert editor.compiler is not None
     beyond = [problem for problem in problems if problem.piece is None and problem.what != _FOREIGN]
@@ -150,14 +157,36 @@ def repair(editor: Editor, problems: Sequence[Problem]) -> list[str]:
             for name in set(made).intersection(part.pieces):
                 _take_apart(editor.folder / name)
                 editor.make_again(manifest, part, name)
+        shared = shared_of(manifest)
         sound = {
             name: open_piece(editor.folder / name).fingerprint if name in made else manifest.inputs[name]
-            for part in parts
-            for name in part.pieces
+            for name in chain(*(part.pieces for part in parts), shared.pieces)
+            if name != shared.index
         }
-        if not sound.items() <= manifest.inputs.items():
-            editor.rename(manifest, sound)
+        index = shared.index
+        if index is not None:
+            index, found = _sound_index(editor, manifest, parts, index, sound, damaged=index in made)
+            sound |= found
+        if index != shared.index or not sound.items() <= manifest.inputs.items():
+            editor.rename(manifest, sound, index)
     return made
+
+
+def _sound_index(
+    editor: Editor, state: Manifest, parts: Sequence[Part], name: str, sound: dict[str, str], *, damaged: bool
+) -> tuple[str | None, dict[str, str]]:
+    """Return the index of a state whose vectors may have been made anew, and its fingerprint; built anew if need be."""
+    folder = editor.folder / name
+    try:
+        last_id = int(open_piece(folder).settings["last_id"])
+        if not damaged and is_index_of(open_piece(folder), parts, sound):
+            return name, {name: state.inputs[name]}
+    except ValueError:
+        last_id = int(parts[-1].first)
+    delete_artefact(folder)
+    listed = [part for part in parts if part.first <= last_id]
+    made = editor.index_again(state, listed, name)
+    return made, {} if made is None else {name: open_piece(folder).fingerprint}
 
 
 def find_document(
@@ -215,7 +244,7 @@ def fetch(source: Path, target: Path, *, told: Told) -> tuple[int, int]:
         raise ValueError(f"{target} would be its own source; name the folder of a copy")
     with Library.open(source) as library, only_writer(target):
         _same_history(source, target, library)
-        names = sorted(library.part_names())
+        names = sorted(library.piece_names())
         missing = [name for name in names if not _is_sound(target / name, library.manifest.inputs[name])]
         for name in missing:
             piece = open_piece(source / name)
@@ -257,7 +286,7 @@ def _is_sound(folder: Path, fingerprint: str) -> bool:
 
 
 def _piece_problems(folder: Path, fingerprint: str) -> list[Problem]:
-    piece = None if folder.name.startswith("text-") else folder.name
+    piece = None if folder.name.startswith(("text-", "codec-")) else folder.name
     if folder.is_symlink():
         return [Problem(folder, "is a symbolic link, and a bank holds folders only")]
     if not folder.is_dir():
@@ -284,10 +313,9 @@ def _sample_problems(library: Library, compiler: Compiler, *, sample: int, seed:
     ids = np.sort(np.concatenate(chosen))
     vectors = compiler.embedder.embed([library.text(int(id)) for id in ids])
     cosines = (vectors * library.read_vectors(ids)).sum(axis=1)
-    made = compiler.codec.decode(
-        encode_records(compiler.encode, library, ids, compiler.codec, batch=compiler.batch)
-    )
-    kept = compiler.codec.decode(library.read(ids))
+    codec = codecs.named(library.settings.codec, compiler.shape, library.folder)
+    made = codec.decode(encode_records(compiler.encode, library, ids, codec, batch=compiler.batch))
+    kept = codec.decode(library.read(ids))
     for row, id in enumerate(ids.tolist()):
         if vectors[row].any() and cosines[row] < _LEAST_COSINE:
             yield Problem(

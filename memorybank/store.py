@@ -139,9 +139,10 @@ class Generation:
                 f"(first: {missing[0]}); {MAKE_ANEW}"
             )
         records = np.empty((len(ids_N), self.record_bytes), np.uint8)
-        for row, position in enumerate(positions_N.tolist()):
-            shard, place = divmod(position, self.records_per_shard)
-            records[row] = self._shards[shard].read(place * self.record_bytes, self.record_bytes)
+        shards_N, places_N = np.divmod(positions_N, self.records_per_shard)
+        for shard in np.unique(shards_N).tolist():
+            mine = shards_N == shard
+            records[mine] = self._shards[shard].rows(places_N[mine], self.record_bytes)
         return torch.from_numpy(records)
 
     def _find(self, ids_N: Ids) -> tuple[Ids, NDArray[np.bool_]]:

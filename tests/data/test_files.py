@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.files import (
@@ -211,3 +212,22 @@ def test_edited_manifest_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"c0"', '"c1"'))
     with pytest.raises(ValueError, match="changed by hand"):
         open_manifest(tmp_path / "a", kind="thing", version=1)
+
+
+def test_rows_are_copies_of_checked_spans(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (5, BLOCK_BYTES // 2 + 3), np.uint8)
+    length = rows.shape[1]
+    manifest = publish(tmp_path / "a", {"x.bin": rows.tobytes() + b"rest"})
+    wanted = np.array([3, 0, 3])
+    assert np.array_equal(manifest.mapped("x.bin").rows(wanted, length), rows[wanted])
+    assert manifest.mapped("x.bin").rows(wanted[:0], length).shape == (0, length)
+    with pytest.raises(ValueError, match="outside its"):
+        manifest.mapped("x.bin").rows(np.array([5]), length)
+    content = bytearray((tmp_path / "a/x.bin").read_bytes())
+    content[BLOCK_BYTES + 5] ^= 1  # in rows 1 and 2, and in the block where row 3 begins
+    (tmp_path / "a/x.bin").write_bytes(bytes(content))
+    file = manifest.mapped("x.bin")
+    assert np.array_equal(file.rows(np.array([0]), length)[0], rows[0])
+    for row in (1, 2, 3):
+        with pytest.raises(ValueError, match=r"block 1 .* is damaged"):
+            manifest.mapped("x.bin").rows(np.array([row]), length)

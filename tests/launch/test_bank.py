@@ -13,7 +13,6 @@ import torch
 
 from launch.opened import open_run
 from memorybank.cold import stores
-from memorybank.config import CodecKind
 from memorybank.library import Library
 from memorybank.store import Generation
 from memorybank.writer import encode_records
@@ -58,6 +57,8 @@ def test_build_compiles_all_that_may_be_read_with_the_newest_weights(built: Path
     library = Library.open(built)
     corpus, ids = opened.context.prepared.references, opened.bank_ids
     assert len(library) == len(ids)
+    prepared = opened.context.reference_vectors(opened.context.embedder())
+    assert np.array_equal(library.read_vectors(np.arange(len(ids))), prepared.read(ids))
     assert [library.describe(number) for number in range(20)] == [corpus.describe(int(n)) for n in ids[:20]]
     assert library.settings.weights == opened.engine.weights_hash()
     assert library.settings.step == 4
@@ -370,7 +371,18 @@ def test_another_codec_is_kept_by_later_edits_and_read(folder: Path, tmp_path: P
     assert "A day [mine, " in done.out
 
 
-def test_a_codec_that_is_fitted_is_refused(tmp_path: Path) -> None:
-    opened = open_run("m", str(trained().root))
-    with pytest.raises(ValueError, match=r"codec pq16x8 is fitted .* choose --codec from model, float16"):
-        opened.compiler(tmp_path / "nowhere", CodecKind.pq16x8)
+def test_a_quantiser_is_fitted_by_refresh_and_used_by_later_edits(folder: Path, tmp_path: Path) -> None:
+    out = said(bank("refresh", "--codec", "pq16x8", "--dry-run", folder=folder))
+    assert "codec                       OPQ16_64,PQ16x8, fitted first\n" in out
+    said(bank("refresh", "--codec", "pq16x8", folder=folder))
+    library = Library.open(folder)
+    assert library.settings.codec.startswith("OPQ16_64,PQ16x8:")
+    assert library.record_bytes == 8 * (2 * 16 + 1)
+    new = lines(tmp_path / "new.jsonl", {"id": "mine", "title": "A day", "text": TEXT})
+    said(bank("add", new, folder=folder))
+    assert "OPQ16_64,PQ16x8:" in said(bank("stat", folder=folder))
+    reading = ("--bank", str(folder), "--max-new-tokens", "4", "--root", str(trained().root))
+    done = within("generate", "m", "--prompt", f"The word of the day is {WORD}", *reading)
+    assert done.code == 0, done.err
+    assert "A day [mine, " in done.out
+    assert said(bank("verify", "--sample", "8", folder=folder)) == f"{folder}: sound\n"

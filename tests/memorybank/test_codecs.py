@@ -164,16 +164,16 @@ def test_one_rank_trains_and_all_use_it(passages: References, tmp_path: Path) ->
 
 
 def test_the_sample_is_uniform_repeatable_and_apart_from_what_is_held_out() -> None:
-    ids = np.arange(5000) * 3
-    held_out, sample = codecs.draw(SMALL, SHAPE, ids)
+    held_out, sample = codecs.draw(SMALL, SHAPE, 5000)
     assert len(held_out) == codecs.MOST_HELD_OUT
     assert len(sample) == codecs.LEAST_SAMPLED  # 156 references would have vectors enough
     assert not np.isin(sample, held_out).any()
-    assert np.isin(sample, ids).all()
-    assert abs(np.mean(sample) / np.mean(ids) - 1) < 0.1
-    assert np.array_equal(codecs.draw(SMALL, SHAPE, ids)[1], sample)
+    assert len(np.unique(sample)) == len(sample)
+    assert sample.max() < 5000
+    assert abs(np.mean(sample) / 2500 - 1) < 0.1
+    assert np.array_equal(codecs.draw(SMALL, SHAPE, 5000)[1], sample)
     paper = CodecConfig(kind=CodecKind.residual2x14_pq8x10)
-    _, sample = codecs.draw(paper, SHAPE, np.arange(100_000))
+    _, sample = codecs.draw(paper, SHAPE, 100_000)
     assert 1.11 * 39 * 2**14 > len(sample) * 2 * SHAPE.num_kept >= 1.1 * 39 * 2**14
     assert quantizer.advised_vectors(paper.kind) == 638_976
-    assert [len(part) for part in codecs.draw(SMALL, SHAPE, np.arange(1))] == [0, 1]
+    assert [len(part) for part in codecs.draw(SMALL, SHAPE, 1)] == [0, 1]

@@ -247,7 +247,7 @@ def test_nothing_of_a_removed_document_is_left_after_compact(folder: Path) -> No
     assert torch.equal(after.read(kept), records)
     assert np.array_equal(after.read_vectors(kept), vectors)
     assert [after.describe(int(number)) for number in kept] == described
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*after.part_names(), "state-000004"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*after.piece_names(), "state-000004"])
 
 
 def test_compact_joins_small_segments_and_leaves_full_ones(folder: Path) -> None:

@@ -95,6 +95,16 @@ def test_cache_embeds_only_what_is_new(static: StaticEmbedder, tmp_path: Path) -
     assert VectorCache(tmp_path, recorder).vectors([]).shape == (0, static.size)
 
 
+def test_embed_reads_what_is_kept_and_keeps_nothing(static: StaticEmbedder, tmp_path: Path) -> None:
+    VectorCache(tmp_path, static).vectors([CAPITAL])
+    recorder = Recorder(static)
+    cache = VectorCache(tmp_path, recorder)
+    assert (cache.embed([COFFEE, CAPITAL]) == static.embed([COFFEE, CAPITAL])).all()
+    assert recorder.asked == [[COFFEE]]
+    assert len(list(tmp_path.rglob("block-*.npz"))) == 1
+    assert (cache.name, cache.size) == (static.name, static.size)
+
+
 def test_an_interrupted_call_goes_on_with_the_same_batches(static: StaticEmbedder, tmp_path: Path) -> None:
     texts = [f"{'very ' * (number % 7)}long text number {number}" for number in range(20)]
     whole, broken, resumed = Recorder(static), Recorder(static, fails_after=2), Recorder(static)

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.files import open_manifest
 from memorybank import index_lists
 from memorybank.config import IndexConfig, IndexKind
-from memorybank.index import Block, ExactIndex
+from memorybank.index import Block, ExactIndex, IdSet
 from memorybank.index_plan import IndexPlan, plan_index
-from memorybank.index_store import BankIndex, build_index, open_index
+from memorybank.index_store import KIND, VERSION, build_index, index_of, open_index, queries_of
 from tests.support.data import sections
 from tests.support.memorybank import embedder
 
@@ -52,7 +53,15 @@ def plan(kind: IndexKind, **changes: int) -> IndexPlan:
 
 
 def build(folder: Path, kind: IndexKind, *, recall: float = 0.9, **changes: int) -> Path:
-    build_index(folder, blocks(), plan(kind, **changes), queries=windows()[1], inputs=INPUTS, recall=recall)
+    build_index(
+        folder,
+        blocks(),
+        plan(kind, **changes),
+        queries=windows()[1],
+        query_ids=ids()[: len(windows()[1])],
+        inputs=INPUTS,
+        recall=recall,
+    )
     return folder
 
 
@@ -144,27 +153,38 @@ def test_bucket_by_bucket_finds_the_same(
 @pytest.mark.parametrize("kind", [IndexKind.exact, IndexKind.ivf_flat, IndexKind.ivf_pq])
 def test_added_is_found_and_removed_is_not(built: dict[IndexKind, Path], kind: IndexKind) -> None:
     queries = windows()[1]
-    index = open_index(built[kind], blocks())
     added = 40_000 + np.arange(len(queries))
-    index.add(added, queries)
+    grown = [*blocks(), (added, queries)]
+    index = open_index(built[kind], grown)
     assert (index.search(queries, 5)[1] == added[:, None]).any(axis=1).all()
     before = index.search(queries, 20)[1]
     gone = np.unique(np.concatenate([before[:, 0], before[:, 3], added[:50]]))
-    index.remove(gone)
-    after = index.search(queries, 20)[1]
+    removed = IdSet(50_000)
+    removed.add(gone)
+    after = open_index(built[kind], grown, removed=removed).search(queries, 20)[1]
     assert not np.isin(after, gone).any()
     assert (after >= 0).all()
-    assert len(index) == NUM + len(queries) - len(gone)
     stays = [[id for id in row if id not in set(gone.tolist())][:5] for row in before.tolist()]
     assert np.mean([row == list(own[: len(row)]) for row, own in zip(stays, after, strict=True)]) > 0.95
-    with pytest.raises(ValueError, match=rf"not in the index \(first: {gone[0]}\)"):
-        index.remove(gone[:1])
-    with pytest.raises(ValueError, match="never given twice"):
-        index.add(gone[:1], queries[:1])
-    # Another process: what was added comes as a further block, what was removed by its ids.
-    again = open_index(built[kind], [*blocks(), (added, queries)], removed=gone)
-    assert_same(again.search(queries, 20), index.search(queries, 20))
-    assert len(again) == len(index)
+
+
+def test_an_index_finds_no_vector_whose_block_is_gone(built: dict[IndexKind, Path]) -> None:
+    queries, rest = windows()[1], blocks()[1:]
+    removed = IdSet(50_000)
+    removed.add_range(0, int(rest[0][0][0]))
+    manifest = open_manifest(built[IndexKind.ivf_pq], kind=KIND, version=VERSION)
+    found = index_of(manifest, rest, removed=removed).search(queries, 20)[1]
+    assert ((found >= rest[0][0][0]) | (found == -1)).all()
+    assert (found[:, :5] >= 0).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"), [(0, 0), (3, 6), (3, 9), (9, 15), (8, 16), (0, 40), (5, 33), (39, 40)]
+)
+def test_a_range_of_ids(begin: int, end: int) -> None:
+    ids = IdSet(40)
+    ids.add_range(begin, end)
+    assert np.flatnonzero(ids.has(np.arange(40))).tolist() == list(range(begin, end))
 
 
 def test_an_interrupted_build_goes_on_with_its_shards(
@@ -206,7 +226,7 @@ def test_a_recall_out_of_reach_is_not_published_and_keeps_what_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     halves = [(own, vectors.astype(np.float16)) for own, vectors in blocks()]
-    arguments = {"queries": windows()[1], "inputs": INPUTS}
+    arguments = {"queries": windows()[1], "query_ids": ids()[: len(windows()[1])], "inputs": INPUTS}
     flat = plan(IndexKind.ivf_flat)
     with pytest.raises(ValueError, match=r"recall@5 is 1\.000 with all lists read, and 1\.01 is wanted"):
         build_index(tmp_path / "index", halves, flat, recall=1.01, **arguments)
@@ -244,19 +264,22 @@ def test_other_vectors_are_refused(built: dict[IndexKind, Path], tmp_path: Path)
         build_other(tmp_path, [(shuffled, windows()[0])])
 
 
-def test_an_index_without_lists_grows_from_nothing() -> None:
-    index, vectors = BankIndex([]), windows()[0]
-    assert index.search(vectors[:1], 2)[1].tolist() == [[-1, -1]]
-    index.add(np.array([4, 8]), vectors[:2])
-    index.add(np.array([9]), vectors[:1])
-    scores, found = index.search(vectors[:1], 4)
-    assert found.tolist() == [[4, 9, 8, -1]]
-    assert np.isneginf(scores[0, 3])
+def test_an_index_keeps_what_its_recall_was_measured_with(built: dict[IndexKind, Path]) -> None:
+    manifest = open_manifest(built[IndexKind.ivf_flat], kind=KIND, version=VERSION)
+    query_ids, queries = queries_of(manifest)
+    assert np.array_equal(query_ids, ids()[: len(windows()[1])])
+    assert np.array_equal(queries, windows()[1])
 
 
 def build_other(root: Path, others: Sequence[Block]) -> None:
     build_index(
-        root / "other", others, plan(IndexKind.ivf_flat), queries=windows()[1], inputs=INPUTS, recall=0.9
+        root / "other",
+        others,
+        plan(IndexKind.ivf_flat),
+        queries=windows()[1],
+        query_ids=ids()[: len(windows()[1])],
+        inputs=INPUTS,
+        recall=0.9,
     )
 
 

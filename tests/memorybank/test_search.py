@@ -1,9 +1,13 @@
+import atexit
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from memorybank.config import IndexConfig, IndexKind, RetrievalConfig
 from memorybank.search import RowSearch
+from memorybank.vectors import Vectors, compile_vectors
 from tests.support.memorybank import embedder, references, tokenizer
 
 
@@ -12,11 +16,19 @@ def search(root: Path, kind: IndexKind) -> RowSearch:
         tokenizer(),
         references(),
         embedder().embed,
+        vectors,
         RetrievalConfig(index=IndexConfig(kind=kind)),
         chunk_tokens=64,
         folder=root / "indexes",
-        embedder=embedder().name,
     )
+
+
+@cache
+def vectors() -> Vectors:
+    folder = TemporaryDirectory(prefix="search-")
+    atexit.register(folder.cleanup)
+    compile_vectors(embedder(), references(), Path(folder.name) / "vectors")
+    return Vectors.open(Path(folder.name) / "vectors")
 
 
 def test_small_banks_are_searched_exactly_and_leave_nothing_on_disk(tmp_path: Path) -> None:

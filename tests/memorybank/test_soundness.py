@@ -286,7 +286,7 @@ def test_fetch_copies_only_what_is_missing_and_goes_on_after_an_interruption(
         fetch(folder, there, told=stop)
     with pytest.raises(ValueError, match="there is no bank"):
         Library.open(there)
-    number_of_pieces = len(Library.open(folder).part_names())
+    number_of_pieces = len(Library.open(folder).piece_names())
     assert fetch(folder, there, told=lambda *_: None) == (1, number_of_pieces - 2)
     assert hashes(there) == hashes(folder)
     reader = Library.open(there)

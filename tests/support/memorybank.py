@@ -20,7 +20,7 @@ from data.references import References
 from data.tokenizer import Tokenizer
 from memorybank import codecs
 from memorybank.codec import Codec
-from memorybank.config import CodecKind
+from memorybank.config import CodecConfig, CodecKind
 from memorybank.edits import Compiler, Documents
 from memorybank.embedder import StaticEmbedder
 from memorybank.index import ExactIndex
@@ -140,7 +140,9 @@ def compiler(*, seed: int = 0, **changes: object) -> Compiler:
     network = model(seed=seed)
     given = {
         "encode": network.encode,
-        "codec": codec(),
+        "codec": CodecConfig(),
+        "shape": MemoryShape.of(model_config()),
+        "dtype": torch.bfloat16,
         "embedder": embedder(),
         "cutter": DocumentCutter(tokenizer(), references().reference_tokens),
         "layout": model_config().layout(),
