@@ -1,7 +1,8 @@
 """`memory3 bank audit`: which part of what rows read repeats the rows themselves, and what gain comes from it.
 
 Once with the filters as configured, and once without any, neither by document nor by overlap: the difference is what
-they prevent. Memories are compiled with the newest weights as they are read; nothing is written into the run.
+they prevent. Memories are compiled with the newest weights as they are read, and kept (`memorybank.cold`); nothing else
+is written into the run.
 Not here: the audit itself (`train.audit`).
 """
 

@@ -64,7 +64,7 @@ def show(arguments: argparse.Namespace) -> int:
             entry.folder.name, f"{state.tokens:,}", validation, decimal(entry.size), str(entry.ranks),
             state.generation or "", why,
         )  # fmt: skip
-    Console(width=max(Console().width, 120)).print(table)
+    Console(width=max(Console().width, 160)).print(table)
     for path in leftovers(folder):
         print(f"{path.name}: unfinished; swept by the run's next save, or by `memory3 checkpoint prune`")
     return 0

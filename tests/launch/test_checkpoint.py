@@ -25,7 +25,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def ask(root: Path, action: str, *options: str) -> Finished:
-    return within("checkpoint", action, str(root / "m"), "--root", str(root), *options)
+    return within("checkpoint", action, str(root / "m"), *options, "--root", str(root))
 
 
 def published(root: Path) -> list[str]:

@@ -55,7 +55,7 @@ RULES = {
         "codec.separate=true, but codec.kind=model learns nothing from keys or values: set codec.separate=false"
     ),
     "bank.cache_mib=-1": "bank.cache_mib=-1 is below 0: set 0 to keep nothing",
-    "bank.cold_gib=nan": "bank.cold_gib=nan is below 0: set 0 to keep nothing",
+    "bank.cold_gib=nan": "bank.cold_gib=nan is no finite number; set one that is",
     # of a stage
     "warmup.steps=0": "warmup.steps=0 is below 1; set 1 or more",
     "continual.rows_per_step=0": "continual.rows_per_step=0 is below 1; set 1 or more",

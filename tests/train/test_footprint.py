@@ -49,7 +49,7 @@ def test_what_a_stage_shares_shrinks_with_the_ranks() -> None:
     assert (one.parameters, one.gradients) == (many.parameters, many.gradients)
     assert one.masters == 64 * many.masters
     assert planned(10**9, 0, num_ranks=64).moments == one.moments
-    assert planned(10**9, 3, num_ranks=64).total < many.total / 2
+    assert planned(10**9, 3, num_ranks=64).total < 0.6 * many.total
 
 
 def test_the_peak_is_the_largest_moment() -> None:
