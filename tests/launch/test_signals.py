@@ -79,7 +79,7 @@ def stopped(run: Path, what: str) -> Stopped:
         timeout=200,
     )
     seconds = time.time() - float((run / "told").read_text())
-    published = sorted(path.name for path in (run / "checkpoints").iterdir())
+    published = sorted(path.name for path in (run / "checkpoints").glob("continual-*"))
     return Stopped(done.returncode, seconds, done.stderr, published)
 
 
