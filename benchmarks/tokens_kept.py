@@ -23,7 +23,8 @@ from data.files import write_atomic
 from launch import build
 from launch.evaluate import HeldOut, headline, held_out_readings
 from launch.opened import OpenedRun, open_run
-from memorybank.bank import BankReader, ColdStart
+from memorybank.bank import BankReader
+from memorybank.cold import ColdStart
 from memorybank.cost import memory_bytes
 from train.arms import Arm
 from train.evaluate import ArmResult, Setting, evaluate_probes
