@@ -115,14 +115,14 @@ def sweep_of(arguments: argparse.Namespace) -> Sweep:
         file = _read_file(chosen[-1].removeprefix("sweep="))
         overrides = [*file.overrides, *(text for text in overrides if text not in chosen)]
         name = name or chosen[-1].removeprefix("sweep=")
-        trials = trials or file.trials
+        trials = file.trials if trials is None else trials
     space = read_space(overrides)
     for text in [*space.fixed, *space.swept]:
         if text.partition("=")[0] in _OWN_KEYS:
             raise ValueError(
                 f"{text}: a sweep decides this itself; --name NAME names it, its runs are NAME-000, ..."
             )
-    trials = trials or DEFAULT_TRIALS
+    trials = DEFAULT_TRIALS if trials is None else trials
     if trials < 1:
         raise ValueError(f"--trials {trials}: set 1 or more")
     return Sweep(name or "sweep", space, trials, arguments.seed)

@@ -87,8 +87,6 @@ class TrialRun:
 
     def is_alive(self) -> bool:
         """Whether any of its processes lives, whoever started it."""
-        if self._process is not None:
-            self._process.poll()
         if not self.folder.exists():
             return False
         with (self.folder / "trial.lock").open("ab") as lock:
@@ -96,6 +94,8 @@ class TrialRun:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return True
+        if self._process is not None:
+            self._process.wait()  # it has let go of the lock, so it is ending
         # Asked second: a launcher that begins must not meet our hand on the run's own lock.
         return is_in_use(self.folder)
 
