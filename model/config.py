@@ -135,6 +135,11 @@ class ModelConfig:
             f"set a multiple of model.chunk_tokens={self.chunk_tokens}",
         )
         self._require(
+            self.init is Init.normal or self.head_size % 4 == 0,
+            "init",
+            f"set normal, or a model.head_size (now {self.head_size}) that 4 divides: induction heads halve its pairs",
+        )
+        self._require(
             self.init is Init.normal or 2 * self.width > 5 * self.head_size,
             "init",
             f"set normal, or a model.width above {5 * self.head_size // 2}: induction heads need that many directions",

@@ -66,9 +66,8 @@ def _add_induction_heads(model: nn.Module, config: ModelConfig) -> None:
     values[0, : size // 2] = token[: size // 2]
     out[0, :, : size // 2] = _WRITE[0] * before.T
 
-    pairs = torch.arange(
-        size // 4, size // 2, device=embedding.device
-    )  # slow: what they compare survives a distance
+    # The slow pairs: what they compare survives a distance.
+    pairs = torch.arange(size // 4, size // 2, device=embedding.device)
     slow = torch.cat([pairs, pairs + size // 2])
     for layer in range(1, config.num_memory_layers):
         queries, keys, values, out = _heads(model, config, layer)

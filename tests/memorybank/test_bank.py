@@ -9,7 +9,7 @@ from memorybank.store import Generation
 from memorybank.writer import compile_generation
 from model.memory import MemoryBatch
 from model.transformer import Memory3LM
-from tests.support.memorybank import VOCABULARY, codec, model, references, settings
+from tests.support.memorybank import VOCABULARY, codec, model, settings
 
 IDS_BCK = np.array(
     [
@@ -18,16 +18,6 @@ IDS_BCK = np.array(
     ]
 )
 DISTINCT = [2, 4, 7, 9, 11, 20]
-
-
-@pytest.fixture(scope="module")
-def passages() -> References:
-    return references()
-
-
-@pytest.fixture(scope="module")
-def network() -> Memory3LM:
-    return model()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from memorybank.config import STAGES, CodecConfig, CodecKind
 from memorybank.record import MemoryShape
 from memorybank.store import Generation
 from memorybank.writer import compile_generation
-from tests.support.memorybank import model, model_config, on_ranks, references, settings
+from tests.support.memorybank import few_rounds, model, model_config, on_ranks, settings
 
 SHAPE = MemoryShape.of(model_config())
 SMALL = CodecConfig(kind=CodecKind.residual2x8_pq8x8)
@@ -24,16 +24,8 @@ SMALL = CodecConfig(kind=CodecKind.residual2x8_pq8x8)
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly() -> Iterator[None]:
-    """Train with few rounds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantizer, "_ROUNDS", 2)
-        patch.setattr(quantizer, "_OPQ_ROUNDS", 1)
+    with few_rounds():
         yield
-
-
-@pytest.fixture(scope="module")
-def passages() -> References:
-    return references()
 
 
 def obtained(bank: Path, passages: References, config: CodecConfig = SMALL, **changes: Any) -> Codec:

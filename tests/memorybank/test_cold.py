@@ -18,21 +18,11 @@ from memorybank.cold import BATCH, ENTRIES, ENTRY, RECORDS, ColdRecords, ColdSta
 from memorybank.store import Generation
 from memorybank.writer import compile_generation
 from model.transformer import Memory3LM
-from tests.support.memorybank import codec, model, references, settings
+from tests.support.memorybank import codec, settings
 from tests.support.spawn import spawn
 
 PLENTY = 2**30
 BYTES = codec().record_bytes
-
-
-@pytest.fixture(scope="module")
-def passages() -> References:
-    return references()
-
-
-@pytest.fixture(scope="module")
-def network() -> Memory3LM:
-    return model()
 
 
 class Encoder:

@@ -1,6 +1,5 @@
 """Edits of a library: what is in it afterwards, byte by byte, and what is left when an edit does not end."""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from tests.support.memorybank import (
     codec,
     compiler,
     embedder,
+    hashes,
     model,
     on_ranks,
     references,
@@ -45,14 +45,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(built: Path, tmp_path: Path) -> Path:
     return shutil.copytree(built, tmp_path / "library")
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def ids_of(first: int, last: int) -> list[str]:

@@ -1,6 +1,5 @@
 """A library whose records are written by a quantiser: fitted to its own references, a piece of its own."""
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from memorybank import codecs, quantizer
+from memorybank import codecs
 from memorybank.bank import BankReader
 from memorybank.codec import relative_errors
 from memorybank.config import CodecConfig, CodecKind
@@ -19,7 +18,7 @@ from memorybank.edits import Editor
 from memorybank.library import Library
 from memorybank.record import MemoryShape
 from memorybank.soundness import fetch, repair, verify
-from tests.support.memorybank import compiler, model, model_config, on_ranks, texts
+from tests.support.memorybank import compiler, few_rounds, hashes, model, model_config, on_ranks, texts
 
 SHAPE = MemoryShape.of(model_config())
 SMALL = CodecConfig(kind=CodecKind.residual2x8_pq8x8)
@@ -27,10 +26,7 @@ SMALL = CodecConfig(kind=CodecKind.residual2x8_pq8x8)
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly() -> Iterator[None]:
-    """Train with few rounds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantizer, "_ROUNDS", 2)
-        patch.setattr(quantizer, "_OPQ_ROUNDS", 1)
+    with few_rounds():
         yield
 
 
@@ -49,14 +45,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(built: Path, tmp_path: Path) -> Path:
     return shutil.copytree(built, tmp_path / "library")
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def test_build_fits_a_quantiser_that_reads_what_was_written(built: Path) -> None:

@@ -6,14 +6,9 @@ from memorybank.config import QueryMode
 from memorybank.neighbours import Neighbours, find
 from memorybank.overlap import overlap
 from memorybank.pool import fresh_slots, window_slots
-from tests.support.memorybank import embedder, index_of, references, tokenizer
+from tests.support.memorybank import embedder, index_of, tokenizer
 
 ROW, CHUNK = 256, 64
-
-
-@pytest.fixture(scope="module")
-def passages() -> References:
-    return references()
 
 
 def row_of(passages: References, *documents: int) -> np.ndarray:

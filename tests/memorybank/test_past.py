@@ -11,19 +11,9 @@ from memorybank.past import Past, PastReferences, WithPast, compile_past
 from memorybank.retriever import RetrievedMemory, Retriever
 from model.generate import generate
 from model.transformer import Memory3LM
-from tests.support.memorybank import codec, embedder, index_of, model, references, tokenizer
+from tests.support.memorybank import codec, embedder, index_of, model, tokenizer
 
 WINDOW = 256
-
-
-@pytest.fixture(scope="module")
-def passages() -> References:
-    return references()
-
-
-@pytest.fixture(scope="module")
-def network() -> Memory3LM:
-    return model()
 
 
 @pytest.fixture(scope="module")

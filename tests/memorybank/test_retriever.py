@@ -11,12 +11,7 @@ from memorybank.retriever import RetrievedMemory, Retriever
 from memorybank.store import Generation
 from memorybank.writer import compile_generation
 from model.generate import generate
-from tests.support.memorybank import codec, embedder, index_of, model, references, settings, tokenizer
-
-
-@pytest.fixture(scope="module")
-def passages() -> References:
-    return references()
+from tests.support.memorybank import codec, embedder, index_of, model, settings, tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Damage is named, repaired where the rest allows it, and refused when read; copies reach other folders."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from data.files import MANIFEST, fingerprint
 from memorybank.edits import Editor
 from memorybank.library import Library
 from memorybank.soundness import fetch, find_document, repair, verify
-from tests.support.memorybank import compiler, texts
+from tests.support.memorybank import compiler, hashes, texts
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +29,6 @@ def folder(built: Path, tmp_path: Path) -> Path:
 
 def editor(folder: Path) -> Editor:
     return Editor(folder=folder, compiler=compiler(), references_per_segment=20)
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def flip(path: Path) -> None:

@@ -10,12 +10,7 @@ from data.files import BLOCK_BYTES, MANIFEST, verify
 from data.references import References
 from memorybank.store import Generation, records_file
 from memorybank.writer import compile_generation, encode_records
-from tests.support.memorybank import codec, model, model_config, references, settings
-
-
-@pytest.fixture(scope="module")
-def passages() -> References:
-    return references()
+from tests.support.memorybank import codec, model, model_config, settings
 
 
 @pytest.fixture(scope="module")

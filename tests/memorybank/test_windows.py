@@ -10,14 +10,9 @@ from data.references import References
 from memorybank.windows import Window, cut_batches, cut_windows
 from memorybank.writer import encode_records
 from model.transformer import Memory3LM
-from tests.support.memorybank import codec, model, references
+from tests.support.memorybank import codec, model
 
 WINDOW = 256
-
-
-@pytest.fixture(scope="module")
-def passages() -> References:
-    return references()
 
 
 @pytest.fixture(scope="module")

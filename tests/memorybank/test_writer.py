@@ -1,4 +1,3 @@
-import hashlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from memorybank.store import Generation, GenerationSettings, records_file
 from memorybank.writer import Encode, compile_generation
 from model.memory import ExplicitMemory
 from model.transformer import Memory3LM
-from tests.support.memorybank import codec, model, on_ranks, references, settings
+from tests.support.memorybank import codec, hashes, model, on_ranks, settings
 
 IDS = np.arange(3, 40)  # 37 references in shards of 8: five shards, the last of 5 records
 SHARD, BATCH = 8, 4
@@ -22,25 +21,11 @@ WINDOW = 256
 IN_DOCUMENTS = settings(context="document", window_tokens=WINDOW)
 
 
-@pytest.fixture(scope="module")
-def passages() -> References:
-    return references()
-
-
-@pytest.fixture(scope="module")
-def network() -> Memory3LM:
-    return model()
-
-
 def compiled(folder: Path, encode: Encode, passages: References, **changes: object) -> dict[str, str]:
     """Compile with small shards, and return the hash of every file."""
     given = {"settings": settings(), "records_per_shard": SHARD, "batch": BATCH} | changes
     compile_generation(encode, passages, IDS, codec(), folder, **given)
     return hashes(folder)
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 class Counting:

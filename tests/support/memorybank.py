@@ -1,15 +1,18 @@
 """Real references, embedder and model, small: what the tests of memorybank/ and of its users share."""
 
 import atexit
+import hashlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pytest
 import torch
 
 from data.config import DataConfig, SourceConfig, SourceKind
@@ -18,7 +21,7 @@ from data.files import fingerprint
 from data.prepare import Prepared, prepare
 from data.references import References
 from data.tokenizer import Tokenizer
-from memorybank import codecs
+from memorybank import codecs, quantizer
 from memorybank.codec import Codec
 from memorybank.config import CodecConfig, CodecKind
 from memorybank.edits import Compiler, Documents
@@ -161,3 +164,21 @@ def texts(first: int, last: int, **changes: str) -> Documents:
     corpus = references().shards.corpus
     documents = [replace(corpus.document(number), **changes) for number in range(first, last)]  # type: ignore[arg-type]
     return Documents({"origin": fingerprint([first, last, changes])}, lambda: map(cutter.cut, documents))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """What every file below a folder holds."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@contextmanager
+def few_rounds() -> Iterator[None]:
+    """Quantisers are trained with few rounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantizer, "_ROUNDS", 2)
+        patch.setattr(quantizer, "_OPQ_ROUNDS", 1)
+        yield
