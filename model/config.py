@@ -152,4 +152,5 @@ class ModelConfig:
 
     def _require(self, holds: bool, key: str, remedy: str) -> None:
         if not holds:
-            raise ValueError(f"model.{key}={getattr(self, key)!r}: {remedy}")
+            value = getattr(self, key)
+            raise ValueError(f"model.{key}={value.name if isinstance(value, Enum) else repr(value)}: {remedy}")
