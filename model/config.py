@@ -153,4 +153,5 @@ class ModelConfig:
     def _require(self, holds: bool, key: str, remedy: str) -> None:
         if not holds:
             value = getattr(self, key)
-            raise ValueError(f"model.{key}={value.name if isinstance(value, Enum) else repr(value)}: {remedy}")
+            said = value.name if isinstance(value, Enum) else repr(value)
+            raise ValueError(f"model.{key}={said}: {remedy}")

@@ -73,5 +73,7 @@ def test_induction_heads_need_width() -> None:
 
 
 def test_induction_heads_need_heads_of_whole_quarters() -> None:
-    with pytest.raises(ValueError, match=r"model\.init=induction: .*model\.head_size \(now 6\) that 4 divides"):
+    with pytest.raises(
+        ValueError, match=r"model\.init=induction: .*model\.head_size \(now 6\) that 4 divides"
+    ):
         tiny_config(init=Init.induction, width=24, head_size=6).check()
