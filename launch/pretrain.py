@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch import preflight
+from launch import preflight, rank_memory, supervise
 from launch.compose import compose_config, differences, load_config, save_config, to_yaml
 from launch.config import Resume, RunConfig
 from launch.lock import only_user
@@ -26,6 +26,9 @@ _MAY_CHANGE = (
     "logging.",
     "saving.",
     "divergence.",
+    "watchdog.",
+    "supervise",
+    "supervision.",
     "evaluation.",
     "engine.threads_per_rank",
     "engine.num_ranks",
@@ -65,7 +68,8 @@ def pretrain(config: RunConfig) -> int:
     with only_user(folder):
         num_references = freeze(config, folder)
         preflight.check(config, folder, num_references=num_references)
-        return _start_ranks(config, folder)
+        rank_memory.check(config)
+        return supervise.run(lambda: _start_ranks(config, folder), folder, config)
 
 
 def freeze(config: RunConfig, folder: Path) -> int:
@@ -122,8 +126,10 @@ def _start_ranks(config: RunConfig, folder: Path) -> int:
             signal.signal(number, handler)
     if code in STOPPED:
         log.info("the run was stopped (exit code %d); the same command goes on where it was", code)
-    elif code not in (0, _USER_ERROR):
+    elif code not in (0, _USER_ERROR) and not config.supervise:
         log.error(
-            "the run ended early (exit code %d); the same command goes on at its newest checkpoint", code
+            "the run ended early (exit code %d); the same command goes on at its newest checkpoint, and "
+            "supervise=true does so by itself",
+            code,
         )
     return code
