@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.files import MANIFEST, fingerprint
+from data.files import CHECKSUM, MANIFEST, fingerprint
 from memorybank.edits import Editor
 from memorybank.library import Library
 from memorybank.soundness import fetch, find_document, repair, verify
@@ -135,8 +135,9 @@ def test_foreign_files_are_named_and_left_alone(folder: Path) -> None:
 
 
 def rewritten(manifest: Path, change: Callable[[dict[str, object]], None]) -> None:
-    """Change a manifest and give it the fingerprint that its content now has."""
+    """Change a manifest and give it the fingerprint that its content now has, as older ones without a checksum."""
     stored = json.loads(manifest.read_text())
+    del stored[CHECKSUM]
     change(stored)
     named = {key: stored[key] for key in ("kind", "version", "settings", "inputs")}
     stored["fingerprint"] = fingerprint(
