@@ -77,6 +77,7 @@ def _run(run: Path, stop: Stop) -> None:
             rank=ranks.rank,
             batch_seconds=watchdog.batch_seconds,
             phase_seconds=watchdog.phase_seconds,
+            has_gpu=ranks.device.type == "cuda",
         )
     logging.basicConfig(level=logging.INFO if ranks.is_first else logging.ERROR, format="%(message)s")
     try:

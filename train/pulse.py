@@ -29,6 +29,8 @@ STACKS = signal.SIGUSR2
 """The signal that makes a rank write its stacks."""
 _OWN = str(Path(__file__).resolve().parents[1])
 _COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
+_KERNELS = ("/torch/", "/deepspeed/", "/model/", "/train/engine.py")
+"""Where a process with a GPU may wait for its device, in which kernels and collectives of all ranks queue up."""
 _PERIOD_SECONDS = 1.0
 
 
@@ -57,7 +59,14 @@ class Pulse:
             yield
 
     def show(
-        self, folder: Path, stacks: Path, *, rank: int, batch_seconds: float, phase_seconds: float
+        self,
+        folder: Path,
+        stacks: Path,
+        *,
+        rank: int,
+        batch_seconds: float,
+        phase_seconds: float,
+        has_gpu: bool = False,
     ) -> None:
         """Begin to write records; called once, in the main thread.
 
@@ -67,10 +76,12 @@ class Pulse:
             rank: Of this process.
             batch_seconds: How long a batch may take.
             phase_seconds: How long a phase without batches may take, the start included.
+            has_gpu: Whether the main thread may have to wait for a device, and with it for other ranks.
         """
         stacks.parent.mkdir(parents=True, exist_ok=True)
         # Open for as long as the process lives: the handler can open nothing.
-        faulthandler.register(STACKS, file=stacks.open("a"), all_threads=True)
+        descriptor = os.open(stacks, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        faulthandler.register(STACKS, file=descriptor, all_threads=True)
         self._batch_seconds, self._phase_seconds = batch_seconds, phase_seconds
         self._limit = phase_seconds
         path, period = folder / f"{rank}.json", min(_PERIOD_SECONDS, batch_seconds / 4)
@@ -80,22 +91,24 @@ class Pulse:
         def write() -> None:
             work = path.with_suffix(".tmp")
             while True:
-                work.write_text(json.dumps({**constant, **self._record(main)}), encoding="utf-8")
+                record = {**constant, **self._record(main, has_gpu=has_gpu)}
                 try:
+                    work.write_text(json.dumps(record), encoding="utf-8")
                     work.replace(path)
-                    time.sleep(period)
                 except FileNotFoundError:  # the launcher is gone, and its folder with it
                     return
+                time.sleep(period)
 
         threading.Thread(target=write, name="pulse", daemon=True).start()
 
-    def _record(self, main: int) -> dict[str, Any]:
+    def _record(self, main: int, *, has_gpu: bool) -> dict[str, Any]:
         frame = sys._current_frames()[main]
+        waits_for_device = has_gpu and any(part in frame.f_code.co_filename for part in _KERNELS)
         return {
             "phase": self._phase,
             "limit": self._limit,
             "beat": self._beat,
-            "waiting": _waits(frame),
+            "waiting": waits_for_device or _waits(frame),
             "where": _where(frame),
             "written": time.monotonic(),
         }
