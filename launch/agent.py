@@ -1,12 +1,12 @@
 """The process above the ranks of one machine: torchrun, with one clear line in place of its own report of a failure.
 
-Started by `launch.pretrain`: `python -m launch.agent RUN_FOLDER NUM_RANKS`; its exit code is that of the rank that
-failed first (`launch.worker`), 4 when the watchdog found one that hangs, or 128 + n when signal n stopped it: it hands
-the signal on, and the ranks have 30 seconds to publish a checkpoint. What is said of a failure stands in
-`RUN_FOLDER/failure.json` as well.
+Started by `launch.launchers`; its exit code is that of the rank that failed first (`launch.worker`), 4 when the
+watchdog found one that hangs, or 128 + n when signal n stopped it: it hands the signal on, and the ranks have 30
+seconds to publish a checkpoint. What is said of a failure stands in `failure.json` of the run folder as well.
 Not here: what a rank does (`launch.worker`), which rank hangs (`launch.watchdog`), starting again (`launch.supervise`).
 """
 
+import argparse
 import logging
 import os
 import signal
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Thread
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -46,18 +47,37 @@ class Failure:
     cause: str | None
 
 
-def main(folder: str, num_ranks: str) -> int:
-    """Run the ranks to their end."""
+def main(*argv: str) -> int:
+    """Run the ranks of this machine to their end."""
+    parser = argparse.ArgumentParser(prog="launch.agent")
+    parser.add_argument("folder", help="the run's")
+    parser.add_argument("num_ranks", type=int, help="on this machine")
+    parser.add_argument("--nodes", type=int, default=1, help="machines of the run")
+    parser.add_argument(
+        "--address", help="HOST:PORT where the agents of all machines meet; HOST is the first"
+    )
+    parser.add_argument("--node", type=int, default=0, help="which of them this is")
+    parser.add_argument(
+        "--listen", action="store_true", help="signals come as numbers, a line each, on stdin"
+    )
+    given = parser.parse_args(argv)
     logging.disable(logging.CRITICAL)  # torchrun's own words about a failure; ours follow
-    run = Path(folder)
-    launch = ["--standalone", f"--nproc-per-node={num_ranks}", f"--signals-to-handle={_SIGNALS}"]
-    killed_before = rank_memory.kernel_kills()
+    launch = [f"--nproc-per-node={given.num_ranks}", f"--signals-to-handle={_SIGNALS}"]
+    if given.nodes == 1:
+        launch.append("--standalone")
+    else:
+        host, _, port = given.address.rpartition(":")
+        launch += [f"--nnodes={given.nodes}", f"--node-rank={given.node}"]
+        launch += [f"--master-addr={host}", f"--master-port={port}"]
+    if given.listen:
+        Thread(target=_listen, daemon=True).start()
+    run, killed_before = Path(given.folder), rank_memory.kernel_kills()
     # A folder of our own, since torchrun never removes the one that it makes.
     with tempfile.TemporaryDirectory(prefix="memory3-ranks-", ignore_cleanup_errors=True) as own:
         os.environ[PULSES] = own
         watchdog = Watchdog(Path(own))
         try:
-            arguments = [*launch, f"--log-dir={own}", *WORKER, folder]
+            arguments = [*launch, f"--log-dir={own}", *WORKER, given.folder]
             torchrun(parse_args(arguments))  # type: ignore[no-untyped-call]
             return 0
         except ChildFailedError as failed:
@@ -66,7 +86,8 @@ def main(folder: str, num_ranks: str) -> int:
         except SignalException as stopped:
             return 128 + int(stopped.sigval)
     if failure.code not in STOPPED:  # a signal reached the ranks alone
-        write_json_atomic(run / FAILURE, asdict(failure))
+        if not (run / FAILURE).exists():  # otherwise another machine was first
+            write_json_atomic(run / FAILURE, asdict(failure))
         if failure.cause is not None:
             named = "" if failure.rank is None else f"rank {failure.rank}: "
             print(f"memory3 pretrain: {named}{failure.cause}", file=sys.stderr)
@@ -88,6 +109,13 @@ def _failure(run: Path, failed: ChildFailedError, watchdog: Watchdog, killed_bef
         return Failure(first.exitcode, rank, None)
     cause = data["message"].removeprefix("ValueError: ").removeprefix("HopelessError: ")
     return Failure(first.exitcode, rank, cause)
+
+
+def _listen() -> None:
+    """Take signals from a launcher on another machine, and its end for one."""
+    for line in sys.stdin:
+        os.kill(os.getpid(), int(line))
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

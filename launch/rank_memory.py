@@ -1,7 +1,7 @@
 """Whether the memory of this machine suffices for a run: asked before it starts, and explained when it did not.
 
 Every figure is an estimate of `launch.planning`, the one that `memory3 plan` prints; no torch.
-Invariants: a run is refused only when weights, gradients and optimizer alone, which are exact, exceed all the memory
+Invariants: a run is refused only when weights and optimizer alone, which are exact, exceed all the memory
 there is; everything less certain is a warning.
 Not here: the formulas (`train.footprint`, `model.footprint`), what fits elsewhere (`memory3 plan`).
 """
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launch.compose import load_config
-from launch.config import RunConfig
+from launch.config import LauncherKind, RunConfig
 from launch.devices import available_here, device_memory_here, memory_here
 from launch.planning import USABLE, stage_memory
 from launch.units import binary
@@ -26,11 +26,13 @@ _SAID = ("DefaultCPUAllocator", "CUDA out of memory", "not enough memory", "can'
 
 
 def check(config: RunConfig) -> None:
-    """Compare what the ranks of this machine will hold with its memory.
+    """Compare what the ranks of this machine will hold with its memory, where they run on it.
 
     Raises:
         ValueError: The state of training alone is larger than all of it.
     """
+    if config.launcher.kind is not LauncherKind.local:
+        return
     device = device_memory_here()
     total = memory_here() // config.engine.num_ranks if device is None else device
     free = available_here() // config.engine.num_ranks if device is None else device
@@ -38,7 +40,7 @@ def check(config: RunConfig) -> None:
         taken = _taken(config, stage)
         if taken.state > total:
             raise ValueError(
-                f"{name}: weights, gradients and optimizer of a rank take {binary(taken.state)}, and it has "
+                f"{name}: weights and optimizer of a rank take {binary(taken.state)}, and it has "
                 f"{binary(total)}; raise engine.zero_stage (now {config.engine.zero_stage}) or engine.num_ranks, or "
                 "choose a smaller model: `memory3 plan` says what fits"
             )

@@ -8,7 +8,7 @@ from time import sleep
 
 import pytest
 
-from launch import preflight, pretrain
+from launch import launchers, preflight, pretrain
 from launch.compose import compose_config
 from launch.config import RunConfig
 from launch.lock import one_of_ranks, only_user
@@ -94,7 +94,7 @@ def test_of_two_jobs_launched_in_the_same_second_one_is_refused(
     monkeypatch.setattr(preflight, "write_rate", lambda folder: folder.mkdir(parents=True, exist_ok=True))
     monkeypatch.setattr(preflight, "check", lambda *_, **__: None)
     monkeypatch.setattr(pretrain, "freeze", lambda *_: 0)
-    monkeypatch.setattr(pretrain, "_start_ranks", trains)
+    monkeypatch.setattr(launchers, "run_agents", trains)
     config = compose_config(["experiment=quick", "data=jsonl", "data.path=x", f"paths.root={tmp_path}"])
 
     def launch() -> None:

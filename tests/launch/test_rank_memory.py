@@ -80,9 +80,7 @@ def test_a_state_that_cannot_fit_is_refused_and_the_rest_is_a_warning(
     assert "warmup: a rank may take" in caplog.text
     assert "warmup.micro_rows=" in caplog.text
     monkeypatch.setattr(rank_memory, "memory_here", lambda: 16 << 20)
-    with pytest.raises(
-        ValueError, match=r"warmup: weights, gradients and optimizer .* raise engine.zero_stage"
-    ):
+    with pytest.raises(ValueError, match=r"warmup: weights and optimizer .* raise engine.zero_stage"):
         rank_memory.check(config)
 
 
