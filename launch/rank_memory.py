@@ -38,9 +38,11 @@ def check(config: RunConfig) -> None:
     free = available_here() // config.engine.num_ranks if device is None else device
     for name, stage in _stages(config):
         taken = _taken(config, stage)
-        if taken.state > total:
+        # How many parameters ZeRO-3 gathers at a time is not known.
+        state = taken.masters + taken.moments + (taken.parameters if config.engine.zero_stage < 3 else 0)
+        if state > total:
             raise ValueError(
-                f"{name}: weights and optimizer of a rank take {binary(taken.state)}, and it has "
+                f"{name}: weights and optimizer of a rank take {binary(state)}, and it has "
                 f"{binary(total)}; raise engine.zero_stage (now {config.engine.zero_stage}) or engine.num_ranks, or "
                 "choose a smaller model: `memory3 plan` says what fits"
             )

@@ -58,11 +58,6 @@ class RankMemory:
         """All of it."""
         return sum(self.parts().values())
 
-    @property
-    def state(self) -> int:
-        """What is held throughout, whatever is computed."""
-        return self.parameters + self.masters + self.moments
-
     def parts(self) -> dict[str, int]:
         """What it consists of, by name."""
         return {
