@@ -131,7 +131,7 @@ class Campaign:
     """
 
     def __init__(self, work: Path, *, seed: int) -> None:
-        self.work, self.seed = work, seed
+        self.work, self.seed, self.chain = work, seed, CHAIN
         self.root = work / "runs"
         self.results = work / f"trials-{seed}.jsonl"
         self._opened: list[Artefact] = []
@@ -258,7 +258,7 @@ class Campaign:
         started, root, rng = time.monotonic(), self._trial_root(scenario), random.Random(f"{self.seed} {id}")
         usual = json.loads(self._count(scenario).read_text())["seconds"]
         kills = 0
-        for _ in range(CHAIN):
+        for _ in range(self.chain):
             ranks = self.start(scenario, root)
             if ranks.ended_within(rng.uniform(0, 1.2 * usual)):
                 break
@@ -668,11 +668,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what is left of a campaign, or a slice of it, and write what was found so far."""
     arguments = _parser().parse_args(argv)
     if arguments.short:
-        arguments.kills, arguments.corruptions, arguments.every = 2, 24, 40
+        arguments.kills, arguments.corruptions, arguments.every = 2, 24, 70
     _import_deepspeed(distributed.Ranks(0, 1, torch.device("cpu")))
     campaign = Campaign(arguments.work.resolve(), seed=arguments.seed)
     if arguments.short:
-        campaign.scenarios = [Scenario("warmup", 1), Scenario("continual", 1)]
+        campaign.scenarios, campaign.chain = [Scenario("warmup", 1), Scenario("continual", 1)], 2
     campaign.set_up()
     deadline = time.monotonic() + 60 * arguments.minutes
     done = {trial.id: trial for trial in _done(campaign.results)}
