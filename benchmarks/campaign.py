@@ -1,8 +1,8 @@
 """Kill a small run wherever it can be killed, corrupt every file that a run reads, and count what was lost.
 
-    python benchmarks/campaign.py --work /tmp/campaign --out benchmarks/results/campaign.json
-    python benchmarks/campaign.py --work /tmp/campaign --minutes 20      # a slice: what is done stays done
-    python benchmarks/campaign.py --short                               # seconds; what continuous integration runs
+    python benchmarks/campaign.py --work FOLDER --out benchmarks/results/campaign.json
+    python benchmarks/campaign.py --work FOLDER --minutes 20      # a slice: what is done stays done
+    python benchmarks/campaign.py --short                       # seconds; what continuous integration runs
 
 Runs are those of `debug=smoke` on the Python documentation, warmup and continual stage apart, on one rank and on two.
 They are forked from a parent that has imported everything and used nothing, so that a trial takes seconds.

@@ -12,7 +12,7 @@ from launch.config import SupervisionConfig
 from launch.supervise import FAILURE, End, judge
 from train.metrics import read_metrics
 
-CRASH = End(1, "RuntimeError: lost 10.0.0.1:4000", "warmup", 12, "warmup-00000010")
+CRASH = End(1, "RuntimeError: lost node 1:4000", "warmup", 12, "warmup-00000010")
 RULES = SupervisionConfig(max_restarts=3, backoff_seconds=10, max_backoff_seconds=25)
 
 
@@ -37,7 +37,7 @@ def test_too_many_restarts_without_a_newer_checkpoint_are_the_end() -> None:
 
 def test_the_same_crash_at_the_same_place_is_the_end() -> None:
     """Addresses, ports and seconds may differ; another update or another cause is another crash."""
-    again = replace(CRASH, cause="RuntimeError: lost 10.0.0.2:4012")
+    again = replace(CRASH, cause="RuntimeError: lost node 2:4012")
     assert judge([CRASH, again], RULES).wait_seconds is None
     assert "after update 12 of the warmup stage for the second time" in judge([CRASH, again], RULES).reason
     for other in (replace(again, step=11), replace(again, cause="killed"), replace(again, code=137)):
