@@ -350,6 +350,7 @@ class Checkpoints:
             with ExitStack() as stack:
                 work = partial(folder)
                 if ranks.is_first:
+                    delete_artefact(work)  # of a killed save, with files that libraries have not finished
                     publication = publishing(
                         folder, kind=KIND, version=VERSION, settings=settings, inputs=self._inputs
                     )

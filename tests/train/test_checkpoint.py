@@ -101,6 +101,15 @@ def test_a_partial_folder_is_ignored_and_does_not_stop_the_next_save(tmp_path: P
     assert names(tmp_path) == ["warmup-00000005", "warmup-00000010"]
 
 
+def test_nothing_of_a_killed_save_gets_into_the_next_one(tmp_path: Path) -> None:
+    """Libraries have names of their own for files that they have not finished."""
+    folder = save(tmp_path, 5)
+    (folder / "engine" / ".tmpO98MOh").write_bytes(b"half")
+    folder.rename(folder.with_name(folder.name + ".partial"))
+    save(tmp_path, 5)
+    assert sorted(path.name for path in (folder / "engine").iterdir()) == ["state.pt"]
+
+
 def test_a_folder_without_manifest_does_not_exist(tmp_path: Path) -> None:
     save(tmp_path, 5)
     (save(tmp_path, 10) / "manifest.json").unlink()
