@@ -315,6 +315,7 @@ def compiler(arguments: argparse.Namespace) -> Compiler:
     return Compiler(
         encode=network.encode,
         codec=CodecConfig(kind=CodecKind.int8),
+        row_tokens=config.row_tokens,
         shape=MemoryShape.of(config),
         dtype=torch.bfloat16,
         embedder=StaticEmbedder(),

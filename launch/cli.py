@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launch.devices import DEVICES
-from memorybank.config import CodecKind
+from memorybank.config import BankContext, CodecKind
 from memorybank.cost import CODECS, EMBEDDERS, Hardware
 
 _OVERRIDES = """\
@@ -199,6 +199,12 @@ def _add_bank_arguments(sub: argparse.ArgumentParser, name: str) -> None:
             choices=[kind.name for kind in CodecKind],
             help="how keys and values are kept (default: what the bank has, or the run's codec.kind)",
         )
+        sub.add_argument(
+            "--context",
+            choices=[context.name for context in BankContext],
+            help="what a reference sees when it is encoded: itself, or its document before it (default: what the bank "
+            "has, or the run's bank.context)",
+        )
     if name in ("add", "replace"):
         sub.add_argument("files", nargs="+", metavar="FILE", help="JSON lines, perhaps gzipped")
         sub.add_argument(
@@ -209,6 +215,15 @@ def _add_bank_arguments(sub: argparse.ArgumentParser, name: str) -> None:
             sub.add_argument(
                 f"--{field}-field", default=field, help=f"field that holds the {field} (default: %(default)s)"
             )
+    if name in ("build", "add", "replace", "refresh"):
+        sub.add_argument(
+            "--ranks",
+            type=int,
+            default=1,
+            metavar="N",
+            help="processes of this machine that share the work, each with engine.threads_per_rank threads (default: "
+            "%(default)s, with all threads)",
+        )
     if name in ("build", "add", "replace", "refresh", "compact"):
         sub.add_argument(
             "--dry-run", action="store_true", help="say bytes, time, index and codec, and write nothing"

@@ -5,16 +5,13 @@ Not here: what a rank does (`launch.worker`).
 
 import argparse
 import logging
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 from launch import preflight
 from launch.compose import compose_config, differences, load_config, save_config, to_yaml
 from launch.config import Resume, RunConfig
 from launch.lock import only_user
+from launch.ranks import run_ranks
 from train.stopping import STOPPED
 
 log = logging.getLogger(__name__)
@@ -103,23 +100,8 @@ def freeze(config: RunConfig, folder: Path) -> int:
 
 
 def _start_ranks(config: RunConfig, folder: Path) -> int:
-    command = [sys.executable, "-m", "launch.agent", str(folder), str(config.engine.num_ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(config.engine.threads_per_rank)}
-    package_root = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    ranks = subprocess.Popen(command, env=environment, close_fds=False)
-    handlers = {
-        number: signal.signal(number, lambda number, _: ranks.send_signal(number))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
-    try:
-        code = ranks.wait()
-    except KeyboardInterrupt:
-        ranks.terminate()
-        code = ranks.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    worker, engine = ["-m", "launch.worker", str(folder)], config.engine
+    code = run_ranks("memory3 pretrain", worker, num_ranks=engine.num_ranks, threads=engine.threads_per_rank)
     if code in STOPPED:
         log.info("the run was stopped (exit code %d); the same command goes on where it was", code)
     elif code not in (0, _USER_ERROR):

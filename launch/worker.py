@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -44,12 +45,23 @@ def main(run: Path) -> int:
     """
     stop = Stop()
     stop.listen(leave)
+
+    def work() -> int:
+        try:
+            with one_of_ranks(run):
+                _run(run, stop)
+        except StoppedError as stopped:
+            log.info("%s, and published a checkpoint", stopped)
+            return stop.exit_code
+        return 0
+
+    return reported(work)
+
+
+def reported(work: Callable[[], int]) -> int:
+    """Do a rank's work and return its exit code; what ends it early is recorded for `launch.agent`."""
     try:
-        with one_of_ranks(run):
-            _run(run, stop)
-    except StoppedError as stopped:
-        log.info("%s, and published a checkpoint", stopped)
-        return stop.exit_code
+        return work()
     except (ValueError, HopelessError) as problem:
         get_error_handler().record_exception(problem)
         return DIVERGED if isinstance(problem, HopelessError) else 2
@@ -61,7 +73,6 @@ def main(run: Path) -> int:
         time.sleep(_GRACE_SECONDS)
         get_error_handler().record_exception(problem)
         raise
-    return 0
 
 
 def _run(run: Path, stop: Stop) -> None:

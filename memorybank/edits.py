@@ -42,11 +42,10 @@ from data.files import (
     publishing,
     write_atomic,
 )
-from data.references import ReferenceTokens
 from memorybank import codecs, quantizer
 from memorybank import segment as segments
 from memorybank.codec import Codec
-from memorybank.config import STAGES, CodecConfig, IndexConfig, IndexKind
+from memorybank.config import STAGES, BankContext, CodecConfig, IndexConfig, IndexKind
 from memorybank.embedder import Embedder
 from memorybank.index import Block, Blocks
 from memorybank.index_plan import renewed
@@ -72,7 +71,7 @@ from memorybank.library import (
     stated_index,
 )
 from memorybank.record import MemoryShape
-from memorybank.segment import CutDocument, DocumentCutter, Segment, write_segment
+from memorybank.segment import CutDocument, DocumentCutter, Segment, Segments, write_segment
 from memorybank.store import GenerationSettings, differences
 from memorybank.vectors import Vectors, compile_vectors, copy_vectors
 from memorybank.writer import Encode, compile_generation, copy_generation
@@ -143,6 +142,10 @@ class Compiler:
     encode: Encode
     codec: CodecConfig | None
     """Of a library that is built or refreshed; None keeps the codec that it has, fitted to new weights if need be."""
+    context: BankContext | None = None
+    """What a reference sees of its document; None keeps what a library has, and is `reference` for a new one."""
+    row_tokens: int
+    """Tokens of a window in context `document`."""
     shape: MemoryShape
     dtype: torch.dtype
     """The type that the model computes in."""
@@ -156,6 +159,15 @@ class Compiler:
     batch: int = BATCH
     records_per_shard: int = RECORDS_PER_SHARD
 
+    @property
+    def window_tokens(self) -> int | None:
+        """Tokens of a document that are encoded at once; None = each reference by itself."""
+        return self.row_tokens if self.context is BankContext.document else None
+
+    def like(self, settings: LibrarySettings) -> "Compiler":
+        """Return this in the context that a library has, where no other is asked for."""
+        return replace(self, context=self.context or BankContext(settings.context))
+
     def settings(self, codec: str) -> LibrarySettings:
         """What a library compiled with this, and a codec of that name, states."""
         return LibrarySettings(
@@ -166,6 +178,8 @@ class Compiler:
             tokenizer=self.cutter.fingerprint,
             codec=codec,
             embedder=self.embedder.name,
+            context=(self.context or BankContext.reference).value,
+            window_tokens=self.window_tokens,
             index=stated_index(self.index),
         )
 
@@ -220,36 +234,9 @@ class Editor:
 
     def refresh(self) -> int:
         """Compile all records with the compiler's weights; search vectors stay, unless the embedder is another one."""
-        compiler = self._compiler()
-        expect = {"tokenizer": compiler.cutter.fingerprint}
+        expect = {"tokenizer": self._compiler().cutter.fingerprint}
         with self._writing(), Library.open(self.folder, expect=expect) as base:
-            kept = self._kept_codec(base)
-            if kept is not None and not _changes(base.settings, compiler, but=("lineage", "step")):
-                return base.number
-            number = base.number + 1
-            codec, codec_piece = kept or self._new_codec(base, base.segments, number)
-            embeds = compiler.embedder.name != base.settings.embedder
-            same = ("lineage", "step", "index", "embedder")
-            encodes = kept is None or bool(_changes(base.settings, compiler, but=same))
-            parts = []
-            for place, part in enumerate(base.parts):
-                texts, ids = base.segments[place], base.live_ids(place)
-                vectors = self.folder / part.vectors
-                if embeds:
-                    vectors = piece_folder(self.folder, "vectors", number, place)
-                    self._embed(texts, vectors, sum(map(len, base.segments)))
-                records = self.folder / part.records
-                if encodes:
-                    records = piece_folder(self.folder, "records", number, place)
-                    self._encode(texts, base, ids, records, len(base), codec)
-                parts.append(replace(part, vectors=vectors.name, records=records.name))
-            settings = compiler.settings(codec.name)
-            if not encodes:
-                settings = replace(settings, lineage=base.settings.lineage, step=base.settings.step)
-            shared = Shared(self._indexed(base, parts, number), codec_piece)
-            return self._publish(
-                base, settings, parts, base.removed, base.next_reference, shared=shared, action="refresh"
-            )
+            return self._like(base.settings)._refreshed(base)
 
     def compact(self) -> int:
         """Rewrite what holds removed documents, join small segments, and delete everything older.
@@ -299,10 +286,11 @@ class Editor:
             removed = state.mapped(REMOVED).read_all().view(np.int64)
             of = texts.document_numbers[texts.references["document"]]
             ids = ids[~np.isin(of, removed)]
-        then = replace(compiler, lineage=state.settings["lineage"], step=state.settings["step"])
+        then = replace(
+            compiler.like(settings), lineage=state.settings["lineage"], step=state.settings["step"]
+        )
         return replace(self, compiler=then)._encode(
             texts,
-            _PlainSegments([texts]),
             ids,
             self.folder / name,
             len(ids),
@@ -339,7 +327,39 @@ class Editor:
         compiler = self._compiler()
         with self._writing(), Library.open(self.folder) as base:
             refuse_changes(self.folder, base.settings, compiler)
-            return self._put(base, documents, replaces=replaces, action=action)
+            return self._like(base.settings)._put(base, documents, replaces=replaces, action=action)
+
+    def _like(self, settings: LibrarySettings) -> "Editor":
+        return replace(self, compiler=self._compiler().like(settings))
+
+    def _refreshed(self, base: Library) -> int:
+        compiler, kept = self._compiler(), self._kept_codec(base)
+        if kept is not None and not _changes(base.settings, compiler, but=("lineage", "step")):
+            return base.number
+        number = base.number + 1
+        codec, codec_piece = kept or self._new_codec(base, base.segments, number)
+        embeds = compiler.embedder.name != base.settings.embedder
+        same = ("lineage", "step", "index", "embedder")
+        encodes = kept is None or bool(_changes(base.settings, compiler, but=same))
+        parts = []
+        for place, part in enumerate(base.parts):
+            texts = base.segments[place]
+            vectors = self.folder / part.vectors
+            if embeds:
+                vectors = piece_folder(self.folder, "vectors", number, place)
+                self._embed(texts, vectors, sum(map(len, base.segments)))
+            records = self.folder / part.records
+            if encodes:
+                records = piece_folder(self.folder, "records", number, place)
+                self._encode(texts, base.live_ids(place), records, len(base), codec)
+            parts.append(replace(part, vectors=vectors.name, records=records.name))
+        settings = compiler.settings(codec.name)
+        if not encodes:
+            settings = replace(settings, lineage=base.settings.lineage, step=base.settings.step)
+        shared = Shared(self._indexed(base, parts, number), codec_piece)
+        return self._publish(
+            base, settings, parts, base.removed, base.next_reference, shared=shared, action="refresh"
+        )
 
     def _put(self, base: Library | None, documents: Documents, *, replaces: bool, action: str) -> int:
         compiler = self._compiler()
@@ -361,7 +381,7 @@ class Editor:
             vectors = piece_folder(self.folder, "vectors", number, place)
             records = piece_folder(self.folder, "records", number, place)
             self._embed(texts, vectors, total, _known(documents.known, texts, first))
-            self._encode(texts, _PlainSegments([texts]), texts.numbers, records, total, codec)
+            self._encode(texts, texts.numbers, records, total, codec)
             parts.append(_part(texts, vectors, records))
         after = int(made[-1].numbers[-1]) + 1
         if base is not None:
@@ -386,7 +406,8 @@ class Editor:
         if has is None and config is not None and config.kind not in STAGES:
             kept = codecs.of_kind(config.kind, compiler.shape, compiler.dtype).name == base.settings.codec
         else:
-            kept = config in (None, has) and (has is None or weights == compiler.weights)
+            same = (weights, base.settings.window_tokens) == (compiler.weights, compiler.window_tokens)
+            kept = config in (None, has) and (has is None or same)
         return self._codec_of(base) if kept else None
 
     def _new_codec(
@@ -401,7 +422,7 @@ class Editor:
             config = quantizer.config_of(open_piece(self.folder / base.shared.codec))
         if config.kind not in STAGES:
             return codecs.of_kind(config.kind, compiler.shape, compiler.dtype), None
-        folder, references = piece_folder(self.folder, "codec", number, 0), _PlainSegments(texts)
+        folder, references = piece_folder(self.folder, "codec", number, 0), Segments(texts)
         chosen = config
 
         def sampled() -> tuple[Ids, Ids]:
@@ -425,6 +446,7 @@ class Editor:
             is_first=self.team.rank == 0,
             barrier=self.team.barrier,
             batch=compiler.batch,
+            window_tokens=compiler.window_tokens,
         )
         self.told("fitting the codec", 1, 1, 0)
         return codec, folder.name
@@ -482,7 +504,7 @@ class Editor:
         self, base: Library | None, texts: Sequence[Segment], blocks: Sequence[Block]
     ) -> tuple[Ids, Floats]:
         """Return references and a query made of each; without an embedder, those of an index that was built before."""
-        of = _PlainSegments(texts)
+        of = Segments(texts)
         ids = of.ids(np.unique(np.linspace(0, len(of) - 1, QUERIES).astype(np.int64)))
         if self.compiler is not None:
             asked = [text[len(text) // 2 :] for text in map(of.content, ids.tolist())]
@@ -555,13 +577,11 @@ class Editor:
         else:
             compile_vectors(embedder, texts, folder, progress=progress, **shared)  # type: ignore[arg-type]
 
-    def _encode(
-        self, texts: Segment, references: ReferenceTokens, ids: Ids, folder: Path, total: int, codec: Codec
-    ) -> None:
+    def _encode(self, texts: Segment, ids: Ids, folder: Path, total: int, codec: Codec) -> None:
         compiler = self._compiler()
         compile_generation(
             compiler.encode,
-            references,
+            Segments([texts]),
             ids,
             codec,
             folder,
@@ -777,47 +797,6 @@ def sweep(folder: Path, *, kept: int = KEPT_STATES) -> list[Path]:
     return held
 
 
-class _PlainSegments:
-    """The references of segments that perhaps no state names yet, by number; rows count them through all segments."""
-
-    def __init__(self, segments: Sequence[Segment]) -> None:
-        self._segments = segments
-        self._begins = np.cumsum([0, *map(len, segments)])
-        self._firsts = np.array([int(of.numbers[0]) for of in segments], np.int64)
-
-    def __len__(self) -> int:
-        return int(self._begins[-1])
-
-    def ids(self, rows: Ids) -> Ids:
-        """Return the numbers of rows."""
-        places = np.searchsorted(self._begins, rows, side="right") - 1
-        found = [
-            self._segments[place].numbers[row - self._begins[place]]
-            for place, row in zip(places.tolist(), rows.tolist(), strict=True)
-        ]
-        return np.array(found, np.int64)
-
-    def tokens(self, ids: Sequence[int] | Ids) -> tuple[Ids, Ids, Ids]:
-        asked = np.asarray(ids, np.int64)
-        places = self._places(asked)
-        width = self._segments[0].reference_tokens
-        tokens_NR = np.zeros((len(asked), width), np.int64)
-        lengths_N, titles_N = np.zeros(len(asked), np.int64), np.zeros(len(asked), np.int64)
-        for place in np.unique(places).tolist():
-            mine, of = places == place, self._segments[place]
-            rows = np.searchsorted(of.numbers, asked[mine])
-            tokens_NR[mine], lengths_N[mine], titles_N[mine] = of.padded(rows)
-        return tokens_NR, lengths_N, titles_N
-
-    def content(self, id: int) -> str:
-        """Return the text of a reference without its title line."""
-        of = self._segments[int(self._places(np.array([id]))[0])]
-        return of.citation(int(np.searchsorted(of.numbers, id)))[1]
-
-    def _places(self, ids: Ids) -> Ids:
-        return np.searchsorted(self._firsts, ids, side="right") - 1
-
-
 def _known(known: Known | None, texts: Segment, first: int) -> Known | None:
     """Return the known vectors of one segment, of documents whose first reference has the number `first`."""
     return None if known is None else Known(known.vectors, known.rows[texts.numbers - first])
@@ -827,7 +806,7 @@ def _changes(
     settings: LibrarySettings, compiler: Compiler, *, but: Sequence[str]
 ) -> list[tuple[str, Any, Any]]:
     """Return what was not made with the compiler: setting, its value, the compiler's value; nothing of the codec."""
-    expected = asdict(compiler.settings(settings.codec))
+    expected = asdict(compiler.like(settings).settings(settings.codec))
     return list(differences(asdict(settings), {key: expected[key] for key in expected if key not in but}))
 
 
@@ -859,4 +838,6 @@ def _generation_settings(settings: LibrarySettings, segment: Segment) -> Generat
         step=settings.step,
         references=segment.fingerprint,
         tokenizer=settings.tokenizer,
+        context=settings.context,
+        window_tokens=settings.window_tokens,
     )

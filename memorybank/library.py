@@ -40,10 +40,10 @@ from torch import Tensor
 from data.files import MANIFEST, Manifest, hold, open_manifest
 from data.references import Citation
 from memorybank import index_store, quantizer, segment, store, vectors
-from memorybank.config import IndexConfig, IndexKind
+from memorybank.config import BankContext, IndexConfig, IndexKind
 from memorybank.index import Block, IdSet
 from memorybank.index_store import BankIndex, index_of
-from memorybank.segment import Segment
+from memorybank.segment import Segment, Segments
 from memorybank.store import Generation, differences
 from memorybank.vectors import Vectors
 
@@ -82,6 +82,10 @@ class LibrarySettings:
     """Codec.name."""
     embedder: str
     """Embedder.name."""
+    context: str = BankContext.reference.value
+    """What a reference saw when it was encoded, a `BankContext`."""
+    window_tokens: int | None = None
+    """Tokens of a window in context `document`."""
     index: Mapping[str, Any] = field(default_factory=lambda: stated_index(IndexConfig()))
     """What was asked of the search index: `IndexConfig` as plain JSON."""
 
@@ -199,6 +203,7 @@ class Library:
         self.settings = settings_of(manifest)
         self.removed: Ids = manifest.mapped(REMOVED).read_all().view(np.int64)
         self.segments = [Segment(self._piece(part.text)) for part in self.parts]
+        self._texts = Segments(self.segments)
         self._vectors = [Vectors(self._piece(part.vectors)) for part in self.parts]
         self._records = [Generation(self._piece(part.records)) for part in self.parts]
         self._firsts = np.array([part.first for part in self.parts], np.int64)
@@ -220,6 +225,14 @@ class Library:
                 raise ValueError(
                     f"{manifest.folder}: {', '.join(part.pieces)} do not belong together; restore the library from a "
                     "copy with `memory3 bank fetch`"
+                )
+            made_with = {
+                name: getattr(self.settings, name) for name in ("weights", "context", "window_tokens")
+            }
+            for key, is_value, stated in differences(asdict(records.settings), made_with):
+                raise ValueError(
+                    f"{records.folder}: its {key} is {is_value}, but {stated} is that of {manifest.folder}; restore "
+                    "the library from a copy with `memory3 bank fetch`"
                 )
 
     @classmethod
@@ -311,20 +324,20 @@ class Library:
 
     def is_live(self, ids: Ids) -> NDArray[np.bool_]:
         """Return for each reference whether it is there and was not removed."""
-        places, rows = self._locate(ids)
+        places, rows = self._texts.locate(ids)
         return (places >= 0) & ~np.isin(self._documents_at(places, rows), self.removed)
 
     # -- ReferenceSource
 
     def documents_of(self, ids: Ids) -> Ids:
         """The number of each reference's document, in the shape of `ids`; -1 for what is not there."""
-        return self._documents_at(*self._locate(ids))
+        return self._documents_at(*self._texts.locate(ids))
 
     def of_documents(self, documents: Ids) -> Ids:
         """The ids of all references of these documents, ascending; of those that can be found."""
         found = [np.zeros(0, np.int64)]
         for document in np.setdiff1d(documents, self.removed):
-            (place,), (row,) = self._locate(np.array([document]))
+            (place,), (row,) = self._texts.locate(np.array([document]))
             if place >= 0:
                 of = self.segments[place]
                 count = int(of.documents[int(of.references[int(row)]["document"])]["references"])
@@ -350,14 +363,8 @@ class Library:
     def tokens(self, ids: Sequence[int] | Ids) -> tuple[Ids, Ids, Ids]:
         """The tokens of references: tokens_NR padded, lengths_N, titles_N."""
         asked = np.asarray(ids, np.int64)
-        places, rows = self._found(asked)
-        width = self.segments[0].reference_tokens
-        tokens_NR = np.zeros((len(asked), width), np.int64)
-        lengths_N, titles_N = np.zeros(len(asked), np.int64), np.zeros(len(asked), np.int64)
-        for place in np.unique(places).tolist():
-            mine = places == place
-            tokens_NR[mine], lengths_N[mine], titles_N[mine] = self.segments[place].padded(rows[mine])
-        return tokens_NR, lengths_N, titles_N
+        self._found(asked)
+        return self._texts.tokens(asked)
 
     def content_tokens(self, reference: int) -> list[int]:
         """The tokens of a reference without its title line."""
@@ -477,17 +484,6 @@ class Library:
         ids: Ids = begins + np.arange(counts.sum())
         return ids
 
-    def _locate(self, ids: Ids) -> tuple[Ids, Ids]:
-        """Return the part and row of each reference, in the shape of `ids`; -1 where there is none."""
-        places = np.searchsorted(self._firsts, ids, side="right") - 1
-        rows = np.full(ids.shape, -1, np.int64)
-        for place in np.unique(places[places >= 0]).tolist():
-            mine = places == place
-            numbers = self.segments[place].numbers
-            found = np.minimum(np.searchsorted(numbers, ids[mine]), len(numbers) - 1)
-            rows[mine] = np.where(numbers[found] == ids[mine], found, -1)
-        return np.where(rows >= 0, places, -1), rows
-
     def _documents_at(self, places: Ids, rows: Ids) -> Ids:
         documents = np.full(places.shape, -1, np.int64)
         for place in np.unique(places[places >= 0]).tolist():
@@ -496,7 +492,7 @@ class Library:
         return documents
 
     def _found(self, ids: Ids) -> tuple[Ids, Ids]:
-        places, rows = self._locate(ids)
+        places, rows = self._texts.locate(ids)
         gone = (places < 0) | np.isin(self._documents_at(places, rows), self.removed)
         if gone.any():
             raise ValueError(

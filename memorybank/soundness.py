@@ -42,7 +42,7 @@ from memorybank.library import (
     state_folder,
     state_numbers,
 )
-from memorybank.segment import Segment
+from memorybank.segment import Segment, Segments
 from memorybank.writer import encode_records
 
 _BLOCK = 1 << 22
@@ -314,7 +314,15 @@ def _sample_problems(library: Library, compiler: Compiler, *, sample: int, seed:
     vectors = compiler.embedder.embed([library.text(int(id)) for id in ids])
     cosines = (vectors * library.read_vectors(ids)).sum(axis=1)
     codec = codecs.named(library.settings.codec, compiler.shape, library.folder)
-    made = codec.decode(encode_records(compiler.encode, library, ids, codec, batch=compiler.batch))
+    records = encode_records(
+        compiler.encode,
+        Segments(library.segments),
+        ids,
+        codec,
+        batch=compiler.batch,
+        window_tokens=library.settings.window_tokens,
+    )
+    made = codec.decode(records)
     kept = codec.decode(library.read(ids))
     for row, id in enumerate(ids.tolist()):
         if vectors[row].any() and cosines[row] < _LEAST_COSINE:

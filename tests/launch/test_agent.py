@@ -61,9 +61,8 @@ def test_first_cause_is_said_once(
     program.write_text(RANK)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    start = f"from launch import agent; agent.WORKER = ['{program}']; import sys; sys.exit(agent.main(*sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-c", start, str(tmp_path), "2"],
+        [sys.executable, "-m", "launch.agent", "memory3 pretrain", "2", str(program), str(tmp_path)],
         cwd=root, env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(temporary)},
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip

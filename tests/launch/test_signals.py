@@ -68,9 +68,8 @@ def stopped(run: Path, what: str) -> Stopped:
     program = run.parent / f"{what}.py"
     program.write_text(RANK.replace("{what}", what))
     root = Path(agent.__file__).parents[1]
-    start = f"from launch import agent; agent.WORKER = ['{program}']; import sys; sys.exit(agent.main(*sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-c", start, str(run), "2"],
+        [sys.executable, "-m", "launch.agent", "memory3 pretrain", "2", str(program), str(run)],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,

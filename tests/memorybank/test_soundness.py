@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.files import MANIFEST, fingerprint
+from data.files import MANIFEST
 from memorybank.edits import Editor
 from memorybank.library import Library
 from memorybank.soundness import fetch, find_document, repair, verify
-from tests.support.memorybank import compiler, hashes, texts
+from tests.support.memorybank import compiler, hashes, rewritten, texts
 
 
 @pytest.fixture(scope="module")
@@ -132,17 +132,6 @@ def test_foreign_files_are_named_and_left_alone(folder: Path) -> None:
     ]
     assert repair(editor(folder), problems) == []
     assert (folder / "notes.txt").exists()
-
-
-def rewritten(manifest: Path, change: Callable[[dict[str, object]], None]) -> None:
-    """Change a manifest and give it the fingerprint that its content now has."""
-    stored = json.loads(manifest.read_text())
-    change(stored)
-    named = {key: stored[key] for key in ("kind", "version", "settings", "inputs")}
-    stored["fingerprint"] = fingerprint(
-        {**named, "files": {name: entry["sha256"] for name, entry in stored["files"].items()}}
-    )
-    manifest.write_text(json.dumps(stored))
 
 
 @pytest.mark.parametrize("name", ["../text-000001-0000", "/etc", "text-000001-0000/../../x"])
