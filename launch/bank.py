@@ -396,7 +396,9 @@ def _removed_ids(library: Library) -> list[str]:
 
 def _generation_folders(run_folder: Path) -> list[Path]:
     return sorted(
-        path for path in (run_folder / "bank").glob("generation-*") if not path.name.endswith(".partial")
+        path.parent
+        for path in (run_folder / "bank").glob(f"generation-*/{MANIFEST}")
+        if path.parent.suffix != ".partial"
     )
 
 

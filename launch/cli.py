@@ -129,7 +129,7 @@ CHECKPOINT_ACTIONS = (
     Command("verify", "check every byte against its hash; exit code 1 when something is damaged", ""),
     Command(
         "prune",
-        "delete the checkpoints that no rule keeps, and what interrupted saves left",
+        "delete the checkpoints and generations that no rule keeps, and what interrupted saves left",
         "both ends of a stage, branch points, damaged checkpoints and those that are being read always stay; nothing "
         "is deleted unless one of those that stay is whole",
     ),

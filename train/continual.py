@@ -29,6 +29,7 @@ from memorybank.writer import compile_generation
 from model.config import ModelConfig
 from train.distributed import Ranks
 from train.engine import Engine
+from train.generations import sweep
 from train.rows import in_bank
 from train.state import History
 
@@ -88,6 +89,7 @@ class BankEpochs:
         codec: Memories to records; a quantiser is trained anew in every epoch, on what the bank then may hold.
         dtype: The type the model computes in.
         bank: In which context references are encoded.
+        keep_generations: So many newest ones stay, whether or not a checkpoint names them.
         ranks: All processes compile.
     """
 
@@ -103,6 +105,7 @@ class BankEpochs:
         codec: CodecConfig,
         dtype: torch.dtype,
         bank: BankConfig,
+        keep_generations: int,
         ranks: Ranks,
     ) -> None:
         self._run = run
@@ -115,6 +118,7 @@ class BankEpochs:
         self._dtype = dtype
         self._shape = MemoryShape.of(model)
         self._bank = bank
+        self._keep_generations = keep_generations
         self._ranks = ranks
 
     def bank_ids(self, history: History) -> Ids:
@@ -160,6 +164,7 @@ class BankEpochs:
             name: Of the generation.
             step: Of the weights.
         """
+        self.sweep()
         bank = self._run / "bank"
         settings = GenerationSettings(
             layout=self._model.layout(),
@@ -217,6 +222,11 @@ class BankEpochs:
                 "earlier bank epoch (delete the later ones)"
             )
         return generation
+
+    def sweep(self) -> None:
+        """Delete the generations that neither a checkpoint nor the rule keeps; on the first rank."""
+        if self._ranks.is_first:
+            sweep(self._run, last=self._keep_generations)
 
     def _publish_neighbours(
         self, folder: Path, settings: dict[str, object], ids: Ids, rows: Rows, validation: Rows

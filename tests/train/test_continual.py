@@ -67,6 +67,7 @@ def epochs(run: Path, **changes: Any) -> BankEpochs:
         "codec": CodecConfig(),
         "dtype": torch.bfloat16,
         "bank": BankConfig(),
+        "keep_generations": 2,
         "ranks": Ranks(0, 1, torch.device("cpu")),
     }
     return BankEpochs(run, **(settings | changes))
