@@ -354,8 +354,8 @@ def of_last_edit(library: Library, add: int) -> dict[str, int]:
 
 
 def described(library: Library) -> dict[str, Any]:
-    """What a bank holds, and its index."""
-    index = library.index
+    """What a bank holds, and the largest of its indexes."""
+    index = max(library.indexes, key=lambda index: int(index.settings["num_vectors"]), default=None)
     return {
         "references": len(library),
         "documents": library.num_documents,

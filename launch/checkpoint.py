@@ -112,7 +112,9 @@ def prune(arguments: argparse.Namespace) -> int:
         old = generations.outdated(folder, last=keep, without=[entry.folder for entry in doomed])
         for path in old:
             print(f"{path.relative_to(folder)}: goes, no checkpoint that stays names it")
-        print(f"{len(doomed)} checkpoints of {size} and {len(old)} generations would go; nothing was deleted")
+        print(
+            f"{len(doomed)} checkpoints and {size}, and {len(old)} generations would go; nothing was deleted"
+        )
         return 0
     with only_user(folder):
         for stage in sorted({entry.stage for entry in doomed}):

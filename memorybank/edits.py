@@ -5,9 +5,9 @@
     newer weights --refresh--> records for every segment              --> state
     --compact--> segments without what was removed, copied            --> state; everything older is deleted
 
-A quantiser is fitted by `build`, and by `refresh` for other weights. The search index is built anew by `build`, `add`
-and `replace` when the vectors that are not in it are too many (`index_plan.renewed`), by `refresh` when the embedder is
-another one, and by `compact` when it holds a vector that was removed.
+A quantiser is fitted by `build`, and by `refresh` for other weights. A search index is built by `build`, `add` and
+`replace` when the vectors that are in none are too many, of these and of the smaller indexes (`index_plan.folded`); by
+`refresh` when the embedder is another one; and by `compact` in place of one that holds a vector that was removed.
 
 Invariants: an edit is one rename: until then readers see the library as it was, whatever becomes of the writer; an
 interrupted edit that is repeated goes on after the last whole shard; the bytes do not depend on the number of ranks;
@@ -48,7 +48,7 @@ from memorybank.codec import Codec
 from memorybank.config import STAGES, BankContext, CodecConfig, IndexConfig, IndexKind
 from memorybank.embedder import Embedder
 from memorybank.index import Block, Blocks
-from memorybank.index_plan import renewed
+from memorybank.index_plan import folded, plan_index
 from memorybank.index_store import build_index, queries_of
 from memorybank.library import (
     KIND,
@@ -61,7 +61,7 @@ from memorybank.library import (
     Shared,
     asked_index,
     index_blocks,
-    is_index_of,
+    lists_some,
     open_piece,
     piece_folder,
     settings_of,
@@ -252,11 +252,11 @@ class Editor:
             assert self.team.world_size == 1, "copying is one process's work"
             number, none = base.number, np.zeros(0, np.int64)
             groups = compaction(base, self.references_per_segment)
-            listed = set() if base.index is None else set(base.index.inputs)
+            listed = {name for index in base.indexes for name in index.inputs}
             lists_gone = not listed <= {part.vectors for part in base.parts}
             if len(base.removed) or len(groups) < len(base.parts) or lists_gone:
                 parts = self._rewritten(base, groups)
-                shared = replace(base.shared, index=self._indexed(base, parts, base.number + 1, whole=True))
+                shared = replace(base.shared, indexes=self._indexed(base, parts, base.number + 1, whole=True))
                 number = self._publish(
                     base, base.settings, parts, none, base.next_reference, shared=shared, action="compact"
                 )
@@ -299,12 +299,11 @@ class Editor:
 
     def index_again(self, state: Manifest, parts: Sequence[Part], name: str) -> str | None:
         """Build the index of a state from these parts of it, and return its name; None when so few need none."""
-        compiler, asked = self._compiler(), settings_of(state).index
-        refuse_changes(self.folder, settings_of(state), compiler)
-        then = replace(self, compiler=replace(compiler, index=asked_index(asked)))
-        return then._indexed(None, parts, int(PIECE.fullmatch(name)[2]))  # type: ignore[index]
+        compiler, settings = self._compiler(), settings_of(state)
+        refuse_changes(self.folder, settings, compiler)
+        return self._build_index(None, parts, self.folder / name, asked_index(settings.index))
 
-    def rename(self, state: Manifest, fingerprints: Mapping[str, str], index: str | None) -> None:
+    def rename(self, state: Manifest, fingerprints: Mapping[str, str], indexes: tuple[str, ...]) -> None:
         """Publish a state like `state` whose pieces have other fingerprints now, and delete those of the lost ones."""
         publish_state(
             self.folder,
@@ -313,7 +312,7 @@ class Editor:
             [Part(**part) for part in state.settings["parts"]],
             state.mapped(REMOVED).read_all().view(np.int64),
             int(state.settings["next_reference"]),
-            shared=replace(shared_of(state), index=index),
+            shared=replace(shared_of(state), indexes=indexes),
             action="repair",
             known=fingerprints,
         )
@@ -453,40 +452,56 @@ class Editor:
 
     def _indexed(
         self, base: Library | None, parts: Sequence[Part], number: int, *, whole: bool = False
-    ) -> str | None:
-        """Return the index piece of a state with these parts, which is built if what stands will not do; None: exact.
+    ) -> tuple[str, ...]:
+        """Return the indexes of a state with these parts: those that stand and will do, and one that is built.
 
         Args:
             base: the library before.
             parts: in order.
             number: of the state.
-            whole: whether an index that lists vectors of parts that are gone will not do either.
+            whole: whether an index that lists vectors of parts that are gone will not do.
         """
         if self.team.rank != 0:
-            return None  # one process decides and builds; the others wait for it to publish the state
-        texts = [Segment(open_piece(self.folder / part.text)) for part in parts]
-        vectors = [Vectors(open_piece(self.folder / part.vectors)) for part in parts]
-        inputs = {part.vectors: found.fingerprint for part, found in zip(parts, vectors, strict=True)}
+            return ()  # one process decides and builds; the others wait for it to publish the state
+        inputs = {part.vectors: open_piece(self.folder / part.vectors).fingerprint for part in parts}
         if self.compiler is not None:
             config = self.compiler.index
         else:
             assert base is not None
             config = asked_index(base.settings.index)
-        standing = None if base is None else base.index
-        if standing is not None:
-            assert base is not None
-            fits = is_index_of(standing, parts, inputs) and base.settings.index == stated_index(config)
-            if not fits or (whole and not standing.inputs.keys() <= inputs.keys()):
-                standing = None
-        listed = None if standing is None else int(standing.settings["num_vectors"])
+        standing: list[Manifest] = []
+        if base is not None and base.settings.index == stated_index(config):
+            standing = [
+                index
+                for index in base.indexes
+                if lists_some(index, inputs) and not (whole and index.inputs.keys() - inputs.keys())
+            ]
+        listed = {name for index in standing for name in index.inputs}
+        chosen = [part for part in parts if part.vectors not in listed]
+        unlisted = sum(part.references for part in chosen)
+        if standing:
+            places = folded([int(index.settings["num_vectors"]) for index in standing], unlisted)
+            if places is None:
+                return tuple(index.folder.name for index in standing)
+            kept = [index for place, index in enumerate(standing) if place not in places]
+            listed = {name for index in kept for name in index.inputs}
+            chosen, standing = [part for part in parts if part.vectors not in listed], kept
+        made = self._build_index(base, chosen, piece_folder(self.folder, "index", number, 0), config)
+        return tuple(index.folder.name for index in standing) + (() if made is None else (made,))
+
+    def _build_index(
+        self, base: Library | None, parts: Sequence[Part], folder: Path, config: IndexConfig
+    ) -> str | None:
+        """Build an index over some parts, and return its name; None when so few vectors need none."""
+        texts = [Segment(open_piece(self.folder / part.text)) for part in parts]
+        vectors = [Vectors(open_piece(self.folder / part.vectors)) for part in parts]
         total = sum(map(len, vectors))
-        plan = renewed(listed, total, vectors[0].size, config)
-        if plan is None:
-            assert standing is not None
-            return standing.folder.name
+        if not total:
+            return None
+        plan = plan_index(total, vectors[0].size, config)
         if plan.kind is IndexKind.exact:
             return None
-        folder, blocks = piece_folder(self.folder, "index", number, 0), index_blocks(texts, vectors)
+        blocks = index_blocks(texts, vectors)
         query_ids, queries = self._queries(base, texts, blocks)
         build_index(
             folder,
@@ -494,7 +509,7 @@ class Editor:
             plan,
             queries=queries,
             query_ids=query_ids,
-            inputs=inputs,
+            inputs={part.vectors: found.fingerprint for part, found in zip(parts, vectors, strict=True)},
             recall=config.recall,
             progress=lambda done: self.told("indexing", total, done, plan.code_bytes),
         )
@@ -503,16 +518,25 @@ class Editor:
     def _queries(
         self, base: Library | None, texts: Sequence[Segment], blocks: Sequence[Block]
     ) -> tuple[Ids, Floats]:
-        """Return references and a query made of each; without an embedder, those of an index that was built before."""
+        """Return references of these texts, and a query made of each; without an embedder, those that indexes keep.
+
+        An index keeps no query that was made of another text: who deletes a text need not look into other indexes.
+        """
         of = Segments(texts)
         ids = of.ids(np.unique(np.linspace(0, len(of) - 1, QUERIES).astype(np.int64)))
         if self.compiler is not None:
             asked = [text[len(text) // 2 :] for text in map(of.content, ids.tolist())]
             return ids, self.compiler.embedder.embed(asked)
-        if base is not None and base.index is not None:
-            then, queries = queries_of(base.index)
-            there = base.is_live(then)
-            if there.any():
+        known = [queries_of(index) for index in (() if base is None else base.indexes)]
+        if known:
+            then, queries = (np.concatenate(part) for part in zip(*known, strict=True))
+            there = np.flatnonzero(of.locate(then)[0] >= 0)
+            there = (
+                there[np.unique(np.linspace(0, len(there) - 1, QUERIES).astype(np.int64))]
+                if len(there)
+                else there
+            )
+            if len(there):
                 return then[there], queries[there]
         return ids, Blocks(blocks).of(ids)
 

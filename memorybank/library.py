@@ -7,14 +7,14 @@
       text-SSSSSS-PPPP/        a segment, made for state S                      (segment.py)
       vectors-SSSSSS-PPPP/     its search vectors                               (vectors.py)
       records-SSSSSS-PPPP/     its records, a generation of the segment         (store.py, writer.py)
-      index-SSSSSS-0000/       lists over the vectors there were, if they are many  (index_store.py)
+      index-SSSSSS-0000/       lists over the vectors of some parts, if they are many  (index_store.py)
       codec-SSSSSS-0000/       the quantiser of the records, if they have one   (quantizer.py)
 
-Every piece is published by one rename and never changes; a state names the three pieces of each of its parts, and
-index and codec, by fingerprint. An index names the vectors that it was built from; those of later parts are searched
-exactly, and what is gone is kept from being found by a bitmap. An edit makes the pieces it needs, then publishes the
-next state, again by one rename. A reader keeps the state it opened; the newest is the one of the largest number,
-whatever the clocks say. Nothing points out of the folder.
+Every piece is published by one rename and never changes; a state names the three pieces of each of its parts, its
+indexes and its codec, by fingerprint. An index names the vectors that it was built from; those that none names are
+searched exactly, and what is gone is kept from being found by a bitmap. An edit makes the pieces it needs, then
+publishes the next state, again by one rename. A reader keeps the state it opened; the newest is the one of the largest
+number, whatever the clocks say. Nothing points out of the folder.
 
 Invariants: a document that was removed is found by no search and its references cannot be read; a library of other
 weights, layout, tokenizer, codec or embedder than expected is refused by the setting's name; a piece that is missing,
@@ -42,7 +42,7 @@ from data.references import Citation
 from memorybank import index_store, quantizer, segment, store, vectors
 from memorybank.config import BankContext, IndexConfig, IndexKind
 from memorybank.index import Block, IdSet
-from memorybank.index_store import BankIndex, index_of
+from memorybank.index_store import BankIndex, open_lists
 from memorybank.segment import Segment, Segments
 from memorybank.store import Generation, differences
 from memorybank.vectors import Vectors
@@ -92,15 +92,15 @@ class LibrarySettings:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Pieces that serve all parts; None where there is none."""
+    """Pieces that serve several parts."""
 
-    index: str | None = None
+    indexes: tuple[str, ...] = ()
     codec: str | None = None
 
     @property
     def pieces(self) -> tuple[str, ...]:
         """Names of their folders."""
-        return tuple(name for name in (self.index, self.codec) if name is not None)
+        return self.indexes + (() if self.codec is None else (self.codec,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +129,10 @@ def settings_of(state: Manifest) -> LibrarySettings:
 
 
 def shared_of(state: Manifest) -> Shared:
-    """Return the pieces of a state that serve all parts; older states name none."""
-    return Shared(**state.settings.get("shared", {}))
+    """Return the pieces of a state that serve several parts; older states name one index, or none."""
+    found = state.settings.get("shared", {})
+    indexes = found.get("indexes", [found[key] for key in ("index",) if found.get(key)])
+    return Shared(tuple(indexes), found.get("codec"))
 
 
 def stated_index(config: IndexConfig) -> dict[str, Any]:
@@ -167,10 +169,10 @@ def state_numbers(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def is_index_of(index: Manifest, parts: Sequence[Part], inputs: Mapping[str, str]) -> bool:
-    """Return whether an index was built from vectors of these parts alone, up to some part; parts may be gone since."""
-    names = [part.vectors for part in parts if part.first <= index.settings["last_id"]]
-    return all(index.inputs.get(name) == inputs[name] for name in names)
+def lists_some(index: Manifest, inputs: Mapping[str, str]) -> bool:
+    """Return whether an index was built from vectors of a state (its `inputs`), and from no others of these names."""
+    there = [name for name in index.inputs if name in inputs]
+    return bool(there) and all(index.inputs[name] == inputs[name] for name in there)
 
 
 def index_blocks(segments: Iterable[Segment], vectors: Iterable[Vectors]) -> list[Block]:
@@ -208,13 +210,14 @@ class Library:
         self._records = [Generation(self._piece(part.records)) for part in self.parts]
         self._firsts = np.array([part.first for part in self.parts], np.int64)
         self.shared = shared_of(manifest)
-        self.index = None if self.shared.index is None else self._piece(self.shared.index)
-        """The search index, where there is one."""
-        if self.index is not None and not is_index_of(self.index, self.parts, manifest.inputs):
-            raise ValueError(
-                f"{self.index.folder} was built from other vectors than those of {manifest.folder}; "
-                "build it anew with `memory3 bank verify --fix`"
-            )
+        self.indexes = [self._piece(name) for name in self.shared.indexes]
+        """The search indexes, each over some of the parts; no part is in two."""
+        for index in self.indexes:
+            if not lists_some(index, manifest.inputs):
+                raise ValueError(
+                    f"{index.folder} was built from other vectors than those of {manifest.folder}; "
+                    "build it anew with `memory3 bank verify --fix`"
+                )
         if self.shared.codec is not None:
             self._piece(self.shared.codec)
         for part, text, found, records in zip(
@@ -410,7 +413,7 @@ class Library:
     def search(self, queries: Floats, k: int) -> tuple[Floats, Ids]:
         """Return the scores and ids, both (n, k), best first, of what can be found; -1 and -inf for no more.
 
-        Exact, where there is no index; else the best of its lists' and the exact best of what was added since.
+        Exact, where there is no index; else the best of the lists' and the exact best of what is in none.
         """
         return self._opened_index.search(queries, k)
 
@@ -435,24 +438,36 @@ class Library:
         return {name for part in self.parts for name in part.pieces}.union(self.shared.pieces)
 
     @property
-    def num_listed(self) -> int | None:
-        """Vectors in the lists of the index, those that are gone included; None without an index."""
-        return None if self.index is None else int(self.index.settings["num_vectors"])
+    def num_listed(self) -> list[int]:
+        """Vectors in each index, those that are gone included."""
+        return [int(index.settings["num_vectors"]) for index in self.indexes]
+
+    @property
+    def unlisted(self) -> list[Part]:
+        """The parts that are in no index."""
+        listed = {name for index in self.indexes for name in index.inputs}
+        return [part for part in self.parts if part.vectors not in listed]
 
     @cached_property
     def _opened_index(self) -> BankIndex:
         blocks = index_blocks(self.segments, self._vectors)
-        if self.index is None:
-            return BankIndex(blocks, removed=self._gone)
-        return index_of(self.index, blocks, removed=self._gone)
+        begins = np.cumsum([0, *(part.references for part in self.parts)]).tolist()
+        unlisted = self.unlisted
+        exact = [
+            range(begin, begin + part.references)
+            for begin, part in zip(begins, self.parts, strict=False)
+            if part in unlisted
+        ]
+        listed = [open_lists(index) for index in self.indexes]
+        return BankIndex(blocks, listed=listed, exact=exact, removed=self._gone)
 
     @cached_property
     def _gone(self) -> IdSet | None:
-        """What a search must not find: removed references, and in an index those of parts that are gone."""
+        """What a search must not find: removed references, and in indexes those of parts that are gone."""
         gone = IdSet(self.next_reference)
         for place in range(len(self.parts)):
             gone.add(self._removed_ids(place))
-        if self.index is not None:
+        if self.indexes:
             begin = 0
             for of in self.segments:
                 gone.add_range(begin, max(int(of.numbers[0]), begin))

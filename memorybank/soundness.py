@@ -25,6 +25,7 @@ from data.files import (
     delete_artefact,
     only_writer,
     open_manifest,
+    read_manifest,
     reopen,
 )
 from memorybank import codecs
@@ -36,7 +37,7 @@ from memorybank.library import (
     VERSION,
     Library,
     Part,
-    is_index_of,
+    lists_some,
     open_piece,
     shared_of,
     state_folder,
@@ -161,32 +162,48 @@ def repair(editor: Editor, problems: Sequence[Problem]) -> list[str]:
         sound = {
             name: open_piece(editor.folder / name).fingerprint if name in made else manifest.inputs[name]
             for name in chain(*(part.pieces for part in parts), shared.pieces)
-            if name != shared.index
+            if name not in shared.indexes
         }
-        index = shared.index
-        if index is not None:
-            index, found = _sound_index(editor, manifest, parts, index, sound, damaged=index in made)
-            sound |= found
-        if index != shared.index or not sound.items() <= manifest.inputs.items():
-            editor.rename(manifest, sound, index)
+        indexes, found = _sound_indexes(editor, manifest, parts, sound, damaged=made)
+        sound |= found
+        if indexes != shared.indexes or not sound.items() <= manifest.inputs.items():
+            editor.rename(manifest, sound, indexes)
     return made
 
 
-def _sound_index(
-    editor: Editor, state: Manifest, parts: Sequence[Part], name: str, sound: dict[str, str], *, damaged: bool
-) -> tuple[str | None, dict[str, str]]:
-    """Return the index of a state whose vectors may have been made anew, and its fingerprint; built anew if need be."""
-    folder = editor.folder / name
+def _sound_indexes(
+    editor: Editor, state: Manifest, parts: Sequence[Part], sound: dict[str, str], *, damaged: Sequence[str]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the indexes of a state whose vectors may have been made anew, and their fingerprints.
+
+    They are built anew if need be; one whose manifest is lost, from what no other one lists.
+    """
+    names = shared_of(state).indexes
+    lists = {name: _listed(editor.folder / name) for name in names}
+    listed = {vectors for found in lists.values() if found is not None for vectors in found}
+    indexes: list[str] = []
+    fingerprints: dict[str, str] = {}
+    for name in names:
+        folder, found = editor.folder / name, lists[name]
+        if found is not None and name not in damaged and lists_some(open_piece(folder), sound):
+            indexes.append(name)
+            fingerprints[name] = state.inputs[name]
+            continue
+        mine = [part for part in parts if (part.vectors in found if found else part.vectors not in listed)]
+        listed |= {part.vectors for part in mine}
+        delete_artefact(folder)
+        if mine and editor.index_again(state, mine, name):
+            indexes.append(name)
+            fingerprints[name] = open_piece(folder).fingerprint
+    return tuple(indexes), fingerprints
+
+
+def _listed(index: Path) -> set[str] | None:
+    """The names of the vectors that an index lists; None when its manifest cannot be read."""
     try:
-        last_id = int(open_piece(folder).settings["last_id"])
-        if not damaged and is_index_of(open_piece(folder), parts, sound):
-            return name, {name: state.inputs[name]}
-    except ValueError:
-        last_id = int(parts[-1].first)
-    delete_artefact(folder)
-    listed = [part for part in parts if part.first <= last_id]
-    made = editor.index_again(state, listed, name)
-    return made, {} if made is None else {name: open_piece(folder).fingerprint}
+        return set(read_manifest(index).inputs)
+    except (ValueError, OSError):
+        return None
 
 
 def find_document(

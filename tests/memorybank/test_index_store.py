@@ -13,7 +13,7 @@ from memorybank import index_lists
 from memorybank.config import IndexConfig, IndexKind
 from memorybank.index import Block, ExactIndex, IdSet
 from memorybank.index_plan import IndexPlan, plan_index
-from memorybank.index_store import KIND, VERSION, build_index, index_of, open_index, queries_of
+from memorybank.index_store import KIND, VERSION, BankIndex, build_index, open_index, open_lists, queries_of
 from tests.support.data import sections
 from tests.support.memorybank import embedder
 
@@ -173,7 +173,8 @@ def test_an_index_finds_no_vector_whose_block_is_gone(built: dict[IndexKind, Pat
     removed = IdSet(50_000)
     removed.add_range(0, int(rest[0][0][0]))
     manifest = open_manifest(built[IndexKind.ivf_pq], kind=KIND, version=VERSION)
-    found = index_of(manifest, rest, removed=removed).search(queries, 20)[1]
+    index = BankIndex(rest, listed=[open_lists(manifest)], exact=[], removed=removed)
+    found = index.search(queries, 20)[1]
     assert ((found >= rest[0][0][0]) | (found == -1)).all()
     assert (found[:, :5] >= 0).mean() > 0.9
 
