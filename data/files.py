@@ -356,7 +356,13 @@ def reopen(folder: Path, damaged: Sequence[str]) -> None:
 
 
 def delete_artefact(folder: Path) -> None:
-    """Removes an artefact, published or not; a crash on the way leaves one that does not exist for readers."""
+    """Removes an artefact, published or not; a crash on the way leaves one that does not exist for readers.
+
+    Of a symbolic link, the link alone.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 

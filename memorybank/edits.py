@@ -54,6 +54,7 @@ from memorybank.library import (
     KIND,
     PIECE,
     REMOVED,
+    STATE,
     VERSION,
     Library,
     LibrarySettings,
@@ -808,15 +809,17 @@ def sweep(folder: Path, *, kept: int = KEPT_STATES) -> list[Path]:
         else:
             delete_artefact(state)
     named: set[str] = set()
-    for number in state_numbers(folder):
+    kept_numbers = state_numbers(folder)
+    for number in kept_numbers:
         try:
             manifest = open_manifest(state_folder(folder, number), kind=KIND, version=VERSION)
         except ValueError:
             return held
         named |= manifest.inputs.keys()
+    named |= {state_folder(folder, number).name for number in kept_numbers}
     for path in folder.iterdir():
-        piece = path.name.removesuffix(".partial").removesuffix(".outdated")
-        if path.name not in named and PIECE.fullmatch(piece):
+        name = path.name.removesuffix(".partial").removesuffix(".outdated")
+        if path.name not in named and (PIECE.fullmatch(name) or STATE.fullmatch(name)):
             delete_artefact(path)
     return held
 

@@ -162,11 +162,19 @@ def piece_folder(folder: Path, what: str, number: int, part: int) -> Path:
 
 
 def state_numbers(folder: Path) -> list[int]:
-    """Return the numbers of all published states, ascending."""
+    """Return the numbers of all published states, ascending.
+
+    One without a manifest is damaged when it is newer than all others; else it is half swept, and does not count.
+    """
     if not folder.is_dir():
         return []
-    found = (STATE.fullmatch(path.name) for path in folder.iterdir() if (path / MANIFEST).is_file())
-    return sorted(int(match[1]) for match in found if match)
+    found = sorted(
+        (int(match[1]), (path / MANIFEST).is_file())
+        for path in folder.iterdir()
+        if (match := STATE.fullmatch(path.name))
+    )
+    newest = max((number for number, whole in found if whole), default=0)
+    return [number for number, whole in found if whole or number > newest]
 
 
 def lists_some(index: Manifest, inputs: Mapping[str, str]) -> bool:
@@ -182,6 +190,18 @@ def index_blocks(segments: Iterable[Segment], vectors: Iterable[Vectors]) -> lis
         for of, found in zip(segments, vectors, strict=True)
         for rows, block in found.blocks()
     ]
+
+
+def _open_state(folder: Path, state: Path) -> Manifest:
+    try:
+        manifest = open_manifest(state, kind=KIND, version=VERSION)
+        manifest.mapped(REMOVED).read_all()
+    except ValueError as problem:
+        raise ValueError(
+            f"{problem}. This is a state of a bank: do not delete it, since what was removed would come back; restore "
+            f"it from a copy with `memory3 bank fetch COPY {folder}`"
+        ) from problem
+    return manifest
 
 
 class Library:
@@ -265,7 +285,7 @@ class Library:
             except FileNotFoundError:  # swept between the two lines: there is a newer one
                 continue
             try:
-                library = cls(folder, open_manifest(state, kind=KIND, version=VERSION))
+                library = cls(folder, _open_state(folder, state))
             except BaseException:
                 os.close(descriptor)
                 raise

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from data.files import is_finished, open_manifest, publishing
 from data.references import References
-from memorybank import codecs
+from memorybank import codecs, store
 from memorybank.bank import BankReader, Records
 from memorybank.config import BankConfig, CodecConfig, RetrievalConfig
 from memorybank.record import MemoryShape
@@ -214,7 +214,17 @@ class BankEpochs:
             ValueError: It is missing, damaged, or another one.
         """
         expected = {"layout": self._model.layout(), "context": self._bank.context.value}
-        generation = Generation.open(self._run / "bank" / name, expect=expected)
+        if Path(name).name != name:
+            raise ValueError(f"the checkpoint names the generation {name!r}, which is no folder's name")
+        folder = self._run / "bank" / name
+        try:
+            open_manifest(folder, kind=store.KIND, version=store.VERSION)
+        except ValueError as problem:
+            raise ValueError(
+                f"{problem}. The checkpoint reads this very generation: restore it from a copy, or delete the "
+                "checkpoints that name it (`memory3 checkpoint list`): an earlier one compiles it anew"
+            ) from problem
+        generation = Generation.open(folder, expect=expected)
         if generation.fingerprint != fingerprint:
             raise ValueError(
                 f"{generation.folder} has the fingerprint {generation.fingerprint}, but the checkpoint names "

@@ -179,7 +179,7 @@ def test_compact_builds_lists_again_that_know_a_part_that_is_gone(folder: Path) 
 
 
 def test_compact_builds_only_the_index_anew_that_lists_what_was_removed(folder: Path) -> None:
-    editor(folder, references_per_segment=1000).add(texts(12, 16))
+    editor(folder).add(texts(15, 18))
     library = Library.open(folder)
     removed = library.segments[-1].document_numbers[:1]
     gone = library.of_documents(removed)

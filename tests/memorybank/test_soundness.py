@@ -122,6 +122,49 @@ def test_a_damaged_state_is_refused_and_an_older_one_not_taken_silently(folder: 
     assert [problem.path for problem in verify(folder)] == [folder / "state-000002"]
 
 
+def lose_manifest(state: Path) -> None:
+    (state / MANIFEST).unlink()
+
+
+def flip_removed(state: Path) -> None:
+    flip(state / "removed.bin")
+
+
+def cut_removed(state: Path) -> None:
+    truncate(state / "removed.bin")
+
+
+@pytest.mark.parametrize("damage", [lose_manifest, flip_removed, cut_removed])
+def test_a_damaged_state_is_to_be_restored_and_not_to_be_deleted(
+    damage: Callable[[Path], None], folder: Path, tmp_path: Path
+) -> None:
+    gone = Library.open(folder).live_ids()[:1]
+    editor(folder).remove(gone)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    damage(folder / "state-000002")
+    for opened in (lambda: Library.open(folder), lambda: editor(folder).add(texts(5, 6))):
+        with pytest.raises(
+            ValueError, match=rf"{folder / 'state-000002'}.*restore it .* `memory3 bank fetch COPY {folder}`"
+        ):
+            opened()
+    assert verify(folder)
+    fetch(copy, folder, told=lambda *_: None)
+    assert hashes(folder) == hashes(copy)
+    assert not Library.open(folder).is_live(gone).any()
+
+
+def test_what_a_sweep_left_half_done_is_swept_and_links_lead_nowhere(folder: Path, tmp_path: Path) -> None:
+    elsewhere = shutil.copytree(folder / RECORDS, tmp_path / "elsewhere")
+    (folder / "records-000000-0000").symlink_to(elsewhere)
+    editor(folder).remove(Library.open(folder).live_ids()[:1])
+    lose_manifest(folder / "state-000001")
+    assert Library.open(folder).number == 2
+    editor(folder).add(texts(5, 6))
+    assert sorted(path.name for path in folder.glob("state-*")) == ["state-000002", "state-000003"]
+    assert not (folder / "records-000000-0000").is_symlink()
+    assert (elsewhere / MANIFEST).is_file()
+
+
 def test_foreign_files_are_named_and_left_alone(folder: Path) -> None:
     for path in (folder / "notes.txt", folder / "text-000001-0000/more.bin"):
         path.write_bytes(b"1")

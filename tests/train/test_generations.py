@@ -77,6 +77,14 @@ def test_other_folders_and_unfinished_ones_are_left_alone_and_half_deleted_ones_
     assert {"generation-evaluation-test", f"{name(6)}.partial", "cold-w0-continual-1"} < set(left(run))
 
 
+def test_of_a_link_the_link_alone_goes(run: Path, tmp_path: Path) -> None:
+    elsewhere = (run / "bank" / name(1)).rename(tmp_path / "elsewhere")
+    (run / "bank" / name(1)).symlink_to(elsewhere)
+    sweep(run, last=1)
+    assert name(1) not in left(run)
+    assert (elsewhere / MANIFEST).is_file()
+
+
 def test_what_is_read_stays_until_its_reader_is_done(run: Path) -> None:
     descriptor = hold(run / "bank" / name(2))
     assert [path.name for path in sweep(run, last=1)] == names([1, 4])
