@@ -36,8 +36,8 @@ from data.sources import read_json_lines
 from launch import audit, estimate, inspect
 from launch import build as builders
 from launch.compose import load_config
+from launch.launchers import run_here
 from launch.opened import OpenedRun, allow_maps, library_folder, open_run
-from launch.ranks import run_ranks
 from memorybank import embedder as embedders
 from memorybank import soundness
 from memorybank.cold import ColdRecords, stores
@@ -294,9 +294,8 @@ def _file_documents(arguments: argparse.Namespace, editor: Editor) -> Documents:
 
 def _on_ranks(arguments: argparse.Namespace) -> int:
     config = load_config(builders.run_folder(arguments.run, arguments.root) / "config.yaml")
-    worker = ["-m", "launch.bank_worker", json.dumps(vars(arguments))]
-    program, threads = f"memory3 bank {arguments.action}", config.engine.threads_per_rank
-    return run_ranks(program, worker, num_ranks=arguments.ranks, threads=threads)
+    program, told = f"memory3 bank {arguments.action}", json.dumps(vars(arguments))
+    return run_here(program, "launch.bank_worker", told, num_ranks=arguments.ranks, config=config)
 
 
 @contextmanager

@@ -27,7 +27,8 @@ def main(given: str) -> int:
         ranks = distributed.start(
             threads=torch.get_num_threads(), timeout_seconds=int(_PATIENCE.total_seconds())
         )
-        logging.basicConfig(level=logging.INFO if ranks.is_first else logging.ERROR, format="%(message)s")
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger().setLevel(logging.INFO if ranks.is_first else logging.ERROR)
         try:
             code = bank.edit(argparse.Namespace(**json.loads(given)), ranks)
             ranks.barrier()  # nobody leaves while a peer still speaks to it

@@ -62,8 +62,8 @@ def test_first_cause_is_said_once(
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "launch.agent", "memory3 pretrain", "2", str(program), str(tmp_path)],
-        cwd=root, env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(temporary)},
+        [sys.executable, "-m", "launch.agent", str(tmp_path), "2", f"--worker={program.stem}"],
+        cwd=root, env={**os.environ, "PYTHONPATH": f"{root}:{program.parent}", "TMPDIR": str(temporary)},
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == code, done.stderr

@@ -69,9 +69,9 @@ def stopped(run: Path, what: str) -> Stopped:
     program.write_text(RANK.replace("{what}", what))
     root = Path(agent.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-m", "launch.agent", "memory3 pretrain", "2", str(program), str(run)],
+        [sys.executable, "-m", "launch.agent", str(run), "2", f"--worker={program.stem}"],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": f"{root}:{program.parent}"},
         capture_output=True,
         text=True,
         check=False,
