@@ -6,6 +6,7 @@ Not here: what a bank is (`memorybank.library`), how it changes (`memorybank.edi
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -46,6 +47,7 @@ from memorybank.edits import Alone, Documents, Editor, Known, Team, Told
 from memorybank.library import Library
 from memorybank.segment import CutDocument
 from memorybank.store import Generation
+from train.stopping import STOPPED
 
 Ids = NDArray[np.int64]
 
@@ -295,7 +297,10 @@ def _file_documents(arguments: argparse.Namespace, editor: Editor) -> Documents:
 def _on_ranks(arguments: argparse.Namespace) -> int:
     config = load_config(builders.run_folder(arguments.run, arguments.root) / "config.yaml")
     program, told = f"memory3 bank {arguments.action}", json.dumps(vars(arguments))
-    return run_here(program, "launch.bank_worker", told, num_ranks=arguments.ranks, config=config)
+    code = run_here(program, "launch.bank_worker", told, num_ranks=arguments.ranks, config=config)
+    if code in STOPPED:
+        print(f"{program}: stopped; the same command goes on after the last whole shard", file=sys.stderr)
+    return code
 
 
 @contextmanager

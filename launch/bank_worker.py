@@ -15,13 +15,15 @@ import torch
 from launch import bank
 from launch.worker import leave, reported
 from train import distributed
+from train.stopping import Stop
 
 _PATIENCE = timedelta(days=30)
 """The others wait while one cuts text, or builds the index; one that dies ends them all at once (`launch.agent`)."""
 
 
 def main(given: str) -> int:
-    """Do this rank's share of an edit."""
+    """Do this rank's share of an edit; a signal ends it at once, and what is whole stays."""
+    Stop().listen(leave)
 
     def work() -> int:
         ranks = distributed.start(
