@@ -199,16 +199,16 @@ def _add_bank_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         return
     sub.add_argument("--bank", metavar="FOLDER", help="the bank's folder (default: RUN/bank/library)")
     if name in ("build", "refresh"):
+        own = "that of the run" if name == "build" else "that of the bank"
         sub.add_argument(
             "--codec",
             choices=[kind.name for kind in CodecKind],
-            help="how keys and values are kept (default: what the bank has, or the run's codec.kind)",
+            help=f"how keys and values are kept (default: {own})",
         )
         sub.add_argument(
             "--context",
             choices=[context.name for context in BankContext],
-            help="what a reference sees when it is encoded: itself, or its document before it (default: what the bank "
-            "has, or the run's bank.context)",
+            help=f"what a reference sees when it is encoded: itself, or its document before it (default: {own})",
         )
     if name in ("add", "replace"):
         sub.add_argument("files", nargs="+", metavar="FILE", help="JSON lines, perhaps gzipped")
