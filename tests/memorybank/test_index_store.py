@@ -99,8 +99,7 @@ def test_recall_is_reached_measured_and_stated(built: dict[IndexKind, Path], kin
         assert_same(found, expected)
     else:
         # The fewest lists: one fewer misses the recall.
-        lists = index._lists
-        assert lists is not None
+        lists = index._listed[0].lists
         assert 1 < lists.num_read == stated["lists_read"] < lists.num_lists / 2
         lists.num_read -= 1
         fewer = index.search(queries, 64)[0][:, :5]
@@ -114,8 +113,7 @@ def test_merged_on_disk_equals_faiss_in_memory(built: dict[IndexKind, Path], kin
     vectors, queries = windows()
     reference = faiss.deserialize_index(np.fromfile(built[kind] / "index.faiss", np.uint8))
     reference.add_with_ids(vectors, ids())
-    lists = open_index(built[kind], blocks())._lists
-    assert lists is not None
+    lists = open_lists(open_manifest(built[kind], kind=KIND, version=VERSION)).lists
     reference.nprobe = lists.num_read
     expected, found = reference.search(queries, 64), lists.search(queries, 64)
     assert (found[1] == expected[1]).all()
