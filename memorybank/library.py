@@ -194,6 +194,8 @@ def index_blocks(segments: Iterable[Segment], vectors: Iterable[Vectors]) -> lis
 
 def _open_state(folder: Path, state: Path) -> Manifest:
     try:
+        if not (state / MANIFEST).is_file():
+            raise ValueError(f"{state / MANIFEST} is missing")
         manifest = open_manifest(state, kind=KIND, version=VERSION)
         manifest.mapped(REMOVED).read_all()
     except ValueError as problem:

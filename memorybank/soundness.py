@@ -23,6 +23,7 @@ from data.files import (
     Manifest,
     copy_artefact,
     delete_artefact,
+    is_held,
     only_writer,
     open_manifest,
     read_manifest,
@@ -131,8 +132,9 @@ def verify(
 def repair(editor: Editor, problems: Sequence[Problem]) -> list[str]:
     """Make anew the vectors, records and index among the problems, and return the names of the pieces made.
 
-    Only the shards that are damaged are made, where the manifest still tells them from the others. Where what is made
-    differs from what was (it was copied by `compact`, say, from records that other batches made), a new state names it.
+    Only the shards that are damaged are made, where the manifest still tells them from the others; older states that
+    are damaged are deleted. Where what is made differs from what was (it was copied by `compact`, say, from records that
+    other batches made), a new state names it.
 
     Raises:
         ValueError: a text, a quantiser or a state is damaged, which only a copy can restore; or the compiler is another
@@ -150,10 +152,8 @@ def repair(editor: Editor, problems: Sequence[Problem]) -> list[str]:
         state = state_folder(editor.folder, state_numbers(editor.folder)[-1])
         manifest = open_manifest(state, kind=KIND, version=VERSION)
         parts = [Part(**part) for part in manifest.settings["parts"]]
-        for name in set(made).difference(manifest.inputs):
-            raise ValueError(
-                f"{editor.folder / name} belongs to older states alone: `memory3 bank compact` deletes these"
-            )
+        _give_up(editor.folder, set(made).difference(manifest.inputs))
+        made = [name for name in made if name in manifest.inputs]
         for part in parts:
             for name in set(made).intersection(part.pieces):
                 _take_apart(editor.folder / name)
@@ -169,6 +169,20 @@ def repair(editor: Editor, problems: Sequence[Problem]) -> list[str]:
         if indexes != shared.indexes or not sound.items() <= manifest.inputs.items():
             editor.rename(manifest, sound, indexes)
     return made
+
+
+def _give_up(folder: Path, lost: set[str]) -> None:
+    """Delete the older states that name pieces which are lost: nothing could be made anew for them alone."""
+    for number in state_numbers(folder)[:-1] if lost else []:
+        state = state_folder(folder, number)
+        if lost.intersection(open_manifest(state, kind=KIND, version=VERSION).inputs):
+            if is_held(state):
+                raise ValueError(
+                    f"{state} is damaged, and is being read; repair the bank again when its reader is done"
+                )
+            delete_artefact(state)
+    if lost:
+        sweep(folder)
 
 
 def _sound_indexes(

@@ -1,6 +1,7 @@
 """Damage is named, repaired where the rest allows it, and refused when read; copies reach other folders."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.files import MANIFEST
+from data.files import MANIFEST, hold
 from memorybank.edits import Editor
 from memorybank.library import Library
 from memorybank.soundness import fetch, find_document, repair, verify
@@ -120,6 +121,23 @@ def test_a_damaged_state_is_refused_and_an_older_one_not_taken_silently(folder: 
     with pytest.raises(ValueError, match=f"{folder / 'state-000002' / MANIFEST}"):
         Library.open(folder)
     assert [problem.path for problem in verify(folder)] == [folder / "state-000002"]
+
+
+def test_older_states_that_are_damaged_are_given_up_and_the_newest_is_repaired(folder: Path) -> None:
+    newer = Editor(folder=folder, compiler=compiler(seed=1), references_per_segment=20)
+    newer.refresh()
+    whole = hashes(folder / "records-000002-0000")
+    for piece in (RECORDS, "records-000002-0000"):
+        (folder / piece / "records-00000.bin").unlink()
+    reader = hold(folder / "state-000001")
+    with pytest.raises(ValueError, match="state-000001 is damaged, and is being read"):
+        repair(newer, verify(folder))
+    os.close(reader)
+    assert repair(newer, verify(folder)) == ["records-000002-0000"]
+    assert verify(folder, newer.compiler) == []
+    assert hashes(folder / "records-000002-0000") == whole
+    assert [path.name for path in folder.glob("state-*")] == ["state-000002"]
+    assert not (folder / RECORDS).exists()
 
 
 def lose_manifest(state: Path) -> None:
