@@ -133,7 +133,7 @@ def repair(editor: Editor, problems: Sequence[Problem]) -> list[str]:
     """Make anew the vectors, records and index among the problems, and return the names of the pieces made.
 
     Only the shards that are damaged are made, where the manifest still tells them from the others; older states that
-    are damaged are deleted. Where what is made differs from what was (it was copied by `compact`, say, from records that
+    are damaged are deleted. Where what is made differs from what was (copied by `compact`, say, from records that
     other batches made), a new state names it.
 
     Raises:
