@@ -64,6 +64,7 @@ def trained(ranks: Ranks, *, memory: bool = False, micro_rows: int = 2, **settin
         "norms": [result.grad_norm for result in results],
         "tokens": {result.tokens for result in results},
         "skipped": any(result.skipped for result in results),
+        "updates take time": all(result.seconds_update > 0 for result in results),
         "hash": made.weights_hash(),
         "local_hash": hash_weights(made.module.state_dict()),
         "weights": made.weights(),
