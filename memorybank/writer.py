@@ -30,6 +30,10 @@ from memorybank.windows import EncodeBatch, cut_batches
 from model.memory import ExplicitMemory
 
 Ids = NDArray[np.int64]
+
+BATCH = 64
+"""References encoded at once, unless another number is asked for."""
+
 Encode = Callable[..., ExplicitMemory]
 """`Memory3LM.encode` or its like: its arguments (`windows.EncodeBatch`) on the CPU to memories on any device."""
 
@@ -46,7 +50,7 @@ def compile_generation(
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
     records_per_shard: int = 256,
-    batch: int = 64,
+    batch: int = BATCH,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Encode references and publish their records as a generation; every rank calls this.
