@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from launch.build import training_dtype
 from launch.chart import Chart, Look, Series
 from launch.config import RunConfig
 from launch.timing import Bench, Conditions, Figure, Side, Times, interleaved, ratio
@@ -33,7 +34,6 @@ from model.attention import (
     merged_attention,
 )
 from model.config import ModelConfig
-from train.config import Precision
 
 DEFAULTS = ["model=small", "model.row_tokens=2048", "model.prefix_ids=[1,2,3,4]"]
 PAPER_HEAD_SIZE = 80
@@ -199,28 +199,23 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
     )
 
 
-def training_dtype(config: RunConfig) -> torch.dtype:
-    """The type that a run with this configuration computes in."""
-    return torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32
-
-
 def peak_bytes(run: Side, device: torch.device) -> int:
     """Return the most bytes of tensors that a side holds beyond those that are there before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated(device) - before
+        return int(torch.cuda.max_memory_allocated(device) - before)
     with _Held() as held:
         run()
     return held.most
 
 
-class _Held(TorchDispatchMode):
+class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of what operators return, while it lives; not what lives within one operator."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = 0
         self._now = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -325,8 +320,6 @@ def _over_lengths(model: ModelConfig, places: int, dtype: torch.dtype, condition
 def _sdpa(
     q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor, *, mask_TJ: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    heads_first = (x.transpose(1, 2) for x in (q_BTHE, k_BTGE, v_BTGE))
-    out_BHTE = scaled_dot_product_attention(
-        *heads_first, attn_mask=mask_TJ, is_causal=is_causal, enable_gqa=True
-    )
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTGE, v_BTGE))
+    out_BHTE = scaled_dot_product_attention(q, k, v, attn_mask=mask_TJ, is_causal=is_causal, enable_gqa=True)
     return out_BHTE.transpose(1, 2)

@@ -14,7 +14,8 @@ import torch
 
 from data.references import References
 from launch.bench_corpus import write_corpus
-from launch.bench_step import generation_settings, training_dtype, where_time_goes
+from launch.bench_step import generation_settings, where_time_goes
+from launch.build import training_dtype
 from launch.config import RunConfig
 from launch.timing import Bench, Conditions, Side, interleaved, rate, ratio
 from memorybank import codecs

@@ -26,6 +26,7 @@ from data.loader import Loader
 from data.packing import RowPlan, pack
 from data.references import References
 from launch.bench_corpus import write_corpus
+from launch.build import training_dtype
 from launch.config import RunConfig
 from launch.silence import silent_stderr
 from launch.timing import Bench, Conditions, Side, interleaved, rate, ratio
@@ -43,7 +44,7 @@ from model.flops import count_parameters, step_flops, text_token_flops
 from model.loss import TOKENS_AT_A_TIME
 from model.transformer import Memory3LM
 from train import distributed
-from train.config import DivergenceConfig, OptimConfig, Precision, StageConfig
+from train.config import DivergenceConfig, OptimConfig, StageConfig
 from train.distributed import Ranks
 from train.engine import DeepSpeedEngine, ModelInput
 from train.inputs import InputsAhead
@@ -167,18 +168,15 @@ def generation_settings(model: ModelConfig, references: References) -> Generatio
     )
 
 
-def training_dtype(config: RunConfig) -> torch.dtype:
-    """The type that a run with this configuration computes in."""
-    return torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32
-
-
 class Loop:
     """The loop of a run, a step at a time; a context manager that ends its threads."""
 
     def __init__(self, scene: Scene, name: str, stage: Stage, cache: CachedRecords | None) -> None:
         self._scene = scene
         self._stage = stage
-        self._metrics = Metrics([JsonLines(scene.folder / f"{name}.jsonl", stage="warmup", step=0)])
+        self.path = scene.folder / f"{name}.jsonl"
+        """Where its lines are written."""
+        self._metrics = Metrics([JsonLines(self.path, stage="warmup", step=0)])
         self._state = RunState(stage="warmup")
         self._schedule = Schedule(_NEVER, 1e-4, 1e-4, 0, 0, save_every=_NEVER, validate_every=_NEVER)
         settings = scene.stage
@@ -219,8 +217,8 @@ def loops(scene: Scene, held: ExitStack) -> dict[str, Loop]:
     cache = CachedRecords(scene.generation, max_bytes=scene.config.bank.cache_mib << 20)
     stages: dict[str, tuple[Stage, CachedRecords | None]] = {
         "warmup": (PlainStage(), None),
-        "continual, bank": (_memory_stage(scene, bank=BankReader(cache, scene.codec)), cache),
-        "continual, online": (_memory_stage(scene, online=OnlineReader(scene.references)), None),
+        "continual, bank": (memory_stage(scene, bank=BankReader(cache, scene.codec)), cache),
+        "continual, online": (memory_stage(scene, online=OnlineReader(scene.references)), None),
     }
     return {
         name: held.enter_context(Loop(scene, name, stage, records))
@@ -228,9 +226,10 @@ def loops(scene: Scene, held: ExitStack) -> dict[str, Loop]:
     }
 
 
-def _memory_stage(
+def memory_stage(
     scene: Scene, *, bank: BankReader | None = None, online: OnlineReader | None = None
 ) -> MemoryStage:
+    """The continual stage of a scene, reading a bank or encoding online."""
     return MemoryStage(
         scene.found_MC,
         np.zeros(scene.found_MC.shape, np.float32),

@@ -82,3 +82,34 @@ def test_what_makes_no_figure_is_refused(tmp_path: Path, given: tuple[str, str],
     done = within("bench", "attention", *given, "--output", str(tmp_path))
     assert done.code == 2
     assert said in done.err
+
+
+def test_steps_are_compared_with_what_their_operations_allow(tmp_path: Path) -> None:
+    done = bench("step", tmp_path, "warmup.rows_per_step=2", "warmup.micro_rows=1", "engine.zero_stage=1")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "bench_step.json").read_text())
+    figures = {figure["what"]: figure for figure in found["figures"]}
+    assert {figure["target"] for figure in found["figures"]} >= {1.1, 1.15, 0.6, 1.05}
+    online = figures["online step / warmup step / ideal"]
+    assert float(online["note"].split()[-1]) > 1.2
+    assert "4 distinct of 128 tokens" in found["shape"]["references"]
+    assert any("matrix products" in line for line in found["findings"])
+
+
+def test_compiling_is_compared_with_the_forward_pass(tmp_path: Path) -> None:
+    done = bench("compile", tmp_path)
+    assert done.code == 0, done.err
+    figure = json.loads((tmp_path / "bench_compile.json").read_text())["figures"][0]
+    assert figure["at_least"]
+    assert 0 < figure["value"] < 2
+
+
+def test_reading_is_compared_with_a_step(tmp_path: Path) -> None:
+    done = bench("loader", tmp_path, "warmup.rows_per_step=2", "warmup.micro_rows=1")
+    assert done.code == 0, done.err
+    figures = {
+        figure["what"]: figure
+        for figure in json.loads((tmp_path / "bench_loader.json").read_text())["figures"]
+    }
+    assert len(figures["time that a step waits for its memories / step"]["rounds"]) == 5
+    assert figures["rows"]["value"] > 1e4
