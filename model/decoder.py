@@ -26,6 +26,8 @@ from model.transformer import Block, Memory3LM
 BLOCK = 64
 """Keys of a block: larger ones compute more of the future, smaller ones make more calls (measured on a CPU)."""
 
+Places = list[int] | slice
+
 
 class Decoder:
     """Rows that are decoded together, each at its own length and with its own memories."""
@@ -67,30 +69,30 @@ class Decoder:
             prompts: At least a token each; they are filled up to the longest.
             memory: What the chunks of the longest read, and the rows from now on; None = nothing.
         """
-        config, device, at = self._model.config, self._at_B.device, list(places)
+        config, device, at = self._model.config, self._at_B.device, _span(places)
         lengths = [len(prompt) - 1 for prompt in prompts]
-        self._lengths += [0] * (max(at) + 1 - len(self._lengths))
-        for place, length in zip(at, lengths, strict=True):
+        self._lengths += [0] * (max(places) + 1 - len(self._lengths))
+        for place, length in zip(places, lengths, strict=True):
             self._lengths[place] = length
         self._at_B[at] = torch.tensor(lengths, device=device)
         J, P, T = self._read.shape[4], config.num_prefix, max(lengths)
-        future = torch.arange(self._bias.shape[3] - J - P, device=device) >= self._at_B[at, None]
+        future = torch.arange(self._bias.shape[3] - J - P, device=device) >= self._at_B[at].unsqueeze(1)
         bias = torch.zeros_like(future, dtype=self._bias.dtype).masked_fill_(future, -torch.inf)
         self._bias[:, at, :, J + P :] = bias[:, None]
         chunk_B = torch.tensor(lengths, device=device) // config.chunk_tokens
         if memory is not None:
-            own_B1K = memory.slots_BCK[torch.arange(len(at), device=device), chunk_B].unsqueeze(1)
-            self.read(at, MemoryBatch(memory.pool, own_B1K))
+            own_B1K = memory.slots_BCK[torch.arange(len(lengths), device=device), chunk_B].unsqueeze(1)
+            self.read(places, MemoryBatch(memory.pool, own_B1K))
             num_chunks = -(-T // config.chunk_tokens)
             memory = MemoryBatch(memory.pool, memory.slots_BCK[:, :num_chunks])
         else:
-            self.read(at, None)
+            self.read(places, None)
         if T:
             self._encode(at, [[*prompt[:-1], *[0] * (T + 1 - len(prompt))] for prompt in prompts], memory)
 
     def read(self, places: Sequence[int], memory: MemoryBatch | None) -> None:
         """Let some rows read other memories from now on, ``slots_BCK`` with C = 1; None = none."""
-        at = list(places)
+        at = _span(places)
         self._bias[:, at, :, : self._read.shape[4]] = -torch.inf
         if memory is None or not len(memory.pool.k_NLGSE) or not self._read.shape[1]:
             return
@@ -137,7 +139,7 @@ class Decoder:
         self._lengths = [length + 1 for length in self._lengths]
         return hidden[:, 0]  # type: ignore[no-any-return]
 
-    def _encode(self, places: list[int], tokens: list[list[int]], memory: MemoryBatch | None) -> None:
+    def _encode(self, places: Places, tokens: list[list[int]], memory: MemoryBatch | None) -> None:
         """Compute keys and values of whole rows."""
         model, last = self._model, self._model.config.num_layers - 1
         tokens_BT = torch.tensor(tokens, device=self._at_B.device)
@@ -201,7 +203,13 @@ class Decoder:
             self._bias = torch.cat([memories, room, others], dim=-1)
 
 
-def _write(kept: Tensor, begin: int, x_BTGE: Tensor, places: list[int] | slice = slice(None)) -> None:
+def _span(places: Sequence[int]) -> Places:
+    """Return neighbouring places as a slice: what is indexed by a list is copied element by element."""
+    first, last = places[0], places[-1]
+    return slice(first, last + 1) if list(places) == list(range(first, last + 1)) else list(places)
+
+
+def _write(kept: Tensor, begin: int, x_BTGE: Tensor, places: Places = slice(None)) -> None:
     """Write tokens of some places into their blocks (blocks, rows, G, BLOCK, E), from a key's number on."""
     end = begin + x_BTGE.shape[1]
     for number in range(begin // BLOCK, -(-end // BLOCK)):
