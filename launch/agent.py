@@ -1,15 +1,17 @@
 """The process above the ranks of one machine: torchrun, with one clear line in place of its own report of a failure.
 
-Started by `launch.pretrain`: `python -m launch.agent RUN_FOLDER NUM_RANKS`; its exit code is that of the rank that
-failed first (`launch.worker`), or 128 + n when signal n stopped it: it hands the signal on, and the ranks have
-30 seconds to publish a checkpoint.
+Started by `launch.launchers`; its exit code is that of the rank that failed first (`launch.worker`), or 128 + n when
+signal n stopped it: it hands the signal on, and the ranks have 30 seconds to publish a checkpoint.
 Not here: what a rank does (`launch.worker`).
 """
 
+import argparse
 import logging
+import os
 import signal
 import sys
 import tempfile
+from threading import Thread
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -22,14 +24,34 @@ WORKER = ["-m", "launch.worker"]
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
-def main(folder: str, num_ranks: str) -> int:
-    """Run the ranks to their end."""
+def main(*argv: str) -> int:
+    """Run the ranks of this machine to their end."""
+    parser = argparse.ArgumentParser(prog="launch.agent")
+    parser.add_argument("folder", help="the run's")
+    parser.add_argument("num_ranks", type=int, help="on this machine")
+    parser.add_argument("--nodes", type=int, default=1, help="machines of the run")
+    parser.add_argument(
+        "--address", help="HOST:PORT where the agents of all machines meet; HOST is the first"
+    )
+    parser.add_argument("--node", type=int, default=0, help="which of them this is")
+    parser.add_argument(
+        "--listen", action="store_true", help="signals come as numbers, a line each, on stdin"
+    )
+    given = parser.parse_args(argv)
     logging.disable(logging.CRITICAL)  # torchrun's own words about a failure; ours follow
-    launch = ["--standalone", f"--nproc-per-node={num_ranks}", f"--signals-to-handle={_SIGNALS}"]
+    launch = [f"--nproc-per-node={given.num_ranks}", f"--signals-to-handle={_SIGNALS}"]
+    if given.nodes == 1:
+        launch.append("--standalone")
+    else:
+        host, _, port = given.address.rpartition(":")
+        launch += [f"--nnodes={given.nodes}", f"--node-rank={given.node}"]
+        launch += [f"--master-addr={host}", f"--master-port={port}"]
+    if given.listen:
+        Thread(target=_listen, daemon=True).start()
     try:
         # A folder of our own, since torchrun never removes the one that it makes.
         with tempfile.TemporaryDirectory(prefix="memory3-ranks-") as errors:
-            arguments = [*launch, f"--log-dir={errors}", *WORKER, folder]
+            arguments = [*launch, f"--log-dir={errors}", *WORKER, given.folder]
             torchrun(parse_args(arguments))  # type: ignore[no-untyped-call]
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
@@ -47,6 +69,13 @@ def main(folder: str, num_ranks: str) -> int:
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     return 0
+
+
+def _listen() -> None:
+    """Take signals from a launcher on another machine, and its end for one."""
+    for line in sys.stdin:
+        os.kill(os.getpid(), int(line))
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

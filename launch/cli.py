@@ -16,7 +16,7 @@ from memorybank.cost import CODECS, EMBEDDERS, Hardware
 
 _OVERRIDES = """\
 settings are given in Hydra's grammar:
-  experiment=demo model=micro    choose files of conf/ (groups: model, data, experiment, debug)
+  experiment=demo model=micro    choose files of conf/ (groups: model, data, launcher, experiment, debug)
   warmup.steps=200 seed=1        set single keys
   continual.memory=null          switch a part off
 `memory3 pretrain --cfg [settings]` prints every key with its value."""
@@ -87,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
         prog="memory3",
         description="Pretrain language models with explicit memory (Memory3, arXiv 2407.01178).",
     )
+    # What deepspeed's launcher puts before the command; the environment says it as well.
+    top.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         sub = commands.add_parser(

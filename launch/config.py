@@ -44,6 +44,60 @@ class Resume(Enum):
     never = "never"
 
 
+class LauncherKind(Enum):
+    """Who starts the processes above the ranks."""
+
+    local = "local"
+    hosts = "hosts"
+    slurm = "slurm"
+
+
+@dataclass(kw_only=True, slots=True)
+class HostsConfig:
+    """Several machines without a scheduler; all see paths.root and the working directory under the same paths."""
+
+    file: str | None = None
+    """A host a line, `NAME slots=8`; the ranks are shared out evenly."""
+    shell: str = "ssh"
+    """Command that runs a line on a host: it is given the host and the line."""
+    port: int = 29400
+    """Port of the first host, or node, where the machines meet."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SlurmConfig:
+    """What a job asks for."""
+
+    submit: bool = True
+    """Hand the run to `sbatch`; false starts it with `srun` in the allocation that the command is given in."""
+    nodes: int = 1
+    """Machines of a job; the ranks are shared out evenly."""
+    gpus: bool = True
+    """Ask for a GPU for each rank."""
+    time: str = "24:00:00"
+    """Limit of a job; a run that needs longer goes on in the next one by itself."""
+    signal_seconds: int = 300
+    """So long before the limit SIGUSR1 comes: a checkpoint is published, and the job queued again."""
+    options: list[str] = field(default_factory=list)
+    """More options of sbatch, `["--partition=gpu", "--account=lab"]`."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell before the run, such as `module load cuda`."""
+    array_tasks: int = 4
+    """Trials of a sweep that are queued or train at the same time, as tasks of arrays."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LauncherConfig:
+    """How ranks are started; torchrun and deepspeed start `memory3 pretrain` by themselves."""
+
+    kind: LauncherKind = LauncherKind.local
+    """`local`: on this machine; `hosts`: on those of a host file; `slurm`: as a job."""
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+    """For `hosts`."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """For `slurm`."""
+
+
 @dataclass(kw_only=True, slots=True)
 class PathsConfig:
     """Where artefacts lie; always outside the packages."""
@@ -80,6 +134,8 @@ class RunConfig:
     """AdamW."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """DeepSpeed and ranks."""
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    """How ranks are started."""
     warmup: StageConfig | None = field(default_factory=StageConfig)
     """The parametric stage; null skips it."""
     continual: StageConfig | None = None
@@ -107,6 +163,7 @@ def check(config: RunConfig) -> None:
     check_codec(config.codec, MemoryShape.of(config.model).head_size)
     check_bank(config.bank, config.model)
     _check_engine(config.engine)
+    _check_launcher(config.launcher, config.engine)
     _check_optim(config.optim)
     _at_least(1, "saving", config.saving, "every_steps", "keep_last", "keep_every")
     _at_least(0, "saving", config.saving, "keep_best")
@@ -182,6 +239,28 @@ def _check_engine(engine: EngineConfig) -> None:
     if engine.zero_stage not in range(4):
         raise ValueError(f"engine.zero_stage={engine.zero_stage} does not exist; set 0, 1, 2 or 3")
     _at_least(1, "engine", engine, "num_ranks", "threads_per_rank")
+
+
+def _check_launcher(launcher: LauncherConfig, engine: EngineConfig) -> None:
+    if launcher.kind is LauncherKind.hosts and launcher.hosts.file is None:
+        raise ValueError("launcher.hosts.file=null names no hosts; set it to a file of lines 'NAME slots=8'")
+    if not 1024 <= launcher.hosts.port < 65536:
+        raise ValueError(
+            f"launcher.hosts.port={launcher.hosts.port} is no port that users may open; set 1024 to 65535"
+        )
+    _at_least(1, "launcher.slurm", launcher.slurm, "nodes", "array_tasks")
+    _at_least(0, "launcher.slurm", launcher.slurm, "signal_seconds")
+    if launcher.kind is LauncherKind.slurm and engine.num_ranks % launcher.slurm.nodes:
+        raise ValueError(
+            f"engine.num_ranks={engine.num_ranks} cannot be shared by launcher.slurm.nodes={launcher.slurm.nodes}; "
+            f"set a multiple of {launcher.slurm.nodes}"
+        )
+    for option in launcher.slurm.options:
+        if not option.startswith("-"):
+            raise ValueError(
+                f"launcher.slurm.options={launcher.slurm.options}: {option!r} is no option of sbatch; write for "
+                "example --partition=gpu"
+            )
 
 
 def _check_optim(optim: OptimConfig) -> None:

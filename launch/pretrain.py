@@ -1,20 +1,23 @@
 """`memory3 pretrain`: compose, check, freeze into the run folder, start the ranks.
 
-Not here: what a rank does (`launch.worker`).
+Not here: who starts them (`launch.launchers`), ranks that are there already (`launch.joined`), what a rank does
+(`launch.worker`).
 """
 
 import argparse
 import logging
-import os
+import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
-from launch import preflight
+from launch import launchers, preflight, slurm
 from launch.compose import compose_config, differences, load_config, save_config, to_yaml
-from launch.config import Resume, RunConfig
-from launch.lock import only_user
+from launch.config import LauncherKind, Resume, RunConfig
+from launch.lock import is_in_use, only_user
+from train.announced import announced
 from train.stopping import STOPPED
 
 log = logging.getLogger(__name__)
@@ -23,6 +26,7 @@ _MAY_CHANGE = (
     "experiment",
     "resume",
     "paths.",
+    "launcher.",
     "logging.",
     "saving.",
     "divergence.",
@@ -43,15 +47,67 @@ _USER_ERROR = 2
 
 def run(arguments: argparse.Namespace) -> int:
     """Compose, and print or train."""
+    rank = announced()
+    if rank is not None and not arguments.cfg:
+        from launch import joined
+
+        return joined.run(arguments, rank)
     config = compose_config(arguments.overrides)
     if arguments.cfg:
         print(to_yaml(config), end="")
         return 0
+    if config.launcher.kind is not LauncherKind.slurm:
+        return _prepare_and_train(arguments, config)
+    if config.launcher.slurm.submit:
+        return submit(config, arguments)
+    try:
+        signal.signal(signal.SIGUSR1, _end_of_time)
+        code = _prepare_and_train(arguments, config)
+    except _EndOfTimeError:
+        code = 128 + signal.SIGUSR1
+    if slurm.asks_for_requeue(code, config):
+        log.info("the time of this job is over: it is queued again")
+        slurm.requeue()
+    return code
+
+
+def _prepare_and_train(arguments: argparse.Namespace, config: RunConfig) -> int:
     if not arguments.no_prepare:
         from launch import prepare
 
         prepare.ensure(config)
     return pretrain(config)
+
+
+class _EndOfTimeError(Exception):
+    """SIGUSR1 came before there were ranks to hand it to."""
+
+
+def _end_of_time(signal_number: int, frame: FrameType | None) -> NoReturn:
+    raise _EndOfTimeError
+
+
+def submit(config: RunConfig, arguments: argparse.Namespace) -> int:
+    """Hand the same command to SLURM.
+
+    Raises:
+        ValueError: The run trains, or waits in the queue, already.
+    """
+    folder = folder_of(config)
+    name = slurm.job_name(folder)
+    queued = slurm.Queue(name).jobs()
+    if queued:
+        raise ValueError(
+            f"{folder} has job {queued[None]} already; wait for it, or end it: scancel --name={name}"
+        )
+    if is_in_use(folder):
+        raise ValueError(f"{folder} is in use by a run; wait for it, or set run=NAME")
+    command = [sys.executable, "-m", "launch.cli", "pretrain"]
+    command += ["--no-prepare"] if arguments.no_prepare else []
+    command += [*arguments.overrides, "launcher.slurm.submit=false"]
+    job = slurm.submit(folder, slurm.script(config, folder, shlex.join(command)))
+    print(f"job {job} trains {folder}; it says how it goes in {folder}/slurm-{job}.out")
+    return 0
 
 
 def pretrain(config: RunConfig) -> int:
@@ -60,12 +116,37 @@ def pretrain(config: RunConfig) -> int:
     Raises:
         ValueError: The folder is in use by another process, or holds a run of another configuration.
     """
+    folder = folder_of(config)
+    with only_user(folder):
+        make_ready(config, folder)
+        code = launchers.run_agents(config, folder)
+    if code in STOPPED:
+        log.info("the run was stopped (exit code %d); the same command goes on where it was", code)
+    elif code not in (0, _USER_ERROR):
+        log.error(
+            "the run ended early (exit code %d); the same command goes on at its newest checkpoint", code
+        )
+    return code
+
+
+def folder_of(config: RunConfig) -> Path:
+    """The run's folder, which can be written.
+
+    Raises:
+        ValueError: It cannot.
+    """
     folder = Path(config.paths.root) / config.run
     preflight.write_rate(folder)
-    with only_user(folder):
-        num_references = freeze(config, folder)
-        preflight.check(config, folder, num_references=num_references)
-        return _start_ranks(config, folder)
+    return folder
+
+
+def make_ready(config: RunConfig, folder: Path) -> None:
+    """Freeze the configuration, and look whether the disk has room.
+
+    Raises:
+        ValueError: The folder holds a run of another configuration, or there is too little room.
+    """
+    preflight.check(config, folder, num_references=freeze(config, folder))
 
 
 def freeze(config: RunConfig, folder: Path) -> int:
@@ -100,30 +181,3 @@ def freeze(config: RunConfig, folder: Path) -> int:
             )
     save_config(config, path)
     return len(prepared.references)
-
-
-def _start_ranks(config: RunConfig, folder: Path) -> int:
-    command = [sys.executable, "-m", "launch.agent", str(folder), str(config.engine.num_ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(config.engine.threads_per_rank)}
-    package_root = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    ranks = subprocess.Popen(command, env=environment, close_fds=False)
-    handlers = {
-        number: signal.signal(number, lambda number, _: ranks.send_signal(number))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
-    try:
-        code = ranks.wait()
-    except KeyboardInterrupt:
-        ranks.terminate()
-        code = ranks.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if code in STOPPED:
-        log.info("the run was stopped (exit code %d); the same command goes on where it was", code)
-    elif code not in (0, _USER_ERROR):
-        log.error(
-            "the run ended early (exit code %d); the same command goes on at its newest checkpoint", code
-        )
-    return code

@@ -138,11 +138,11 @@ class Study:
         """Trials that will not be trained again: finished, pruned or failed."""
         return sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
 
-    def next(self) -> OpenTrial:
-        """The trial that an ended controller left behind, else a new one."""
-        if not self._running():
+    def open(self, num_trials: int) -> list[OpenTrial]:
+        """The trials that are not finished, new ones among them where there are fewer than `num_trials`."""
+        while len(self._running()) < num_trials:
             self._study.add_trial(self._drawn())
-        return OpenTrial(Trial(self._study, self._running()[0]._trial_id))
+        return [OpenTrial(Trial(self._study, trial._trial_id)) for trial in self._running()]
 
     def rows(self) -> list[Row]:
         """All trials, in the order in which they were drawn."""

@@ -1,4 +1,4 @@
-"""`memory3 sweep`: trials of one recipe with drawn settings, one after the other, and what they say.
+"""`memory3 sweep`: trials of one recipe with drawn settings, one after the other or as jobs, and what they say.
 
     <root>/NAME/         sweep.json (what is varied), journal.log (`launch.study`), report.md, report.png
     <root>/NAME-000/     the run of the first trial, and so on (`launch.trial`)
@@ -17,7 +17,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,11 +27,11 @@ import yaml
 
 from data.files import write_atomic
 from launch.compose import CONF, compose_config, compose_unchecked
-from launch.config import RunConfig
+from launch.config import LauncherKind, RunConfig
 from launch.explain import unknown_choice
 from launch.lock import only_user
 from launch.space import Space, Value, read_space
-from launch.trial import TrialRun, total_steps
+from launch.trial import Jobs, Processes, TrialRun, Trials, total_steps
 
 if TYPE_CHECKING:
     from launch.study import OpenTrial, Study
@@ -50,8 +50,6 @@ _SETTLING_SHARE = 1 / 3
 """No trial is pruned in this part of its steps: high learning rates look bad at first."""
 _OWN_KEYS = ("run", "resume")
 _VERSION = 1
-
-NewRun = Callable[[Path, RunConfig, Sequence[str]], TrialRun]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +76,8 @@ class Sweep:
         return f"{self.name}-{number:03d}"
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the trials; where they lie and how many they are does not."""
-        fixed = [text for text in self.space.fixed if not text.startswith("paths.root=")]
+        """What decides the trials; where they lie or train, and how many they are, does not."""
+        fixed = [text for text in self.space.fixed if not text.startswith(("paths.root=", "launcher"))]
         return {"version": _VERSION, "seed": self.seed, "fixed": fixed, "swept": self.space.texts}
 
 
@@ -142,7 +140,7 @@ def _read_file(name: str) -> _File:
 
 
 def control(
-    sweep: Sweep, config: RunConfig, folder: Path, *, only_report: bool = False, new_run: NewRun = TrialRun
+    sweep: Sweep, config: RunConfig, folder: Path, *, only_report: bool = False, trials: Trials | None = None
 ) -> int:
     """Run what is left of a sweep in its folder, then print and write the report.
 
@@ -151,7 +149,7 @@ def control(
         config: The configuration of any trial: for the root and the number of steps.
         folder: The sweep's folder.
         only_report: Whether nothing is trained.
-        new_run: Makes the processes of a trial.
+        trials: Where they are trained; by default where `launcher.kind` says.
 
     Raises:
         ValueError: The folder is in use or holds another sweep, or one trial after the other fails.
@@ -169,7 +167,7 @@ def control(
         if not only_report:
             previous = signal.signal(signal.SIGTERM, _interrupt)
             try:
-                _run_trials(sweep, study, Path(config.paths.root), new_run)
+                _run_trials(sweep, study, Path(config.paths.root), trials or _trials(config, folder))
             finally:
                 signal.signal(signal.SIGTERM, previous)
         print(write_report(sweep, config, study, folder))
@@ -193,22 +191,51 @@ def _freeze(sweep: Sweep, folder: Path) -> None:
         )
 
 
-def _run_trials(sweep: Sweep, study: "Study", root: Path, new_run: NewRun) -> None:
+def _trials(config: RunConfig, folder: Path) -> Trials:
+    on_slurm = config.launcher.kind is LauncherKind.slurm and config.launcher.slurm.submit
+    return Jobs(config, folder) if on_slurm else Processes()
+
+
+def _run_trials(sweep: Sweep, study: "Study", root: Path, trials: Trials) -> None:
+    """Bring all trials to their ends, wherever they stand."""
     failures = 0
-    while study.num_finished < sweep.trials:
-        trial = study.next()
-        state, why = _run_trial(sweep, trial, root, new_run)
-        log.info("trial %d of %d %s%s", study.num_finished, sweep.trials, state, f": {why}" if why else "")
-        failures = failures + 1 if state == "failed" else 0
-        if failures >= _MOST_FAILURES:
-            raise ValueError(
-                f"{failures} trials failed one after the other, the last one so: {why}\nmend what they share; the same "
-                f"command then goes on with trial {study.num_finished}"
-            )
+    watched: dict[int, _Watched] = {}
+    try:
+        while study.num_finished < sweep.trials:
+            ended: list[tuple[str, str]] = []
+            left = sweep.trials - study.num_finished
+            for trial in study.open(min(trials.at_once, left)):
+                if trial.number not in watched:
+                    begun = _begin(sweep, trial, root, trials)
+                    if isinstance(begun, tuple):
+                        ended.append(begun)
+                        break  # what is drawn next may depend on it
+                    watched[trial.number] = begun
+            ended += [end for each in watched.values() if (end := each.look()) is not None]
+            watched = {number: each for number, each in watched.items() if each.is_open}
+            for state, why in ended:
+                failures = failures + 1 if state == "failed" else 0
+                number = study.num_finished
+                log.info("trial %d of %d %s%s", number, sweep.trials, state, f": {why}" if why else "")
+                if failures >= _MOST_FAILURES:
+                    raise ValueError(
+                        f"{failures} trials failed one after the other, the last one so: {why}\nmend what they share; "
+                        f"the same command then goes on with trial {number}"
+                    )
+            waiting = [each.run for each in watched.values() if each.waits]
+            if waiting:
+                trials.start(waiting)
+            elif not ended:
+                time.sleep(_POLL_SECONDS)
+    except KeyboardInterrupt:
+        for number, each in watched.items():
+            each.run.stop()
+            log.info("trial %d was stopped; the same command goes on with it", number)
+        raise
 
 
-def _run_trial(sweep: Sweep, trial: "OpenTrial", root: Path, new_run: NewRun) -> tuple[str, str]:
-    """Bring a trial to its end, wherever it stands; how it ended, and why."""
+def _begin(sweep: Sweep, trial: "OpenTrial", root: Path, trials: Trials) -> "_Watched | tuple[str, str]":
+    """A trial to be watched; or how it ended, and why, where nothing is to be trained."""
     settings = sweep.settings(trial.number, trial.values)
     try:
         config = compose_config(settings)
@@ -220,48 +247,66 @@ def _run_trial(sweep: Sweep, trial: "OpenTrial", root: Path, new_run: NewRun) ->
         if known is not None:
             return known
     log.info("trial %d of %d, %s: %s", trial.number + 1, sweep.trials, folder, describe(trial.values))
-    run = new_run(folder, config, [*settings, "logging.progress=false"])
-    try:
-        return _watch(trial, run)
-    except KeyboardInterrupt:
-        run.stop()
-        log.info("trial %d was stopped; the same command goes on with it", trial.number)
-        raise
+    return _Watched(trial, trials.run(trial.number, folder, config, [*settings, "logging.progress=false"]))
 
 
-def _watch(trial: "OpenTrial", run: TrialRun) -> tuple[str, str]:
-    final = None
-    was_alive = False
-    while True:
-        alive = run.is_alive()  # asked first: what is read afterwards is then all there is
-        for each in run.new_losses():
-            if not math.isfinite(each.loss):
-                run.stop()
-                return _failed(trial, f"validation loss is {each.loss} at step {each.step}")
-            worse = trial.report(each.step, each.loss)
-            if each.is_last:
-                final = each.loss
-            elif worse:
-                run.stop()
-                trial.prune()
-                return "pruned", f"its loss of {each.loss:.4f} at step {each.step} is worse than most"
-        if alive:
-            was_alive = True
-            time.sleep(_POLL_SECONDS)
-            continue
+@dataclass(slots=True)
+class _Watched:
+    """A trial that is not finished.
+
+    Attributes:
+        waits: Whether nothing of it lives and it has to be started.
+        is_open: Whether it is to be looked at again.
+    """
+
+    trial: "OpenTrial"
+    run: TrialRun
+    waits: bool = False
+    is_open: bool = True
+    _was_alive: bool = False
+    _final: float | None = None
+
+    def look(self) -> tuple[str, str] | None:
+        """How it ended, and why; None while it has not."""
+        end = self._look()
+        self.is_open = end is None
+        return end
+
+    def _look(self) -> tuple[str, str] | None:
+        trial, run = self.trial, self.run
+        self.waits = not run.is_alive()  # asked first: what is read afterwards is then all there is
+        bad = self._read_losses()
+        if bad is not None:
+            return bad
+        if not self.waits:
+            self._was_alive = True
+            return None
         code = run.exit_code()
-        if code == 0 and final is not None:
-            trial.finish(final)
-            return "finished", f"loss {final:.4f}"
+        if code == 0 and self._final is not None:
+            trial.finish(self._final)
+            return "finished", f"loss {self._final:.4f}"
         if code is not None and code <= _KILLED:
             return _failed(trial, run.last_words())
-        if (
-            code is not None or was_alive
-        ):  # else nobody saw it die: the machine, or this command, was ended as well
-            trial.died()
+        if code is not None or self._was_alive:
+            trial.died()  # else nobody saw it die: the machine, or this command, was ended as well
         if trial.deaths >= _MOST_DEATHS:
             return _failed(trial, f"ended {trial.deaths} times by a signal; {run.last_words()}")
-        run.start()
+        return None
+
+    def _read_losses(self) -> tuple[str, str] | None:
+        """Report what is new; how the trial ended, and why, where a loss decides it."""
+        for each in self.run.new_losses():
+            if not math.isfinite(each.loss):
+                self.run.stop()
+                return _failed(self.trial, f"validation loss is {each.loss} at step {each.step}")
+            worse = self.trial.report(each.step, each.loss)
+            if each.is_last:
+                self._final = each.loss
+            elif worse:
+                self.run.stop()
+                self.trial.prune()
+                return "pruned", f"its loss of {each.loss:.4f} at step {each.step} is worse than most"
+        return None
 
 
 def _failed(trial: "OpenTrial", why: str) -> tuple[str, str]:

@@ -1,18 +1,21 @@
-"""One trial of a sweep: a run in a process group of its own, which says how it fares in files alone.
+"""One trial of a sweep: a run in a process group, or in a job, of its own, which says how it fares in files alone.
 
     RUN/trial.lock       held by the trial's processes, however they were started; its text is the process group
+    RUN/trial.json       of a job: its settings
     RUN/trial.log        what it says
     RUN/trial-exit       its exit code, once it has ended by itself
     RUN/metrics.jsonl    its validation losses
 
 A controller that did not start a trial can so watch, stop and judge it like its own. The trial's process is
-`python -m launch.trial FOLDER DESCRIPTOR SETTINGS`, where the descriptor is that of the lock.
+`python -m launch.trial FOLDER DESCRIPTOR SETTINGS`, where the descriptor is that of the lock; in a job it is
+`python -m launch.trial FOLDER`, and the queue says whether it lives.
 Not here: which trials there are (`launch.study`), what is made of their losses (`launch.sweep`).
 """
 
 import fcntl
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,12 +24,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from data.files import write_atomic
-from launch import cli
+from launch import cli, slurm
 from launch.config import RunConfig
 from launch.lock import is_in_use
+from launch.slurm import Queue
 
+_PROGRAM = (sys.executable, "-m", "launch.trial")
 _STOP_SECONDS = 60
 """Within this time torchrun has ended its ranks, and killed those that did not listen."""
 _POLL_SECONDS = 0.1
@@ -50,22 +56,77 @@ class Loss:
 
 @dataclass(slots=True)
 class TrialRun:
-    """The processes and the files of a trial.
+    """The files of a trial.
 
     Attributes:
         folder: The run's folder.
         config: Its configuration.
         settings: The overrides that it is composed of.
-        program: What is started, before folder, descriptor and settings.
     """
 
     folder: Path
     config: RunConfig
     settings: Sequence[str]
-    program: Sequence[str] = (sys.executable, "-m", "launch.trial")
+    _read: int = field(default=0, kw_only=True)
+    _file: int | None = field(default=None, kw_only=True)
+
+    def is_alive(self) -> bool:
+        """Whether it waits or trains, whoever started it."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End it."""
+        raise NotImplementedError
+
+    def exit_code(self) -> int | None:
+        """The exit code of a trial that has ended; None when it could not say one, being killed."""
+        path = self.folder / "trial-exit"
+        return int(path.read_text()) if path.exists() else None
+
+    def last_words(self) -> str:
+        """The line that says best why it ended."""
+        path = self.folder / "trial.log"
+        lines = path.read_text(errors="replace").split("\n") if path.exists() else []
+        lines = [line.strip() for line in lines if line.strip()]
+        own = [line for line in lines if line.startswith("memory3 ")]
+        return (own or lines or ["it said nothing"])[-1]
+
+    def new_losses(self) -> Iterator[Loss]:
+        """The validations since the last call; all of them again once a resumed run has rewritten its metrics."""
+        try:
+            file = (self.folder / "metrics.jsonl").open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._file or found.st_size < self._read:
+                self._file, self._read = found.st_ino, 0
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._read += len(line)
+                yield from self._losses(line)
+
+    def _losses(self, line: bytes) -> Iterator[Loss]:
+        values = json.loads(line)
+        key = next((key for key in _OBJECTIVES if key in values), None)
+        if key is not None:
+            before = self.config.warmup.steps if self.config.warmup and values["stage"] == "continual" else 0
+            step = before + int(values["step"])
+            yield Loss(step, float(values[key]), is_last=step == total_steps(self.config))
+
+
+@dataclass(slots=True)
+class TrialProcess(TrialRun):
+    """A trial on this machine.
+
+    Attributes:
+        program: What is started, before folder, descriptor and settings.
+    """
+
+    program: Sequence[str] = _PROGRAM
     _process: "subprocess.Popen[bytes] | None" = None
-    _read: int = 0
-    _file: int | None = field(default=None)
 
     def start(self) -> None:
         """Start it, or let it go on at its newest checkpoint; nothing of it may live."""
@@ -120,47 +181,99 @@ class TrialRun:
             f"{self.folder}: processes of the trial cannot be ended; end them, then the same command goes on"
         )
 
-    def exit_code(self) -> int | None:
-        """The exit code of a trial that has ended; None when it could not say one, being killed."""
-        path = self.folder / "trial-exit"
-        return int(path.read_text()) if path.exists() else None
-
-    def last_words(self) -> str:
-        """The line that says best why it ended."""
-        path = self.folder / "trial.log"
-        lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-        lines = [line.strip() for line in lines if line.strip()]
-        own = [line for line in lines if line.startswith("memory3 ")]
-        return (own or lines or ["it said nothing"])[-1]
-
-    def new_losses(self) -> Iterator[Loss]:
-        """The validations since the last call; all of them again once a resumed run has rewritten its metrics."""
-        try:
-            file = (self.folder / "metrics.jsonl").open("rb")
-        except FileNotFoundError:
-            return
-        with file:
-            found = os.fstat(file.fileno())
-            if found.st_ino != self._file or found.st_size < self._read:
-                self._file, self._read = found.st_ino, 0
-            file.seek(self._read)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._read += len(line)
-                yield from self._losses(line)
-
-    def _losses(self, line: bytes) -> Iterator[Loss]:
-        values = json.loads(line)
-        key = next((key for key in _OBJECTIVES if key in values), None)
-        if key is not None:
-            before = self.config.warmup.steps if self.config.warmup and values["stage"] == "continual" else 0
-            step = before + int(values["step"])
-            yield Loss(step, float(values[key]), is_last=step == total_steps(self.config))
-
     def _group(self) -> int | None:
         text = (self.folder / "trial.lock").read_text().strip()
         return int(text) if text else None
+
+
+@dataclass(slots=True)
+class TrialJob(TrialRun):
+    """A trial that is a task of an array of SLURM's jobs.
+
+    Attributes:
+        task: Its number.
+        queue: The sweep's jobs.
+    """
+
+    task: int
+    queue: Queue
+
+    def is_alive(self) -> bool:
+        return self.task in self.queue.jobs()
+
+    def stop(self) -> None:
+        deadline = time.monotonic() + _STOP_SECONDS
+        self.queue.cancel(self.task)
+        while self.task in self.queue.jobs():
+            if time.monotonic() > deadline:
+                job = self.queue.jobs()[self.task]
+                raise ValueError(f"job {job} cannot be ended; end it, then the same command goes on")
+            time.sleep(_POLL_SECONDS)
+            self.queue.forget()
+        (self.folder / "trial-exit").unlink(missing_ok=True)
+
+
+class Trials(Protocol):
+    """Where trials are trained, and how many at the same time."""
+
+    at_once: int
+
+    def run(self, number: int, folder: Path, config: RunConfig, settings: Sequence[str]) -> TrialRun:
+        """A trial, wherever it stands."""
+        ...
+
+    def start(self, runs: Sequence[TrialRun]) -> None:
+        """Start trials of which nothing lives, or let them go on at their newest checkpoints."""
+        ...
+
+
+@dataclass(slots=True)
+class Processes:
+    """Trials on this machine, one after the other."""
+
+    program: Sequence[str] = _PROGRAM
+    at_once: int = 1
+
+    def run(self, number: int, folder: Path, config: RunConfig, settings: Sequence[str]) -> TrialRun:
+        return TrialProcess(folder, config, settings, self.program)
+
+    def start(self, runs: Sequence[TrialRun]) -> None:
+        for run in runs:
+            assert isinstance(run, TrialProcess)
+            run.start()
+
+
+class Jobs:
+    """Trials as tasks of arrays.
+
+    Args:
+        config: Of any trial: what a job asks for.
+        folder: The sweep's; its jobs are found by its name.
+        program: What is started, before the trial's folder.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, program: Sequence[str] = _PROGRAM) -> None:
+        self.at_once = config.launcher.slurm.array_tasks
+        prefix = shlex.quote(str(folder.resolve()))
+        command = f'{shlex.join(program)} {prefix}-"$(printf %03d "$SLURM_ARRAY_TASK_ID")"'
+        self._folder = folder
+        self._script = slurm.script(config, folder, command, array=True)
+        self._queue = Queue(slurm.job_name(folder))
+
+    def run(self, number: int, folder: Path, config: RunConfig, settings: Sequence[str]) -> TrialRun:
+        settings = [*settings, "launcher.slurm.submit=false"]
+        return TrialJob(folder, config, settings, number, self._queue)
+
+    def start(self, runs: Sequence[TrialRun]) -> None:
+        tasks = []
+        for run in runs:
+            assert isinstance(run, TrialJob)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            (run.folder / "trial-exit").unlink(missing_ok=True)
+            write_atomic(run.folder / "trial.json", json.dumps(list(run.settings)).encode())
+            tasks.append(run.task)
+        slurm.submit(self._folder, self._script, tasks=tasks)
+        self._queue.forget()
 
 
 def total_steps(config: RunConfig) -> int:
@@ -168,12 +281,17 @@ def total_steps(config: RunConfig) -> int:
     return sum(stage.steps for stage in (config.warmup, config.continual) if stage is not None)
 
 
-def main(folder: str, descriptor: str, *settings: str) -> int:
+def main(folder: str, descriptor: str | None = None, *settings: str) -> int:
     """Train, and write down how it ended."""
-    os.pwrite(int(descriptor), f"{os.getpid()}\n".encode(), 0)
-    os.set_inheritable(int(descriptor), True)
+    run = Path(folder)
+    if descriptor is None:
+        settings = tuple(json.loads((run / "trial.json").read_text()))
+        (run / "trial-exit").unlink(missing_ok=True)
+    else:
+        os.pwrite(int(descriptor), f"{os.getpid()}\n".encode(), 0)
+        os.set_inheritable(int(descriptor), True)
     code = cli.main(["pretrain", "--no-prepare", *settings])
-    write_atomic(Path(folder) / "trial-exit", f"{code}\n".encode())
+    write_atomic(run / "trial-exit", f"{code}\n".encode())
     return code
 
 

@@ -1,7 +1,8 @@
 """One rank of a run: reads the frozen configuration of a run folder, trains both stages, or goes on where it stopped.
 
-Started by `launch.agent`: `python -m launch.worker RUN_FOLDER`. Exit codes: 0 done, 1 a crash, 2 a mistake of the user
-(or a full disk), 3 training diverged beyond help, 128 + n stopped by signal n, with nothing lost.
+Started by `launch.agent`, as `python -m launch.worker RUN_FOLDER`, or by `launch.joined`. Exit codes: 0 done, 1 a
+crash, 2 a mistake of the user (or a full disk), 3 training diverged beyond help, 128 + n stopped by signal n, with
+nothing lost.
 Not here: composing the configuration (`launch.compose`), what a stage does (`train.run`).
 """
 
@@ -9,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -36,12 +38,18 @@ _GRACE_SECONDS = 3
 DIVERGED = 3
 
 
-def main(run: Path) -> int:
+def main(run: Path, *, say: Callable[[BaseException], None] | None = None) -> int:
     """Train what the run folder's configuration asks for.
 
+    Args:
+        run: The run's folder.
+        say: Takes what a user has to know of an early end; by default `launch.agent`, which says it once for all
+            ranks.
+
     Returns:
-        The exit code; what a user has to know of an early end, `launch.agent` says once for all ranks.
+        The exit code.
     """
+    say = say or get_error_handler().record_exception
     stop = Stop()
     stop.listen(leave)
     try:
@@ -51,15 +59,15 @@ def main(run: Path) -> int:
         log.info("%s, and published a checkpoint", stopped)
         return stop.exit_code
     except (ValueError, HopelessError) as problem:
-        get_error_handler().record_exception(problem)
+        say(problem)
         return DIVERGED if isinstance(problem, HopelessError) else 2
     except Exception as problem:
         if cannot_write(problem):
             said = f"{problem}; what was published is as it was: make room, and the same command goes on"
-            get_error_handler().record_exception(ValueError(said))
+            say(ValueError(said))
             return 2
         time.sleep(_GRACE_SECONDS)
-        get_error_handler().record_exception(problem)
+        say(problem)
         raise
     return 0
 
@@ -67,7 +75,8 @@ def main(run: Path) -> int:
 def _run(run: Path, stop: Stop) -> None:
     config = load_config(run / "config.yaml")
     ranks = distributed.start(threads=config.engine.threads_per_rank)
-    logging.basicConfig(level=logging.INFO if ranks.is_first else logging.ERROR, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger().setLevel(logging.INFO if ranks.is_first else logging.ERROR)
     try:
         build.quiet_third_parties()
         _train(run, config, ranks, stop)

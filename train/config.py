@@ -50,7 +50,7 @@ class EngineConfig:
     precision: Precision = Precision.bf16
     """Type of parameters and activations."""
     num_ranks: int = 2
-    """Processes that `memory3 pretrain` starts on this machine: one per GPU, or per CPU core."""
+    """Processes of a run, over all machines: one per GPU, or per CPU core; torchrun and deepspeed say it themselves."""
     threads_per_rank: int = 1
     """CPU threads of each rank."""
 

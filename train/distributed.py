@@ -1,6 +1,6 @@
-"""The ranks of a run; the only reader of the rank variables that torchrun sets.
+"""The ranks of a run as one process group.
 
-Not here: gradients and parameter sharding (`engine`).
+Not here: what a launcher says of a process (`announced`), gradients and parameter sharding (`engine`).
 """
 
 import os
@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from train.announced import Announced, announced
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +73,18 @@ class Ranks:
 
 
 def start(*, threads: int, timeout_seconds: int = 1800) -> Ranks:
-    """Join the process group that torchrun announces; without torchrun, a group of one."""
+    """Join the process group that a launcher announces; without a launcher, a group of one."""
     torch.set_num_threads(threads)
+    given = announced() or Announced(rank=0, world_size=1, local_rank=0, local_size=1)
     for name, value in (
-        ("RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("LOCAL_RANK", "0"),
+        ("RANK", given.rank),
+        ("WORLD_SIZE", given.world_size),
+        ("LOCAL_RANK", given.local_rank),
         ("MASTER_ADDR", "127.0.0.1"),
     ):
-        os.environ.setdefault(name, value)
+        os.environ.setdefault(name, str(value))
     cuda = torch.cuda.is_available()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", given.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "MASTER_PORT" not in os.environ:
@@ -89,9 +92,29 @@ def start(*, threads: int, timeout_seconds: int = 1800) -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    world_size = dist.get_world_size()
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return Ranks(dist.get_rank(), world_size, device, local_size)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, given.local_size)
+
+
+class Meeting:
+    """Announced ranks before they are a process group: the first says one thing, and the others wait for it.
+
+    However long that takes: the first may be preparing a corpus.
+    """
+
+    def __init__(self) -> None:
+        # Kept: on the first rank of deepspeed's launcher this object is what the others speak to.
+        self._store, self._rank, _ = next(rendezvous("env://", timeout=timedelta(days=30)))
+
+    def say(self, text: str) -> None:
+        """Tell the other ranks."""
+        self._store.set(_SAID, text)
+
+    def hear(self) -> str:
+        """What the first rank says."""
+        return str(self._store.get(_SAID).decode())
+
+
+_SAID = "memory3-said"
 
 
 def stop() -> None:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from launch import slurm as launch_slurm
 from launch import sweep
 from launch.compose import CONF, compose_config
 from launch.space import Numbers, Value, read_space
 from launch.study import Row, Study
 from launch.sweep_report import objective
-from launch.trial import TrialRun
+from launch.trial import TrialProcess
+from tests.support import slurm
 from tests.support.launch import corpus_settings, memory3, prepared_root, trained_corpus, within
 from tests.support.sweep import RATES, SPACE, control, losses, starts
 
@@ -123,9 +125,39 @@ def test_bad_trials_fail_and_a_sweep_of_failures_ends(
     assert note in str(ended.value)
     assert [(row.state, row.note) for row in rows(tmp_path)] == [("failed", note)] * 3
     assert [starts(tmp_path / f"s-{number:03d}") for number in range(3)] == [times] * 3
-    assert not TrialRun(
+    assert not TrialProcess(
         tmp_path / "s-000", compose_config(SPACE), []
     ).is_alive()  # one of "nan" waits to be stopped
+
+
+def test_trials_are_tasks_of_arrays_on_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that is killed, and a controller that is killed, on the way."""
+    monkeypatch.setenv("PATH", f"{slurm.install(tmp_path / 'slurm')}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(launch_slurm, "_QUEUE_SECONDS", 0.1)
+    monkeypatch.setenv("STEP_SECONDS", "0.2")
+    more = ["launcher=slurm", "launcher.slurm.array_tasks=3", "launcher.slurm.gpus=false"]
+    more += ["logging.wandb_project=killed-once", RATES]
+
+    class KilledError(Exception):
+        pass
+
+    def killed(seconds: float) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.time, "sleep", killed)
+        with pytest.raises(KilledError):
+            control(tmp_path, 5, *more, jobs=True)
+    assert control(tmp_path, 5, *more, jobs=True) == 0
+    assert {row.state for row in rows(tmp_path)} <= {"finished", "pruned"}
+    assert len(rows(tmp_path)) == 5
+    trained = [path for path in tmp_path.glob("s-*") if (path / "starts").exists()]
+    assert [starts(path) for path in trained] == [2] * len(
+        trained
+    )  # the first controller's death repeated none
+    jobs = sorted(path.name for path in (tmp_path / "slurm/jobs").iterdir())
+    assert jobs[:3] == ["100_0", "100_1", "100_2"]
+    assert len(jobs) == 2 * len(trained)
 
 
 def test_a_setting_that_cannot_be_is_a_failed_trial(tmp_path: Path) -> None:
@@ -157,8 +189,8 @@ def test_draws_follow_from_seed_and_history(tmp_path: Path) -> None:
                 with (folder / "journal.log").open("ab") as journal:
                     journal.write(b'{"op_code":4,"wor')
                 study = Study(folder, space, seed=5, settle_steps=0)
-                assert study.next().values == study.next().values  # an open trial is not drawn again
-            trial = study.next()
+                assert study.open(1)[0].values == study.open(1)[0].values  # an open trial is not drawn again
+            [trial] = study.open(1)
             values.append(rate(trial.values))
             trial.finish(losses(values[-1])[-1])
         return values
@@ -267,7 +299,7 @@ def test_shipped_sweeps_compose(name: str) -> None:
 
 
 def test_the_objective_is_the_last_validation_with_memory_where_memory_is_read(tmp_path: Path) -> None:
-    run = TrialRun(tmp_path, compose_config(["experiment=quick", "debug=smoke"]), [])
+    run = TrialProcess(tmp_path, compose_config(["experiment=quick", "debug=smoke"]), [])
     lines = [
         {"stage": "warmup", "step": 4, "loss": 9.0},
         {"stage": "warmup", "step": 4, "validation_none": 5.0},

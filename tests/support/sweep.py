@@ -1,6 +1,7 @@
 """Sweeps whose trials train nothing, so that tests can afford many.
 
     python -m tests.support.sweep FOLDER DESCRIPTOR SETTINGS...    a trial: what `launch.trial` does, in a blink
+    python -m tests.support.sweep FOLDER                           the same as a job
     python -m tests.support.sweep control ROOT TRIALS              a controller of such trials, to be killed
 
 A trial reports losses that its settings decide, step by step, and goes on after the last step that its folder knows.
@@ -12,7 +13,6 @@ import os
 import signal
 import sys
 import time
-from functools import partial
 from math import log10
 from pathlib import Path
 
@@ -21,9 +21,10 @@ RATES = "warmup.peak_lr=tag(log,interval(1e-4,1e-1))"
 PROGRAM = (sys.executable, "-S", str(Path(__file__)))
 
 
-def trial(folder: Path, descriptor: int, settings: dict[str, str]) -> int:
+def trial(folder: Path, descriptor: int | None, settings: dict[str, str]) -> int:
     """Pretend to train; the exit code."""
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    if descriptor is not None:
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     with (folder / "starts").open("a") as starts:
         starts.write(f"{os.getpid()}\n")
     fate = settings.get("logging.wandb_project", "")
@@ -56,22 +57,25 @@ def starts(folder: Path) -> int:
     return len((folder / "starts").read_text().splitlines())
 
 
-def control(root: Path, trials: int, *settings: str, seed: int = 0, picture: bool = False) -> int:
+def control(
+    root: Path, trials: int, *settings: str, seed: int = 0, picture: bool = False, jobs: bool = False
+) -> int:
     """Run a sweep of such trials below a root."""
     from launch import sweep, sweep_report
     from launch.compose import compose_config
     from launch.space import read_space
-    from launch.trial import TrialRun
+    from launch.trial import Jobs, Processes
 
     sweep._POLL_SECONDS = 0.02
     space = read_space([*SPACE, f"paths.root={root}", *(settings or [RATES])])
     plan = sweep.Sweep("s", space, trials, seed)
     config = compose_config(next(space.corners()))
+    where = Jobs(config, root / "s", PROGRAM) if jobs else Processes(PROGRAM)
     draw = sweep_report.draw
     if not picture:  # half a second each
         sweep_report.draw = lambda *_, **__: None
     try:
-        return sweep.control(plan, config, root / "s", new_run=partial(TrialRun, program=PROGRAM))
+        return sweep.control(plan, config, root / "s", trials=where)
     finally:
         sweep_report.draw = draw
 
@@ -85,5 +89,8 @@ def _ended(folder: Path, code: int) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "control":
         sys.exit(control(Path(sys.argv[2]), int(sys.argv[3])))
-    pairs = (setting.partition("=") for setting in sys.argv[3:])
-    sys.exit(trial(Path(sys.argv[1]), int(sys.argv[2]), {key: value for key, _, value in pairs}))
+    folder = Path(sys.argv[1])
+    texts = sys.argv[3:] or json.loads((folder / "trial.json").read_text())
+    pairs = (text.partition("=") for text in texts)
+    number = int(sys.argv[2]) if sys.argv[3:] else None
+    sys.exit(trial(folder, number, {key: value for key, _, value in pairs}))
