@@ -3,6 +3,7 @@
 One subject at a time; every figure is counted by `launch.timing`. A subject is a module `launch.bench_<subject>` with
 `DEFAULTS`, its settings unless the user gives others, and `measure(config, conditions) -> Bench`. Results are
 `<output>/bench_<subject>.json` (every round), `.md` (the table) and `.png` (every round, and the target).
+The device is the one that a run would take: a GPU where there is one (hide it with `CUDA_VISIBLE_DEVICES=`).
 Not here: what is measured (one module each), operations (`model.flops`).
 """
 
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--rounds {arguments.rounds} make no median; give {LEAST_ROUNDS} or more")
     if arguments.threads < 1:
         raise ValueError(f"--threads {arguments.threads} cannot compute; give 1 or more")
-    device = _device(arguments.device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(arguments.threads)
     subject = importlib.import_module(f"launch.bench_{arguments.action}")
     config = compose_config([*subject.DEFAULTS, *arguments.overrides])
@@ -159,10 +160,3 @@ def _between(least: float, most: float) -> str:
 
 def _told(shape: Any) -> str:
     return ", ".join(f"{name} {value}" for name, value in shape.items())
-
-
-def _device(name: str | None) -> torch.device:
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise ValueError("--device cuda: PyTorch finds no GPU here; `memory3 doctor` says why, or give cpu")
-    return torch.device(name or ("cuda" if there else "cpu"))

@@ -7,10 +7,10 @@ Not here: a step with its share of an epoch's compilation (`launch.bench_step`).
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data.references import References
 from launch.bench_corpus import write_corpus
@@ -26,7 +26,7 @@ from memorybank.writer import BATCH, Encode, compile_generation, encode_records
 from model.config import ModelConfig
 from model.flops import reference_encode_flops
 from model.memory import ExplicitMemory
-from model.transformer import Memory3LM
+from model.transformer import Block, Memory3LM
 
 DEFAULTS = ["model=small", "model.prefix_ids=[1,2,3,4]"]
 
@@ -47,7 +47,7 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
         sides = {
             "compiling": _compiling(encode, references, codec, model_config, Path(name)),
             "encoding, no files": _encoding(encode, references, codec),
-            "forward pass": _forward(model, references, device),
+            "forward pass": forward_of_memory_layers(model, references, device),
         }
         times = interleaved(sides, conditions)
         profiles = [where_time_goes(f"{name} {_REFERENCES} references", run) for name, run in sides.items()]
@@ -83,8 +83,8 @@ def encoder(model: Memory3LM, device: torch.device) -> Encode:
     """`Memory3LM.encode`, from arguments on the CPU."""
 
     @torch.no_grad()
-    def encode(*arguments: Any) -> ExplicitMemory:
-        return model.encode(*(None if each is None else each.to(device) for each in arguments))
+    def encode(tokens_NR: Tensor, lengths_N: Tensor, titles_N: Tensor) -> ExplicitMemory:
+        return model.encode(tokens_NR.to(device), lengths_N.to(device), titles_N.to(device))
 
     return encode
 
@@ -112,21 +112,22 @@ def _encoding(encode: Encode, references: References, codec: Codec) -> Side:
     return lambda: encode_records(encode, references, np.arange(_REFERENCES), codec, batch=BATCH)
 
 
-def _forward(model: Memory3LM, references: References, device: torch.device) -> Side:
+def forward_of_memory_layers(
+    model: Memory3LM, references: References, device: torch.device, *, count: int = _REFERENCES
+) -> Side:
     """The memory layers as `Memory3LM.encode` runs them: of the last one the projections alone."""
     config = model.config
-    tokens_NR = torch.from_numpy(references.tokens(np.arange(_REFERENCES))[0]).to(device)
+    tokens_NR = torch.from_numpy(references.tokens(np.arange(count))[0]).to(device)
+    *before, last = [block for block in model.blocks if isinstance(block, Block)][: config.num_memory_layers]
     turn = model.rotation(config.num_prefix, config.reference_tokens)
 
     @torch.no_grad()
     def run() -> None:
-        for some in tokens_NR.split(BATCH):
+        for some in torch.split(tokens_NR, BATCH):
             prefix = model.encode_prefix(config.num_memory_layers)
             hidden_BTD = model.embedding(some)
-            for layer in range(config.num_memory_layers - 1):
-                hidden_BTD, _, _ = model.blocks[layer](
-                    hidden_BTD, turn, attention=model.attention, prefix=prefix[layer]
-                )
-            model.blocks[config.num_memory_layers - 1].project(hidden_BTD)
+            for block, read in zip(before, prefix, strict=False):
+                hidden_BTD, _, _ = block(hidden_BTD, turn, attention=model.attention, prefix=read)
+            last.project(hidden_BTD)
 
     return run

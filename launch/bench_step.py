@@ -29,7 +29,7 @@ from launch.bench_corpus import write_corpus
 from launch.build import training_dtype
 from launch.config import RunConfig
 from launch.silence import silent_stderr
-from launch.timing import Bench, Conditions, Side, interleaved, rate, ratio
+from launch.timing import Bench, Conditions, Figure, Side, interleaved, rate, ratio
 from memorybank import codecs
 from memorybank.bank import BankReader, OnlineReader
 from memorybank.cache import CachedRecords
@@ -109,7 +109,7 @@ class Scene:
     @property
     def num_read(self) -> int:
         """Distinct references of a step."""
-        return self.stage.rows_per_step * self.found_MC.shape[1]
+        return int(self.stage.rows_per_step * self.found_MC.shape[1])
 
 
 @contextmanager
@@ -382,7 +382,7 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
     warmup, bank, online = (times[name] for name in trained)
     ideals = [what.total / plain.total for what in (from_bank, live)]
     tokens = rows * model.row_tokens
-    palm = text_token_flops(model).palm * tokens
+    palm, peak = text_token_flops(model).palm * tokens, config.logging.peak_tflops
     return Bench(
         shape={
             "parameters": f"{count_parameters(model).non_embedding / 1e6:.1f}M + vocabulary {model.vocab_size:,}",
@@ -432,6 +432,16 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
                 times["bare loop"],
                 target=_OF_BARE_LOOP,
                 note="loader, engine, metrics and all beside a loop of a few lines with the same model and optimizer",
+            ),
+            *(
+                Figure(
+                    f"MFU, {name}",
+                    tuple(palm / seconds / (peak * 1e12) for seconds in times[name].wall),
+                    note=f"6 * (non-embedding + head) + 12 * L * d * T FLOP a token of text, of {peak:g} TFLOP/s; by "
+                    f"the causal count {plain.total / times[name].seconds / (peak * 1e12):.1%}",
+                )
+                for name in trained
+                if peak is not None
             ),
             rate("matrix products", times["matrix products"], amount=multiplied.flops / 1e9, unit="GFLOP/s"),
             rate("warmup", warmup, amount=tokens, unit="tokens/s"),

@@ -269,7 +269,6 @@ def _add_bench_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         metavar="N",
         help="CPU threads of this process (default: %(default)s)",
     )
-    sub.add_argument("--device", choices=["cpu", "cuda"], help="where (default: the GPU if there is one)")
     sub.add_argument(
         "--output",
         metavar="FOLDER",

@@ -369,7 +369,7 @@ def _mark(device: torch.device) -> Any:
     """A point in the order of the device's work, without waiting for it."""
     if device.type != "cuda":
         return time.perf_counter()
-    mark = torch.cuda.Event(enable_timing=True)
+    mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     mark.record()
     return mark
 
