@@ -4,8 +4,8 @@
     other layers                                  | prefix, P | context ... | future |
 
 Rows stand in places, of which the first `len(decoder)` are taken: a step costs what its rows cost, and a row that
-ends leaves its place to another prompt, or to the last row. Prefix and context lie in blocks of `BLOCK` keys, each
-of them contiguous over all rows, because that is what a batched matrix product reads without making a copy; a block
+ends leaves its place to another prompt, or to the last row. Prefix and context lie in blocks of keys, each of
+them contiguous over all rows, because that is what a batched matrix product reads without making a copy; a block
 that is partly future is computed whole, and masked. For every row there is one softmax over memories, prefix and
 context, as in ``model/attention.py``, which prompts go through.
 
@@ -24,7 +24,9 @@ from model.rope import Rotation, rotate
 from model.transformer import Block, Memory3LM
 
 BLOCK = 64
-"""Keys of a block: larger ones compute more of the future, smaller ones make more calls (measured on a CPU)."""
+"""Keys of a block on a CPU: larger ones compute more of the future, smaller ones make more calls."""
+BLOCK_BESIDE = 256
+"""On any other device, where calls cost more than keys (not measured)."""
 
 Places = list[int] | slice
 
@@ -39,12 +41,13 @@ class Decoder:
         self._model = model
         self._prefix = model.encode_prefix(config.num_layers)
         self._turns = model.rotation(config.context_start, capacity)
-        num_blocks = -(-(config.num_prefix + capacity) // BLOCK)
-        self._keys = weight.new_zeros(2, config.num_layers, num_blocks, rows, G, BLOCK, E)
+        block = BLOCK if weight.device.type == "cpu" else BLOCK_BESIDE
+        num_blocks = -(-(config.num_prefix + capacity) // block)
+        self._keys = weight.new_zeros(2, config.num_layers, num_blocks, rows, G, block, E)
         """Keys, then values, of prefix and context. Zeros, since what is masked is multiplied all the same."""
         self._read = weight.new_zeros(2, config.num_memory_layers, rows, G, 0, E)
         """Keys, then values, of memories."""
-        self._bias = weight.new_full((config.num_memory_layers + 1, rows, G, num_blocks * BLOCK), -torch.inf)
+        self._bias = weight.new_full((config.num_memory_layers + 1, rows, G, num_blocks * block), -torch.inf)
         """0 where a row may read, -inf elsewhere; behind the memory layers' one for all others, (.., J + keys)."""
         self._at_B = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         """Where each row's next token goes."""
@@ -123,14 +126,14 @@ class Decoder:
         """Append a token to every row; return their hidden states after the last block, (B, D)."""
         B, P, J = len(self), self._model.config.num_prefix, self._read.shape[4]
         at_B = self._at_B[:B]
-        rows, G = self._keys.shape[3:5]
+        rows, G, size = self._keys.shape[3:6]
         row_B = torch.arange(B, device=at_B.device)
         self._bias[:, row_B, :, J + P + at_B] = 0
-        block_B, offset_B = (P + at_B) // BLOCK, (P + at_B) % BLOCK
+        block_B, offset_B = (P + at_B) // size, (P + at_B) % size
         head_BG = (block_B * rows + row_B)[:, None] * G + torch.arange(G, device=at_B.device)
-        place_BG = head_BG * BLOCK + offset_B[:, None]
+        place_BG = head_BG * size + offset_B[:, None]
         turn = Rotation(*(table[at_B, None] for table in self._turns))
-        used = (P + max(self._lengths)) // BLOCK + 1
+        used = (P + max(self._lengths)) // size + 1
         hidden = self._model.embedding(tokens_B[:, None])
         for layer, block in enumerate(self._model.blocks):
             attend = partial(self._attend, layer=layer, place=place_BG.flatten(), used=used)
@@ -210,9 +213,9 @@ def _span(places: Sequence[int]) -> Places:
 
 
 def _write(kept: Tensor, begin: int, x_BTGE: Tensor, places: Places = slice(None)) -> None:
-    """Write tokens of some places into their blocks (blocks, rows, G, BLOCK, E), from a key's number on."""
-    end = begin + x_BTGE.shape[1]
-    for number in range(begin // BLOCK, -(-end // BLOCK)):
-        low, high = max(begin, number * BLOCK), min(end, (number + 1) * BLOCK)
+    """Write tokens of some places into their blocks (blocks, rows, G, keys of a block, E), from a key's number on."""
+    size, end = kept.shape[3], begin + x_BTGE.shape[1]
+    for number in range(begin // size, -(-end // size)):
+        low, high = max(begin, number * size), min(end, (number + 1) * size)
         block = x_BTGE[:, low - begin : high - begin].transpose(1, 2)
-        kept[number, places, :, low - number * BLOCK : high - number * BLOCK] = block
+        kept[number, places, :, low - number * size : high - number * size] = block
