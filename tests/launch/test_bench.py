@@ -78,6 +78,25 @@ def test_attention_is_measured_and_written(tmp_path: Path) -> None:
     assert (tmp_path / "bench_attention.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_generation_is_measured_with_and_without_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.bench_generate.REFERENCES", 800)
+    monkeypatch.setattr("launch.bench_generate.ROWS", 3)
+    done = bench(
+        "generate", tmp_path, "model.chunk_tokens=8", "model.reference_tokens=16", "data.reference_tokens=16"
+    )
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "bench_generate.json").read_text())
+    figures = {figure["what"]: figure for figure in found["figures"]}
+    assert figures["tokens/s with memory / without"]["target"] == 0.90
+    assert {
+        "tokens/s with memory, records in the cache / without",
+        "tokens/s with references as text / without",
+    } < {*figures}
+    assert found["shape"]["rows"] == "3 of 16 tokens in and 16 out"
+
+
 @pytest.mark.parametrize(
     ("given", "said"), [(("--rounds", "2"), "give 5 or more"), (("--threads", "0"), "give 1 or more")]
 )
