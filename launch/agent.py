@@ -3,7 +3,8 @@
 Started by `launch.launchers`; its exit code is that of the rank that failed first (`launch.worker`), 4 when the
 watchdog found one that hangs, or 128 + n when signal n stopped it: it hands the signal on, and the ranks have 30
 seconds to publish a checkpoint. What is said of a failure stands in `failure.json` of the run folder as well.
-Not here: what a rank does (`launch.worker`), which rank hangs (`launch.watchdog`), starting again (`launch.supervise`).
+Not here: what a rank does (`launch.worker`, `launch.bank_worker`), which of them hangs (`launch.watchdog`), starting
+again (`launch.supervise`).
 """
 
 import argparse
@@ -27,8 +28,8 @@ from launch.supervise import FAILURE
 from launch.watchdog import PULSES, Watchdog
 from train.stopping import STOPPED
 
-WORKER = ["-m", "launch.worker"]
 HUNG = 4
+PRETRAIN = "memory3 pretrain"
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
@@ -50,7 +51,7 @@ class Failure:
 def main(*argv: str) -> int:
     """Run the ranks of this machine to their end."""
     parser = argparse.ArgumentParser(prog="launch.agent")
-    parser.add_argument("folder", help="the run's")
+    parser.add_argument("told", help="what the ranks are told: the run's folder")
     parser.add_argument("num_ranks", type=int, help="on this machine")
     parser.add_argument("--nodes", type=int, default=1, help="machines of the run")
     parser.add_argument(
@@ -60,6 +61,8 @@ def main(*argv: str) -> int:
     parser.add_argument(
         "--listen", action="store_true", help="signals come as numbers, a line each, on stdin"
     )
+    parser.add_argument("--program", default=PRETRAIN, help="what the user called")
+    parser.add_argument("--worker", default="launch.worker", help="module of a rank")
     given = parser.parse_args(argv)
     logging.disable(logging.CRITICAL)  # torchrun's own words about a failure; ours follow
     launch = [f"--nproc-per-node={given.num_ranks}", f"--signals-to-handle={_SIGNALS}"]
@@ -71,13 +74,14 @@ def main(*argv: str) -> int:
         launch += [f"--master-addr={host}", f"--master-port={port}"]
     if given.listen:
         Thread(target=_listen, daemon=True).start()
-    run, killed_before = Path(given.folder), rank_memory.kernel_kills()
+    run = Path(given.told) if given.program == PRETRAIN else None
+    killed_before = rank_memory.kernel_kills()
     # A folder of our own, since torchrun never removes the one that it makes.
     with tempfile.TemporaryDirectory(prefix="memory3-ranks-", ignore_cleanup_errors=True) as own:
         os.environ[PULSES] = own
         watchdog = Watchdog(Path(own))
         try:
-            arguments = [*launch, f"--log-dir={own}", *WORKER, given.folder]
+            arguments = [*launch, f"--log-dir={own}", "-m", given.worker, given.told]
             torchrun(parse_args(arguments))  # type: ignore[no-untyped-call]
             return 0
         except ChildFailedError as failed:
@@ -86,22 +90,22 @@ def main(*argv: str) -> int:
         except SignalException as stopped:
             return 128 + int(stopped.sigval)
     if failure.code not in STOPPED:  # a signal reached the ranks alone
-        if not (run / FAILURE).exists():  # otherwise another machine was first
+        if run is not None and not (run / FAILURE).exists():  # otherwise another machine was first
             write_json_atomic(run / FAILURE, asdict(failure))
         if failure.cause is not None:
             named = "" if failure.rank is None else f"rank {failure.rank}: "
-            print(f"memory3 pretrain: {named}{failure.cause}", file=sys.stderr)
+            print(f"{given.program}: {named}{failure.cause}", file=sys.stderr)
     return failure.code
 
 
-def _failure(run: Path, failed: ChildFailedError, watchdog: Watchdog, killed_before: int) -> Failure:
-    if watchdog.found is not None:
+def _failure(run: Path | None, failed: ChildFailedError, watchdog: Watchdog, killed_before: int) -> Failure:
+    if run is not None and watchdog.found is not None:
         return Failure(HUNG, None, f"{watchdog.found.says}; the stacks of all ranks are in {run / 'stacks'}")
     rank, first = failed.get_first_failure()
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
         cause = f"rank {rank} was ended by {name}"
-        if -first.exitcode == signal.SIGKILL:
+        if run is not None and -first.exitcode == signal.SIGKILL:
             cause += rank_memory.explain_kill(run, by_kernel=rank_memory.kernel_kills() > killed_before)
         return Failure(128 - first.exitcode, None, cause)
     data = first.error_file_data.get("message")

@@ -29,7 +29,7 @@ from train.divergence import DivergedError, HopelessError
 from train.engine import Engine
 from train.evaluate import Setting, TextSet, memory_attention, validation_losses
 from train.inputs import InputsAhead
-from train.loop import train_epoch
+from train.loop import PeakSpeed, train_epoch
 from train.metrics import Metrics
 from train.rows import plan_epoch
 from train.schedule import Schedule, epoch_begins
@@ -59,7 +59,7 @@ class Parts:
     metrics: Metrics
     ranks: Ranks
     row_tokens: int
-    peak_tokens_per_second: float | None
+    peak: PeakSpeed | None
     cache_bytes: int
     seed: int
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
@@ -188,7 +188,7 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
             validate=validate,
             save=save,
             divergence=parts.divergence,
-            peak_tokens_per_second=parts.peak_tokens_per_second,
+            peak=parts.peak,
             stopping=stopping,
         )
         _finish_saving(parts)
@@ -198,7 +198,10 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
 
 
 def _tell_saved(parts: Parts) -> None:
-    for saved in parts.checkpoints.saved():
+    published = parts.checkpoints.saved()
+    if published and parts.epochs is not None:
+        parts.epochs.sweep()
+    for saved in published:
         parts.metrics.log(
             stage=saved.state.stage,
             step=saved.state.step,

@@ -156,7 +156,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
             leftover.unlink()
         folder.rmdir()
         stored = json.loads((published(folder, "corpus", 1) / MANIFEST).read_text())
-    del stored[CHECKSUM]
+    stored.pop(CHECKSUM, None)
     change(stored)
     named = {key: stored[key] for key in ("kind", "version", "settings", "inputs")}
     stored["fingerprint"] = fingerprint(

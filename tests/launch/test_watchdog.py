@@ -46,10 +46,9 @@ def test_a_rank_that_hangs_is_named_and_all_write_their_stacks(how: str, said: s
     program = tmp_path / "rank.py"
     program.write_text(RANK)
     root = Path(agent.__file__).parents[1]
-    start = f"from launch import agent; agent.WORKER = ['{program}']; import sys; sys.exit(agent.main(*sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-c", start, str(tmp_path), "2"],
-        cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+        [sys.executable, "-m", "launch.agent", str(tmp_path), "2", f"--worker={program.stem}"],
+        cwd=root, env={**os.environ, "PYTHONPATH": f"{root}:{program.parent}"},
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == agent.HUNG, done.stderr
