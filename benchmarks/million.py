@@ -405,7 +405,8 @@ def seconds(action: Callable[[], object]) -> tuple[float, float]:
 def gather(arguments: argparse.Namespace) -> dict[str, Any]:
     """Read records at random, 320 at a time (64 chunks, five references each): first with, then without checksums."""
     with Library.open(arguments.work / "bank") as library:
-        ids = np.random.default_rng(0).choice(library.next_reference, 64 * 320, replace=False)
+        num = min(64 * 320, library.next_reference)
+        ids = np.random.default_rng(0).choice(library.next_reference, num, replace=False)
         ids = ids[library.is_live(ids)]
         batches = [ids[begin : begin + 320] for begin in range(0, len(ids), 320)]
         first = [seconds(lambda some=some: library.read(some)) for some in batches]

@@ -59,6 +59,9 @@ COMMANDS = (
         "what a run will take: parameters, memory, FLOPs, time, disk, money; and what would fit",
         _OVERRIDES,
     ),
+    Command(
+        "bench", "how fast this machine trains, reads and writes memory, beside what would do without it", ""
+    ),
     Command("doctor", "whether this machine can train: versions, devices, disk, locks; a remedy a line", ""),
     Command(
         "report",
@@ -235,6 +238,41 @@ def _add_bank_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         sub.add_argument("-k", type=int, help="references shown (default: as many as a chunk reads)")
 
 
+BENCH_SUBJECTS = (
+    Command("attention", "attention that reads memory, beside the library's kernel without it", _OVERRIDES),
+    Command(
+        "step",
+        "steps of both stages, beside each other, beside the matrix products, and beside a bare loop",
+        _OVERRIDES,
+    ),
+    Command("compile", "writing memories, beside the forward pass of the same layers", _OVERRIDES),
+    Command("generate", "completing prompts with memory, beside completing them without", _OVERRIDES),
+    Command("loader", "reading rows and records, beside a step", _OVERRIDES),
+)
+
+
+def _add_bench_arguments(sub: argparse.ArgumentParser, name: str) -> None:
+    sub.add_argument(
+        "--rounds", type=int, default=7, metavar="N", help="how often each side runs (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="CPU threads of this process (default: %(default)s)",
+    )
+    sub.add_argument("--device", choices=["cpu", "cuda"], help="where (default: the GPU if there is one)")
+    sub.add_argument(
+        "--output",
+        metavar="FOLDER",
+        default="benchmarks/results",
+        help=f"where bench_{name}.json, .md and .png are written (default: %(default)s)",
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings (see below)")
+
+
 def _add_run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("run", help="run folder, or its name below --root")
     sub.add_argument(
@@ -260,10 +298,13 @@ def _add_bank_read(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
-    if name == "bank":
-        _add_actions(sub, BANK_ACTIONS, _add_bank_arguments)
-    if name == "checkpoint":
-        _add_actions(sub, CHECKPOINT_ACTIONS, _add_checkpoint_arguments)
+    actions = {
+        "bank": (BANK_ACTIONS, _add_bank_arguments),
+        "bench": (BENCH_SUBJECTS, _add_bench_arguments),
+        "checkpoint": (CHECKPOINT_ACTIONS, _add_checkpoint_arguments),
+    }
+    if name in actions:
+        _add_actions(sub, *actions[name])
     if name in ("evaluate", "generate"):
         _add_run(sub)
         _add_bank_read(sub)

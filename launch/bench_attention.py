@@ -1,0 +1,332 @@
+"""Attention that reads memory, forward and backward: against the library's kernel without any, and with a dense mask.
+
+Two patterns of one row: training's, where each chunk finds one reference and reads those of a window; and inference's,
+where each chunk reads as many of its own, so that a row reads five times as many memories. The dense mask is what one
+would write first: all memories of the row before its context, one boolean mask, the library's kernel.
+Not here: exactness (tests/model/test_attention.py).
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from launch.chart import Chart, Look, Series
+from launch.config import RunConfig
+from launch.timing import Bench, Conditions, Figure, Side, Times, interleaved, ratio
+from launch.units import binary
+from memorybank.config import QueryMode
+from memorybank.pool import window_slots
+from model.attention import (
+    AttentionFunction,
+    MemoryKeys,
+    PrefixKeys,
+    blocked_attention,
+    fast_attention,
+    merged_attention,
+)
+from model.config import ModelConfig
+from train.config import Precision
+
+DEFAULTS = ["model=small", "model.row_tokens=2048", "model.prefix_ids=[1,2,3,4]"]
+PAPER_HEAD_SIZE = 80
+"""Kernels are tuned for 64, 96 and 128."""
+_AGAINST_KERNEL = {"cpu": 1.15, "cuda": 1.35}
+_AGAINST_MASK = 2.5
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Random queries, keys, values and memories of one row; all of them want their gradients."""
+
+    q_BTHE: Tensor
+    k_BTGE: Tensor
+    v_BTGE: Tensor
+    prefix: PrefixKeys | None
+    window: MemoryKeys
+    """One reference per chunk, shared by a window of chunks."""
+    fresh: MemoryKeys
+    """As many references of each chunk's own."""
+    grad_BTHE: Tensor
+
+    @classmethod
+    def random(
+        cls, config: ModelConfig, *, places: int, dtype: torch.dtype, device: torch.device
+    ) -> "Problem":
+        """Make the tensors for a model's shape and `places` slots a chunk."""
+        generator = torch.Generator(device).manual_seed(0)
+
+        def leaf(*shape: int) -> Tensor:
+            made = torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+            return made.to(dtype).requires_grad_()
+
+        H, G, E, T = config.num_heads, config.num_kv_heads, config.head_size, config.row_tokens
+        chunks = T // config.chunk_tokens
+
+        def memory(count: int, slots_BCK: Tensor) -> MemoryKeys:
+            kept = torch.ones(count, G, config.tokens_kept, dtype=torch.bool, device=device)
+            k, v = (leaf(count, G, config.tokens_kept, E) for _ in range(2))
+            return MemoryKeys(k, v, kept, slots_BCK.to(device), config.chunk_tokens)
+
+        found = window_slots(torch.arange(chunks)[None].numpy(), QueryMode.own, window=places)
+        prefix = PrefixKeys(*(leaf(config.num_prefix, G, E) for _ in range(2))) if config.num_prefix else None
+        return cls(
+            leaf(1, T, H, E),
+            leaf(1, T, G, E),
+            leaf(1, T, G, E),
+            prefix,
+            memory(chunks, torch.from_numpy(found)),
+            memory(chunks * places, torch.arange(chunks * places).view(1, chunks, places)),
+            leaf(1, T, H, E).detach(),
+        )
+
+    def side(self, attention: AttentionFunction, memory: MemoryKeys | None) -> Side:
+        """Forward and backward of a function that reads prefix and memory."""
+        wanted = [self.q_BTHE, self.k_BTGE, self.v_BTGE, *(self.prefix or ())]
+        wanted += [memory.k_NGSE, memory.v_NGSE] if memory else []
+        return partial(
+            self._both,
+            lambda: attention(self.q_BTHE, self.k_BTGE, self.v_BTGE, prefix=self.prefix, memory=memory),
+            wanted,
+        )
+
+    def kernel(self) -> Side:
+        """Forward and backward of the library's kernel over the context alone."""
+        context = [self.q_BTHE, self.k_BTGE, self.v_BTGE]
+        return partial(self._both, lambda: _sdpa(*context, is_causal=True), context)
+
+    def dense(self, memory: MemoryKeys) -> Side:
+        """Forward and backward of the library's kernel over prefix, all memories and context, with a mask."""
+        before = [*(self.prefix or (self.k_BTGE[0, :0], self.v_BTGE[0, :0]))]
+        pools = [memory.k_NGSE, memory.v_NGSE]
+        mask_TJ = self.mask(memory)
+
+        def attend() -> Tensor:
+            k, v = (
+                torch.cat([prefix[None], pool.transpose(1, 2).flatten(0, 1)[None], own], dim=1)
+                for prefix, pool, own in zip(before, pools, (self.k_BTGE, self.v_BTGE), strict=True)
+            )
+            return _sdpa(self.q_BTHE, k, v, mask_TJ=mask_TJ)
+
+        wanted = [self.q_BTHE, self.k_BTGE, self.v_BTGE, *(self.prefix or ()), *pools]
+        return partial(self._both, attend, wanted)
+
+    def mask(self, memory: MemoryKeys) -> Tensor:
+        """Return what each token may read of prefix, pool (token by token) and context, bool (T, J)."""
+        prefix = 0 if self.prefix is None else len(self.prefix.k_PGE)
+        T, device = self.q_BTHE.shape[1], self.q_BTHE.device
+        N, _, S, _ = memory.k_NGSE.shape
+        reads_CN = torch.zeros(memory.slots_BCK.shape[1], N + 1, dtype=torch.bool, device=device)
+        reads_CN.scatter_(
+            1, memory.slots_BCK[0] % (N + 1), True
+        )  # an empty slot is the last column, and dropped
+        reads_TN = reads_CN[:, :N].repeat_interleave(memory.chunk_tokens, dim=0)[:T]
+        everything = torch.ones(T, prefix, dtype=torch.bool, device=device)
+        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        return torch.cat([everything, reads_TN.repeat_interleave(S, dim=1), causal], dim=1)
+
+    def _both(self, attend: Callable[[], Tensor], wanted: list[Tensor]) -> list[Tensor]:
+        out = attend()
+        return [out.detach(), *torch.autograd.grad(out, wanted, self.grad_BTHE)]
+
+
+def measure(config: RunConfig, conditions: Conditions) -> Bench:
+    """Time all functions at the model's row length and head size, and what decides at others."""
+    model, places, dtype = config.model, config.retrieval.window, training_dtype(config)
+    problem = Problem.random(model, places=places, dtype=dtype, device=conditions.device)
+    half = Problem.random(
+        replace(model, row_tokens=model.row_tokens // 2), places=places, dtype=dtype, device=conditions.device
+    )
+    times = interleaved(
+        {
+            "kernel without memory": problem.kernel(),
+            "ours without memory": problem.side(fast_attention, None),
+            "ours": problem.side(fast_attention, problem.window),
+            "blocked": problem.side(blocked_attention, problem.window),
+            "merged": problem.side(merged_attention, problem.window),
+            "dense mask": problem.dense(problem.window),
+            "ours, fresh memories": problem.side(fast_attention, problem.fresh),
+            "dense mask, fresh memories": problem.dense(problem.fresh),
+        },
+        conditions,
+    )
+    kernel, ours = times["kernel without memory"], times["ours"]
+    fresh, masked = times["ours, fresh memories"], times["dense mask, fresh memories"]
+    distinct = len(problem.fresh.k_NGSE)
+    read = (model.row_tokens + 1) / 2 + model.num_prefix + places * model.tokens_kept
+    in_mask = model.row_tokens + model.num_prefix + distinct * model.tokens_kept
+    other, other_times = _paper_heads(model, places, dtype, conditions)
+    return Bench(
+        shape={
+            "T": model.row_tokens,
+            "heads": f"{model.num_heads}/{model.num_kv_heads} of {model.head_size}",
+            "read by a chunk": f"{places} x {model.tokens_kept} tokens and a prefix of {model.num_prefix}",
+            "type": str(dtype).removeprefix("torch."),
+        },
+        times=[*times.values(), *other_times],
+        figures=[
+            ratio(
+                "ours with memory / library's kernel without",
+                ours,
+                kernel,
+                target=_AGAINST_KERNEL[conditions.device.type],
+                note="forward and backward; a reference per chunk, shared by a window",
+            ),
+            ratio("ours with memory / ours without", ours, times["ours without memory"]),
+            ratio(
+                "dense mask / ours, fresh memories",
+                masked,
+                fresh,
+                target=_AGAINST_MASK,
+                at_least=True,
+                note=f"{distinct} distinct memories; keys in the mask / keys that a token reads, on average: "
+                f"{in_mask / read:.1f}",
+            ),
+            *_room(problem, half),
+            ratio("dense mask / ours, a reference per chunk", times["dense mask"], ours),
+            ratio("blocked with memory / library's kernel without", times["blocked"], kernel),
+            ratio("merged with memory / library's kernel without", times["merged"], kernel),
+            *other,
+        ],
+        charts=[_over_lengths(model, places, dtype, conditions)],
+    )
+
+
+def training_dtype(config: RunConfig) -> torch.dtype:
+    """The type that a run with this configuration computes in."""
+    return torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32
+
+
+def peak_bytes(run: Side, device: torch.device) -> int:
+    """Return the most bytes of tensors that a side holds beyond those that are there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Held() as held:
+        run()
+    return held.most
+
+
+class _Held(TorchDispatchMode):
+    """Counts the bytes of what operators return, while it lives; not what lives within one operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._now = 0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in tree_leaves((args, kwargs)):
+            self._count(given, made=False)
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            self._count(made, made=True)
+        return out
+
+    def _count(self, value: object, *, made: bool) -> None:
+        if not isinstance(value, Tensor):
+            return
+        storage = value.untyped_storage()
+        key, size = id(storage), storage.nbytes() if made else 0
+        if key in self._known:
+            return
+
+        def forget(_: object) -> None:
+            del self._known[key]
+            self._now -= size
+
+        self._known[key] = weakref.ref(storage, forget)
+        self._now += size
+        self.most = max(self.most, self._now)
+
+
+def _room(problem: Problem, half: Problem) -> list[Figure]:
+    """How much room ours and the dense mask take, forward and backward."""
+    device = problem.q_BTHE.device
+    dense = peak_bytes(problem.dense(problem.fresh), device) + problem.mask(problem.fresh).nbytes
+    ours, ours_half = (peak_bytes(each.side(fast_attention, each.fresh), device) for each in (problem, half))
+    return [
+        Figure(
+            "room of ours, twice as long a row with twice as many memories",
+            (ours / ours_half,),
+            target=2.1,
+            note="most bytes of tensors at a time; what grows with tokens x memories would make it 4",
+        ),
+        Figure(
+            "room of the dense mask / ours",
+            (dense / ours,),
+            note=f"{binary(dense)}, the mask itself included, and {binary(ours)}",
+        ),
+    ]
+
+
+def _paper_heads(
+    model: ModelConfig, places: int, dtype: torch.dtype, conditions: Conditions
+) -> tuple[list[Figure], list[Times]]:
+    """The candidates at the paper's head size."""
+    heads = f"heads of {PAPER_HEAD_SIZE}"
+    problem = Problem.random(
+        replace(model, head_size=PAPER_HEAD_SIZE), places=places, dtype=dtype, device=conditions.device
+    )
+    kernel, blocked, merged = interleaved(
+        {
+            f"kernel without memory, {heads}": problem.kernel(),
+            f"blocked, {heads}": problem.side(blocked_attention, problem.window),
+            f"merged, {heads}": problem.side(merged_attention, problem.window),
+        },
+        conditions,
+    ).values()
+    figures = [
+        ratio(f"blocked with memory / library's kernel without, {heads}", blocked, kernel),
+        ratio(f"merged with memory / library's kernel without, {heads}", merged, kernel),
+    ]
+    return figures, [kernel, blocked, merged]
+
+
+def _over_lengths(model: ModelConfig, places: int, dtype: torch.dtype, conditions: Conditions) -> Chart:
+    """Time over the row's length."""
+    lengths = [
+        model.row_tokens // part for part in (8, 4, 2, 1) if model.row_tokens // part >= model.chunk_tokens
+    ]
+    points: dict[str, list[tuple[float, float]]] = {}
+    for tokens in lengths:
+        problem = Problem.random(
+            replace(model, row_tokens=tokens), places=places, dtype=dtype, device=conditions.device
+        )
+        sides = {
+            "ours, with memory": problem.side(fast_attention, problem.fresh),
+            "library's kernel, without": problem.kernel(),
+            "dense mask, with memory": problem.dense(problem.fresh),
+        }
+        for name, times in interleaved(sides, conditions).items():
+            points.setdefault(name, []).append((tokens, times.seconds))
+    return Chart(
+        "Forward and backward, fresh memories",
+        "tokens of a row",
+        "seconds",
+        [
+            Series(name, line, colour=number, look=Look.dots)
+            for number, (name, line) in enumerate(points.items())
+        ],
+        is_log=True,
+    )
+
+
+def _sdpa(
+    q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor, *, mask_TJ: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    heads_first = (x.transpose(1, 2) for x in (q_BTHE, k_BTGE, v_BTGE))
+    out_BHTE = scaled_dot_product_attention(
+        *heads_first, attn_mask=mask_TJ, is_causal=is_causal, enable_gqa=True
+    )
+    return out_BHTE.transpose(1, 2)
