@@ -69,8 +69,7 @@ def small(arguments: Sequence[str]) -> list[str]:
     if command in _TRAINS and not any(text.startswith("debug=") for text in arguments):
         more.append("debug=smoke")
     if command in _TRAINS and "debug=profile" in arguments:
-        more += ["model=micro", "retrieval.embedder.kind=static", "model.row_tokens=128"]
-        more += ["warmup.rows_per_step=4", "warmup.micro_rows=2"]
+        more += ["retrieval.embedder.kind=static", "model.row_tokens=128"]
     # Behind the last setting: argparse takes none after an option that follows them.
     place = max((at for at, text in enumerate(arguments) if "=" in text and text[0] != "-"), default=0) + 1
     given = [*arguments[:place], *more, *arguments[place:]]
