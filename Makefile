@@ -11,7 +11,7 @@ RUNS ?= $(ROOT)runs
 # Tests start two ranks on two cores.
 test test-all: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-all checks docs format install clean
+.PHONY: help demo test test-all gate checks docs format install clean
 
 help: ## Show the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ test: $(STAMP) ## Run the tests, those marked slow excepted
 
 test-all: $(STAMP) ## Run every test
 	cd $(ROOT) && $(BIN)/python -m pytest
+
+gate: $(STAMP) ## Ratios that a change must not worsen (half a minute)
+	cd $(ROOT) && $(BIN)/python -m benchmarks.gate
 
 checks: $(STAMP) ## Formatting, lint, types, import contract
 	cd $(ROOT) && $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -3,6 +3,7 @@
 One subject at a time; every figure is counted by `launch.timing`. A subject is a module `launch.bench_<subject>` with
 `DEFAULTS`, its settings unless the user gives others, and `measure(config, conditions) -> Bench`. Results are
 `<output>/bench_<subject>.json` (every round), `.md` (the table) and `.png` (every round, and the target).
+The device is the one that a run would take: a GPU where there is one (hide it with `CUDA_VISIBLE_DEVICES=`).
 Not here: what is measured (one module each), operations (`model.flops`).
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--rounds {arguments.rounds} make no median; give {LEAST_ROUNDS} or more")
     if arguments.threads < 1:
         raise ValueError(f"--threads {arguments.threads} cannot compute; give 1 or more")
-    device = _device(arguments.device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(arguments.threads)
     subject = importlib.import_module(f"launch.bench_{arguments.action}")
     config = compose_config([*subject.DEFAULTS, *arguments.overrides])
@@ -148,9 +150,11 @@ def _rounds(figure: Figure) -> Chart:
         Series("", [(n, value) for n, value in enumerate(figure.rounds, start=1)], look=Look.dots),
         Series("median", [(1, figure.value), (last, figure.value)], dash=Dash.dashed),
     ]
+    if figure.cpu is not None:
+        lines.append(Series("median by CPU time", [(1, figure.cpu), (last, figure.cpu)], 2, dash=Dash.dotted))
     if figure.target is not None:
-        lines.append(Series("target", [(1, figure.target), (last, figure.target)], colour=1))
-    return Chart(figure.what, "round", "ratio", lines, has_zero=True)
+        lines.append(Series("target", [(1, figure.target), (last, figure.target)], 1))
+    return Chart(fill(figure.what, 44), "round", "ratio", lines, has_zero=True)
 
 
 def _between(least: float, most: float) -> str:
@@ -159,10 +163,3 @@ def _between(least: float, most: float) -> str:
 
 def _told(shape: Any) -> str:
     return ", ".join(f"{name} {value}" for name, value in shape.items())
-
-
-def _device(name: str | None) -> torch.device:
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise ValueError("--device cuda: PyTorch finds no GPU here; `memory3 doctor` says why, or give cpu")
-    return torch.device(name or ("cuda" if there else "cpu"))

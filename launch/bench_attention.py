@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from launch.build import training_dtype
 from launch.chart import Chart, Look, Series
 from launch.config import RunConfig
 from launch.timing import Bench, Conditions, Figure, Side, Times, interleaved, ratio
@@ -33,7 +34,6 @@ from model.attention import (
     merged_attention,
 )
 from model.config import ModelConfig
-from train.config import Precision
 
 DEFAULTS = ["model=small", "model.row_tokens=2048", "model.prefix_ids=[1,2,3,4]"]
 PAPER_HEAD_SIZE = 80
@@ -104,19 +104,31 @@ class Problem:
 
     def dense(self, memory: MemoryKeys) -> Side:
         """Forward and backward of the library's kernel over prefix, all memories and context, with a mask."""
-        before = [*(self.prefix or (self.k_BTGE[0, :0], self.v_BTGE[0, :0]))]
-        pools = [memory.k_NGSE, memory.v_NGSE]
         mask_TJ = self.mask(memory)
+        return self._over_all(memory, lambda q, k, v: _sdpa(q, k, v, mask_TJ=mask_TJ))
 
-        def attend() -> Tensor:
-            k, v = (
-                torch.cat([prefix[None], pool.transpose(1, 2).flatten(0, 1)[None], own], dim=1)
-                for prefix, pool, own in zip(before, pools, (self.k_BTGE, self.v_BTGE), strict=True)
-            )
-            return _sdpa(self.q_BTHE, k, v, mask_TJ=mask_TJ)
+    def flex(self, memory: MemoryKeys, *, compiled: bool = True) -> Side:
+        """Forward and backward of FlexAttention over prefix, all memories and context: a mask that skips blocks."""
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        wanted = [self.q_BTHE, self.k_BTGE, self.v_BTGE, *(self.prefix or ()), *pools]
-        return partial(self._both, attend, wanted)
+        attend = torch.compile(flex_attention) if compiled else flex_attention
+        mask_TJ = self.mask(memory)
+        tokens, keys = mask_TJ.shape
+        blocks = create_block_mask(
+            lambda _, __, token, key: mask_TJ[token, key],
+            None,
+            None,
+            tokens,
+            keys,
+            device=str(mask_TJ.device),
+        )
+
+        def kernel(q_BTHE: Tensor, k_BJGE: Tensor, v_BJGE: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BJGE, v_BJGE))
+            out_BHTE: Tensor = attend(q, k, v, block_mask=blocks, enable_gqa=True)
+            return out_BHTE.transpose(1, 2)
+
+        return self._over_all(memory, kernel)
 
     def mask(self, memory: MemoryKeys) -> Tensor:
         """Return what each token may read of prefix, pool (token by token) and context, bool (T, J)."""
@@ -132,6 +144,21 @@ class Problem:
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         return torch.cat([everything, reads_TN.repeat_interleave(S, dim=1), causal], dim=1)
 
+    def _over_all(self, memory: MemoryKeys, kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Side:
+        """A kernel over one sequence of keys: the prefix, every memory of the row, the context."""
+        before = self.prefix or PrefixKeys(self.k_BTGE[0, :0], self.v_BTGE[0, :0])
+        pools = (memory.k_NGSE, memory.v_NGSE)
+
+        def attend() -> Tensor:
+            k, v = (
+                torch.cat([prefix[None], pool.transpose(1, 2).flatten(0, 1)[None], own], dim=1)
+                for prefix, pool, own in zip(before, pools, (self.k_BTGE, self.v_BTGE), strict=True)
+            )
+            return kernel(self.q_BTHE, k, v)
+
+        wanted = [self.q_BTHE, self.k_BTGE, self.v_BTGE, *(self.prefix or ()), *pools]
+        return partial(self._both, attend, wanted)
+
     def _both(self, attend: Callable[[], Tensor], wanted: list[Tensor]) -> list[Tensor]:
         out = attend()
         return [out.detach(), *torch.autograd.grad(out, wanted, self.grad_BTHE)]
@@ -144,6 +171,11 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
     half = Problem.random(
         replace(model, row_tokens=model.row_tokens // 2), places=places, dtype=dtype, device=conditions.device
     )
+    flex = (
+        {"FlexAttention, fresh memories": problem.flex(problem.fresh)}
+        if conditions.device.type == "cuda"
+        else {}
+    )
     times = interleaved(
         {
             "kernel without memory": problem.kernel(),
@@ -154,6 +186,7 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
             "dense mask": problem.dense(problem.window),
             "ours, fresh memories": problem.side(fast_attention, problem.fresh),
             "dense mask, fresh memories": problem.dense(problem.fresh),
+            **flex,
         },
         conditions,
     )
@@ -190,6 +223,7 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
                 f"{in_mask / read:.1f}",
             ),
             *_room(problem, half),
+            *(ratio(f"{name} / ours", times[name], fresh) for name in flex),
             ratio("dense mask / ours, a reference per chunk", times["dense mask"], ours),
             ratio("blocked with memory / library's kernel without", times["blocked"], kernel),
             ratio("merged with memory / library's kernel without", times["merged"], kernel),
@@ -199,28 +233,23 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
     )
 
 
-def training_dtype(config: RunConfig) -> torch.dtype:
-    """The type that a run with this configuration computes in."""
-    return torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32
-
-
 def peak_bytes(run: Side, device: torch.device) -> int:
     """Return the most bytes of tensors that a side holds beyond those that are there before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated(device) - before
+        return int(torch.cuda.max_memory_allocated(device) - before)
     with _Held() as held:
         run()
-    return held.most
+    return int(held.most)
 
 
-class _Held(TorchDispatchMode):
+class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of what operators return, while it lives; not what lives within one operator."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = 0
         self._now = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -325,8 +354,6 @@ def _over_lengths(model: ModelConfig, places: int, dtype: torch.dtype, condition
 def _sdpa(
     q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor, *, mask_TJ: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    heads_first = (x.transpose(1, 2) for x in (q_BTHE, k_BTGE, v_BTGE))
-    out_BHTE = scaled_dot_product_attention(
-        *heads_first, attn_mask=mask_TJ, is_causal=is_causal, enable_gqa=True
-    )
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTGE, v_BTGE))
+    out_BHTE = scaled_dot_product_attention(q, k, v, attn_mask=mask_TJ, is_causal=is_causal, enable_gqa=True)
     return out_BHTE.transpose(1, 2)

@@ -32,6 +32,7 @@ from train.continual import BankEpochs
 from train.distributed import Ranks
 from train.engine import DeepSpeedEngine, InferenceEngine
 from train.evaluate import TextSet
+from train.loop import PeakSpeed
 from train.metrics import Metrics
 from train.probes import search_probes
 from train.rows import held_out_rows
@@ -118,7 +119,7 @@ class Context:
     @property
     def dtype(self) -> torch.dtype:
         """The type the model computes in."""
-        return torch.bfloat16 if self.config.engine.precision is Precision.bf16 else torch.float32
+        return training_dtype(self.config)
 
     def model(self) -> Memory3LM:
         """A model with fresh weights, the same for the same seed."""
@@ -206,7 +207,7 @@ class Context:
             metrics=metrics,
             ranks=ranks,
             row_tokens=config.model.row_tokens,
-            peak_tokens_per_second=self._peak_tokens_per_second(ranks),
+            peak=self._peak(ranks),
             cache_bytes=config.bank.cache_mib << 20,
             seed=config.seed,
             divergence=config.divergence,
@@ -221,12 +222,18 @@ class Context:
             stop=stop or Stop(),
         )
 
-    def _peak_tokens_per_second(self, ranks: Ranks) -> float | None:
-        """What all devices would train on at their stated peak: MFU by the PaLM formula is the share of it."""
-        peak = self.config.logging.peak_tflops
-        if peak is None:
+    def _peak(self, ranks: Ranks) -> PeakSpeed | None:
+        """What all devices would train on at their stated peak: MFU is the share of it."""
+        if self.config.logging.peak_tflops is None:
             return None
-        return peak * 1e12 * ranks.world_size / text_token_flops(self.config.model).palm
+        peak = self.config.logging.peak_tflops * 1e12 * ranks.world_size
+        flops = text_token_flops(self.config.model)
+        return PeakSpeed(palm=peak / flops.palm, causal=peak / flops.causal)
+
+
+def training_dtype(config: RunConfig) -> torch.dtype:
+    """The type that a run with this configuration computes in."""
+    return torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32
 
 
 def context(config: RunConfig) -> Context:

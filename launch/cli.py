@@ -33,6 +33,13 @@ Trials are drawn by Optuna's TPE and run one after the other; bad ones are prune
 validation inside training: held-out text, with memory where memory is read, never the test half. A sweep that was
 stopped, or killed, goes on when the same command is given again, and repeats nothing; a greater --trials adds some."""
 
+_GENERATE = """\
+one prompt is completed before your eyes; several are decoded together, and a prompt takes the place of one that ended:
+  memory3 generate mine --prompt "The harbour of"
+  memory3 generate mine --prompts questions.txt --max-new-tokens 32
+  cat questions.txt | memory3 generate mine --prompts - --json > answers.jsonl
+a line of --json: {"number", "memory", "prompt", "text", "references": one list of what was read for each retrieval}"""
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -49,7 +56,7 @@ COMMANDS = (
     Command("bank", "build, search, edit, verify, look into and copy the memory bank of a run", ""),
     Command("checkpoint", "list, verify, prune and export the checkpoints of a run", ""),
     Command("evaluate", "held-out text and fact probes, with memory, without, and with shuffled memory", ""),
-    Command("generate", "complete a prompt with a run's model, with and without memory", ""),
+    Command("generate", "complete prompts with a run's model, without and with memory", _GENERATE),
     Command(
         "cost", "what memory costs a model: operations, bytes and times, before a bank is written", _OVERRIDES
     ),
@@ -262,7 +269,6 @@ def _add_bench_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         metavar="N",
         help="CPU threads of this process (default: %(default)s)",
     )
-    sub.add_argument("--device", choices=["cpu", "cuda"], help="where (default: the GPU if there is one)")
     sub.add_argument(
         "--output",
         metavar="FOLDER",
@@ -316,7 +322,22 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
             help="held-out part (default: %(default)s)",
         )
     if name == "generate":
-        sub.add_argument("--prompt", required=True, help="text to complete")
+        sub.add_argument("--prompt", action="append", default=[], help="text to complete; may be repeated")
+        sub.add_argument(
+            "--prompts",
+            metavar="FILE",
+            help='a prompt a line; of FILE.jsonl {"prompt": "..."} a line; - is the standard input',
+        )
+        sub.add_argument(
+            "--batch",
+            type=int,
+            default=32,
+            metavar="N",
+            help="prompts that are decoded together (default: %(default)s)",
+        )
+        sub.add_argument(
+            "--json", action="store_true", help="print a JSON object for each completion that ends"
+        )
         sub.add_argument(
             "--max-new-tokens", type=int, default=64, help="length of the completion (default: %(default)s)"
         )

@@ -1,13 +1,17 @@
-"""`memory3 generate`: complete a prompt without memory and with it, and show the references that were read.
+"""`memory3 generate`: complete prompts without memory and with it, and show the references that were read.
 
-Of a prompt that is longer than the model's row, the row holds the end; the past, what lies before, may become
-memories (`--past memory`).
+A single prompt's completion is printed while it grows; several are decoded `--batch` at a time, and printed when all
+are there, or with `--json` one by one as they end. Of a prompt that is longer than the model's row, the row holds the
+end; the past, what lies before, may become memories (`--past memory`).
 Not here: decoding (`model.generate`), retrieval (`memorybank.retriever`).
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from data.references import Citation, ReferenceSource
 from launch import build
@@ -17,7 +21,7 @@ from memorybank.embedder import Embedder
 from memorybank.library import Library
 from memorybank.past import Past, PastReferences, WithPast, compile_past
 from memorybank.retriever import RetrievedMemory, Retriever
-from model.generate import generate
+from model.generate import stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,36 +56,120 @@ class Completion:
     references: list[list[Citation]]
 
 
+Told = Callable[[str], None]
+"""Is told a completion's text so far, token by token."""
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Complete, and print."""
     build.quiet_third_parties()
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
     check(sampling)
+    if arguments.batch < 1:
+        raise ValueError(
+            f"--batch {arguments.batch} is below 1; set 1 or more prompts to be decoded together"
+        )
+    prompts = prompts_of(arguments.prompt, arguments.prompts)
     opened = open_run(arguments.run, arguments.root)
     embedder, library = opened.context.embedder(), None
+    notes = sys.stderr if arguments.json else sys.stdout
     if arguments.bank is not None:
         library = opened.library(arguments.bank, embedder=embedder.name, stale=arguments.stale == "allow")
         age = opened.step - library.settings.step
-        print(f"memories of {library.folder}, compiled {age} steps before these weights\n")
-    row, room = _row(opened, arguments.prompt), _room(opened, sampling)
+        print(f"memories of {library.folder}, compiled {age} steps before these weights\n", file=notes)
+    rows, room = [_row(opened, prompt) for prompt in prompts], _room(opened, sampling)
     past = None
-    if arguments.past == "memory" and 1 <= room < len(row) - 1:
-        row, before = row[-room:], row[1:-room]
+    if arguments.past == "memory" and 1 <= room < max(map(len, rows)) - 1:
+        if len(rows) > 1:
+            raise ValueError(
+                "--past memory reads the past of one prompt; give one --prompt at a time, or shorter ones"
+            )
+        rows, before = [rows[0][-room:]], rows[0][1:-room]
         past = past_of(opened, before, library)
         print(
-            f"the last {len(row)} tokens of the prompt are the row; the {len(before)} before them became "
-            f"{len(past.references)} memories\n"
+            f"the last {room} tokens of the prompt are the row; the {len(before)} before them became "
+            f"{len(past.references)} memories\n",
+            file=notes,
         )
     sources: list[tuple[str, RetrievedMemory | None]] = [("without memory", None)]
     if not arguments.no_memory:
         sources.append(("with memory", memory_of(opened, embedder, library, past=past)))
     elif past is not None:
         sources.append(("with its past alone", memory_of(opened, embedder, library, past=past, bank=False)))
-    for label, source in sources:
-        (completion,) = _complete(opened, [row], sampling, source, library, past)
-        print(f"--- {label}\n{arguments.prompt}{completion.text}\n")
-        print_references(completion)
+
+    def completions(
+        source: RetrievedMemory | None, told: Told | None = None
+    ) -> Iterator[tuple[int, Completion]]:
+        return _complete(opened, rows, sampling, source, library, past, batch=arguments.batch, told=told)
+
+    if arguments.json:
+        for label, source in sources:
+            for number, completion in completions(source):
+                print(as_json(number, prompts[number], label, completion), flush=True)
+    elif len(prompts) == 1:
+        _show_one(prompts[0], sources, completions)
+    else:
+        _show_all(prompts, [(label, dict(completions(source))) for label, source in sources])
     return 0
+
+
+def _show_one(
+    prompt: str,
+    sources: Sequence[tuple[str, RetrievedMemory | None]],
+    completions: Callable[[RetrievedMemory | None, Told], Iterator[tuple[int, Completion]]],
+) -> None:
+    for label, source in sources:
+        print(f"--- {label}\n{prompt}", end="", flush=True)
+        ((_, completion),) = completions(source, _print_as_it_grows())
+        print("\n")
+        print_references(completion)
+
+
+def _show_all(prompts: Sequence[str], found: Sequence[tuple[str, dict[int, Completion]]]) -> None:
+    for number, prompt in enumerate(prompts):
+        print(f"=== prompt {number + 1} of {len(prompts)}")
+        for label, completed in found:
+            print(f"--- {label}\n{prompt}{completed[number].text}\n")
+            print_references(completed[number])
+
+
+def prompts_of(given: Sequence[str], file: str | None) -> list[str]:
+    """Return all prompts: those given, then those of a file, a line each, or `-` for the standard input.
+
+    Lines of a file `.jsonl` are JSON objects with a `prompt`, which may have several lines; empty lines are none.
+
+    Raises:
+        ValueError: There is no prompt, or no such file, or a line is not what it should be.
+    """
+    prompts = list(given)
+    if file is not None:
+        try:
+            content = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise ValueError(f"--prompts {file} cannot be read: {problem}") from problem
+        for number, line in enumerate(content.split("\n"), start=1):
+            if line.strip():
+                prompts.append(_of_json(line, f"{file}:{number}") if file.endswith(".jsonl") else line)
+    if not prompts:
+        raise ValueError("there is no prompt; give --prompt TEXT, or --prompts FILE with one a line")
+    return prompts
+
+
+def _of_json(line: str, place: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise ValueError(f'{place} is no JSON object with a text "prompt"; write {{"prompt": "..."}} a line')
+    return prompt
+
+
+def as_json(number: int, prompt: str, label: str, completion: Completion) -> str:
+    """A completion on one line, with its prompt's number from 0, and what was read at each retrieval."""
+    read = [[asdict(citation) for citation in citations] for citations in completion.references]
+    told = {"number": number, "memory": label, "prompt": prompt, "text": completion.text, "references": read}
+    return json.dumps(told, ensure_ascii=False)
 
 
 def check(sampling: Sampling) -> None:
@@ -174,7 +262,9 @@ def complete(
     Raises:
         ValueError: A prompt and its completion do not fit the model's row.
     """
-    return _complete(opened, [_row(opened, prompt) for prompt in prompts], sampling, memory, library, None)
+    rows = [_row(opened, prompt) for prompt in prompts]
+    completed = dict(_complete(opened, rows, sampling, memory, library, None))
+    return [completed[number] for number in range(len(rows))]
 
 
 def _complete(
@@ -184,40 +274,62 @@ def _complete(
     memory: RetrievedMemory | None,
     library: Library | None,
     past: Past | None,
-) -> list[Completion]:
-    longest, room = max(map(len, rows)), _room(opened, sampling)
-    if longest > room or room < 1:
-        limit = opened.config.model.row_tokens
-        raise ValueError(
-            f"prompt and completion are {longest + sampling.max_new_tokens} tokens, the model was trained on rows of "
-            f"{limit}; shorten the prompt, or set --max-new-tokens lower, or --past memory"
-        )
-    completions = generate(
-        opened.engine.model,
-        rows,
-        max_new_tokens=sampling.max_new_tokens,
-        memory=memory,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-    )
+    *,
+    batch: int | None = None,
+    told: Told | None = None,
+) -> Iterator[tuple[int, Completion]]:
+    """Yield each row's completion with its number, as soon as it ends."""
+    _refuse_long(opened, rows, sampling)
     references: ReferenceSource = opened.context.prepared.references if library is None else library
-    first_of_past = _first_of_past(opened, library)
+    first_of_past, decode = _first_of_past(opened, library), opened.context.prepared.tokenizer.decode
 
     def describe(number: int) -> Citation:
         if past is not None and number >= first_of_past:
             return past.references.describe(number - first_of_past)
         return references.describe(number)
 
-    read = {} if memory is None else memory.references_read
-    return [
-        Completion(
-            opened.context.prepared.tokenizer.decode(tokens),
-            [*rows[row], *tokens],
-            [[describe(number) for number in ids] for ids in read.get(row, [])],
+    new: list[list[int]] = [[] for _ in rows]
+    for number, token in stream(
+        opened.engine.model,
+        rows,
+        max_new_tokens=sampling.max_new_tokens,
+        batch=batch,
+        memory=memory,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+    ):
+        if token is not None:
+            new[number].append(token)
+            if told is not None:
+                told(decode(new[number]))
+            continue
+        read = [] if memory is None else memory.references_read.get(number, [])
+        cited = [[describe(id) for id in ids] for ids in read]
+        yield number, Completion(decode(new[number]), [*rows[number], *new[number]], cited)
+
+
+def _refuse_long(opened: OpenedRun, rows: Sequence[list[int]], sampling: Sampling) -> None:
+    longest, room = max(map(len, rows)), _room(opened, sampling)
+    if longest > room or room < 1:
+        which = f"prompt {[*map(len, rows)].index(longest) + 1}" if len(rows) > 1 else "prompt"
+        raise ValueError(
+            f"{which} and completion are {longest + sampling.max_new_tokens} tokens, the model was trained on rows of "
+            f"{opened.config.model.row_tokens}; shorten the prompt, or set --max-new-tokens lower, or --past memory"
         )
-        for row, tokens in enumerate(completions)
-    ]
+
+
+def _print_as_it_grows() -> Told:
+    """Print what a text has more than before, but no character that may be half of one."""
+    printed = 0
+
+    def told(text: str) -> None:
+        nonlocal printed
+        whole = text.rstrip("\ufffd")
+        print(whole[printed:], end="", flush=True)
+        printed = max(printed, len(whole))
+
+    return told
 
 
 def _first_of_past(opened: OpenedRun, library: Library | None) -> int:

@@ -17,7 +17,7 @@ from train.metrics import STAGES, read_metrics
 
 Line = dict[str, Any]
 
-SECONDS = ("data", "retrieve", "update", "search", "compile", "validation", "checkpoint")
+SECONDS = ("data", "retrieve", "compute", "update", "search", "compile", "validation", "checkpoint")
 """What the time of a stage goes to."""
 
 OTHER = "between steps"
@@ -133,6 +133,7 @@ def _told(line: Line) -> dict[str, float]:
     return {
         "data": line.get("seconds_data", 0.0) - stalled,
         "retrieve": stalled,
+        "compute": line.get("seconds_compute", 0.0),
         "update": line.get("seconds_update", 0.0),
         "search": line.get("bank_seconds_search", 0.0),
         "compile": line.get("bank_seconds_compile", 0.0),

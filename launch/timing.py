@@ -170,14 +170,16 @@ def ratio(
     scale: float = 1.0,
     target: float | None = None,
     at_least: bool = False,
+    by_cpu: bool = False,
     note: str = "",
 ) -> Figure:
-    """Return `scale` times the ratio of two sides of the same rounds."""
+    """Return `scale` times the ratio of two sides of the same rounds, by the clock on the wall or by CPU time."""
     wall, cpu = (
         tuple(scale * a / b for a, b in zip(left, right, strict=True))
         for left, right in ((ours.wall, against.wall), (ours.cpu, against.cpu))
     )
-    return Figure(what, wall, target=target, at_least=at_least, cpu=median(cpu), note=note)
+    rounds = cpu if by_cpu else wall
+    return Figure(what, rounds, target=target, at_least=at_least, cpu=median(cpu), note=note)
 
 
 def rate(

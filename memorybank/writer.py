@@ -12,17 +12,19 @@ needs (train/continual.py).
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.files import is_finished, partial, publishing, write_atomic, writing
+from data.files import is_finished, partial, publishing, write_atomic
 from data.references import ReferenceTokens
 from memorybank.codec import Codec
 from memorybank.store import IDS, KIND, VERSION, Generation, GenerationSettings, records_file
@@ -30,6 +32,12 @@ from memorybank.windows import EncodeBatch, cut_batches
 from model.memory import ExplicitMemory
 
 Ids = NDArray[np.int64]
+
+Item = TypeVar("Item")
+
+BATCH = 64
+"""References encoded at once, unless another number is asked for."""
+
 Encode = Callable[..., ExplicitMemory]
 """`Memory3LM.encode` or its like: its arguments (`windows.EncodeBatch`) on the CPU to memories on any device."""
 
@@ -46,7 +54,7 @@ def compile_generation(
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
     records_per_shard: int = 256,
-    batch: int = 64,
+    batch: int = BATCH,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Encode references and publish their records as a generation; every rank calls this.
@@ -157,9 +165,13 @@ def _encoded(
     """
     positions = [part.positions_N for part in batches]
     ordered = bool((np.diff(np.concatenate(positions)) == 1).all())
+    count = max(num_batches, len(batches))
+    copies = (
+        _copied(codec.encode(encode(*batches[number % len(batches)].arguments()))) for number in range(count)
+    )
     made: list[Tensor] = []
-    for number in range(max(num_batches, len(batches))):
-        records = codec.encode(encode(*batches[number % len(batches)].arguments())).cpu()
+    for number, copy in enumerate(_one_ahead(copies)):
+        records = copy()
         made += [records[: len(at)] for at in positions[number : number + 1]]
         if ordered or number + 1 == len(batches):
             place = np.argsort(np.concatenate(positions)) if not ordered else slice(None)
@@ -167,6 +179,30 @@ def _encoded(
             made = []
         else:
             yield records[:0]
+
+
+def _copied(records: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy records to the CPU; return what waits for them."""
+    copy = records.to("cpu", non_blocking=True)
+    if records.device.type != "cuda":
+        return lambda: copy
+    there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    there.record()
+
+    def wait() -> Tensor:
+        there.synchronize()
+        return copy
+
+    return wait
+
+
+def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield each item when the next one is in the making, so that a device is never without work."""
+    last = next(items)
+    for item in items:
+        yield last
+        last = item
+    yield last
 
 
 def _publish(
@@ -207,7 +243,7 @@ def _publish(
     if finished:
         return
     publication = publishing(folder, kind=KIND, version=VERSION, settings=decided, inputs=inputs)
-    with publication if rank == 0 else nullcontext(partial(folder)) as work:
+    with publication if rank == 0 else nullcontext(partial(folder)) as work, _WriteBehind() as files:
         barrier()  # the work folder is there, and rid of what others left
         shards = [
             ids_N[begin : begin + records_per_shard] for begin in range(0, len(ids_N), records_per_shard)
@@ -223,15 +259,41 @@ def _publish(
             num_batches = max(count(shards[shard]) for shard in dealt)
             shard = dealt[rank % len(dealt)]  # without a shard of its own, a rank encodes along for nothing
             due, told = sum(len(shards[shard]) for shard in dealt), 0
-            with writing(work / records_file(shard)) if rank < len(dealt) else nullcontext() as file:
-                for done, records in enumerate(make(shards[shard], num_batches), start=1):
-                    if file is not None:
-                        file.write(records.numpy().data)
-                    if progress is not None:
-                        progress(due * done // num_batches - told)
-                        told = due * done // num_batches
+            made: list[Tensor] = []
+            for done, records in enumerate(make(shards[shard], num_batches), start=1):
+                made.append(records)
+                if progress is not None:
+                    progress(due * done // num_batches - told)
+                    told = due * done // num_batches
+            if rank < len(dealt):
+                files.write(work / records_file(shard), torch.cat(made))
+        files.wait()
         barrier()  # every shard is there
     barrier()  # the generation is published
+
+
+class _WriteBehind:
+    """Writes a shard while the next one is encoded; a context manager, left when its last file is there."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "records")
+        self._last: Future[None] | None = None
+
+    def write(self, path: Path, records: Tensor) -> None:
+        """Write a file whole, when the one before it is there: two shards are held in memory at most."""
+        self.wait()
+        self._last = self._thread.submit(write_atomic, path, records.numpy().data)
+
+    def wait(self) -> None:
+        """Return when the last file is there, or raise what kept it from being written."""
+        if self._last is not None:
+            self._last.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
 
 
 def _write_ids(path: Path, ids_N: Ids) -> None:

@@ -69,8 +69,7 @@ def reference_encode_flops(config: ModelConfig) -> float:
         return 0.0
     attention = layers * (tokens * _attention_weights(config) + tokens**2 * _heads_width(config))
     ffn = (layers - 1) * tokens * _ffn_weights(config)
-    selection = layers * tokens**2 * _heads_width(config)
-    return 2.0 * (attention + ffn + selection)
+    return 2.0 * (attention + ffn) + _selection_flops(config)
 
 
 def memory_read_flops(config: ModelConfig) -> float:
@@ -120,13 +119,18 @@ class StepFlops:
     """Floating-point operations of one training step, forward and backward, by purpose."""
 
     text: float
+    """The rows' tokens in all layers, without memory, causal scores."""
+    head: float
+    """Their projection to the vocabulary."""
     memory_read: float
+    """Scores and sums over the memories that chunks read."""
     encode: float
+    """Writing the references' memories, selection included."""
 
     @property
     def total(self) -> float:
         """All of them."""
-        return self.text + self.memory_read + self.encode
+        return self.text + self.head + self.memory_read + self.encode
 
 
 def step_flops(
@@ -145,12 +149,17 @@ def step_flops(
         slots_filled: Slots, over all chunks of these rows, that name a memory.
         references_encoded: Distinct references encoded for it: in the step (online), or its share of an
             epoch's compilation (bank).
-        encode_gradient: Whether their gradient is computed too (online).
+        encode_gradient: Whether their gradient is computed too (online); the selection has none.
     """
+    tokens = rows * config.row_tokens
+    encoded = reference_encode_flops(config)
+    if encode_gradient:
+        encoded += 2 * (encoded - _selection_flops(config))
     return StepFlops(
-        text=rows * config.row_tokens * 3 * _text_forward(config),
+        text=3 * tokens * (_text_forward(config) - _head_forward(config)),
+        head=3 * tokens * _head_forward(config),
         memory_read=3 * slots_filled * memory_read_flops(config),
-        encode=references_encoded * reference_encode_flops(config) * (3 if encode_gradient else 1),
+        encode=references_encoded * encoded,
     )
 
 
@@ -158,7 +167,16 @@ def _text_forward(config: ModelConfig) -> float:
     """Return the forward pass of one text token in a causal row, output head included."""
     weights = config.num_layers * (_attention_weights(config) + _ffn_weights(config))
     scores = config.num_layers * config.row_tokens * _heads_width(config)
-    return 2.0 * (weights + scores + config.vocab_size * config.width)
+    return 2.0 * (weights + scores) + _head_forward(config)
+
+
+def _head_forward(config: ModelConfig) -> float:
+    return 2.0 * config.vocab_size * config.width
+
+
+def _selection_flops(config: ModelConfig) -> float:
+    """Return the scores that rank one reference's tokens: all pairs, in every memory layer."""
+    return 2.0 * config.num_memory_layers * config.reference_tokens**2 * _heads_width(config)
 
 
 def _heads_width(config: ModelConfig) -> int:

@@ -240,31 +240,7 @@ class Memory3LM(nn.Module):
             positions, head_size=self.config.head_size, base=self.config.rope_base, dtype=weight.dtype
         )
 
-    def _rows(
-        self,
-        tokens_BT: Tensor,
-        memory: MemoryBatch | ReferenceBatch | None,
-        documents_BT: Tensor | None,
-        attention: AttentionFunction,
-    ) -> Tensor:
-        """Return the hidden states of rows after the last block."""
-        prefix = self.encode_prefix(self.config.num_layers)
-        reads = self._memory_keys(memory, tokens_BT.shape[1], prefix)
-        hidden_BTD = self.embedding(tokens_BT)
-        turn = self.rotation(self.config.context_start, tokens_BT.shape[1])
-        for block, shared, read in zip(self.blocks, prefix, reads, strict=True):
-            hidden_BTD, _, _ = self._run(
-                block,
-                hidden_BTD,
-                turn,
-                attention=attention,
-                prefix=shared,
-                memory=read,
-                documents_BT=documents_BT,
-            )
-        return hidden_BTD  # type: ignore[no-any-return]
-
-    def _memory_keys(
+    def memory_keys(
         self, memory: MemoryBatch | ReferenceBatch | None, tokens: int, prefix: list[PrefixKeys | None]
     ) -> list[MemoryKeys | None]:
         """Return what rows read at every layer; None at layers without memory."""
@@ -290,6 +266,30 @@ class Memory3LM(nn.Module):
             )
         ]
         return reads + nothing[len(reads) :]
+
+    def _rows(
+        self,
+        tokens_BT: Tensor,
+        memory: MemoryBatch | ReferenceBatch | None,
+        documents_BT: Tensor | None,
+        attention: AttentionFunction,
+    ) -> Tensor:
+        """Return the hidden states of rows after the last block."""
+        prefix = self.encode_prefix(self.config.num_layers)
+        reads = self.memory_keys(memory, tokens_BT.shape[1], prefix)
+        hidden_BTD = self.embedding(tokens_BT)
+        turn = self.rotation(self.config.context_start, tokens_BT.shape[1])
+        for block, shared, read in zip(self.blocks, prefix, reads, strict=True):
+            hidden_BTD, _, _ = self._run(
+                block,
+                hidden_BTD,
+                turn,
+                attention=attention,
+                prefix=shared,
+                memory=read,
+                documents_BT=documents_BT,
+            )
+        return hidden_BTD  # type: ignore[no-any-return]
 
     def _encode(
         self,

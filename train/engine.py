@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -60,12 +61,14 @@ class StepResult:
         tokens: Targets behind the loss, over all ranks.
         grad_norm: Global norm before clipping; None in float32 without ZeRO, where DeepSpeed does not keep it.
         skipped: Whether the update was left out because the gradient was not finite.
+        seconds_update: What the optimizer took of the step: exchange of gradients, clipping, update.
     """
 
     loss: float
     tokens: int
     grad_norm: float | None
     skipped: bool
+    seconds_update: float = 0.0
 
 
 class Inference(Protocol):
@@ -157,13 +160,21 @@ class DeepSpeedEngine:
         engine.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        totals = torch.zeros(4, dtype=torch.float64)
+        device = self._ranks.device
+        losses = torch.zeros(
+            2, dtype=torch.float64, device=device
+        )  # read once, when the whole step is queued
+        computed = _mark(device)
         for micro in inputs:
             loss = self._forward(micro)
             engine.backward(loss.sum / loss.count.clamp(min=1))
+            losses += torch.stack([loss.sum.detach().double(), loss.count.double()])
+            computed = _mark(device)
             engine.step()
-            totals[:2] += torch.stack([loss.sum.detach().double(), loss.count.double()]).cpu()
+        updated = _mark(device)
         norm = engine.get_global_grad_norm()
+        totals = torch.zeros(4, dtype=torch.float64)
+        totals[:2] = losses.cpu()
         totals[2] = 0.0 if norm is None else float(norm)
         totals[3] = not engine.was_step_applied()
         totals = self._ranks.sum(totals)  # what is decided from these numbers is decided alike on every rank
@@ -172,6 +183,7 @@ class DeepSpeedEngine:
             tokens=int(totals[1]),
             grad_norm=None if norm is None else totals[2].item() / self._ranks.world_size,
             skipped=bool(totals[3]),
+            seconds_update=_seconds_between(computed, updated),
         )
 
     @torch.no_grad()
@@ -351,6 +363,23 @@ def hash_weights(weights: dict[str, Tensor]) -> str:
         digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
         digest.update(value.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _mark(device: torch.device) -> Any:
+    """A point in the order of the device's work, without waiting for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    mark.record()
+    return mark
+
+
+def _seconds_between(first: Any, last: Any) -> float:
+    """Seconds from one mark to another, both of which the device has passed."""
+    if isinstance(first, float):
+        return float(last) - first
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1000
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ Not here: how an epoch is opened (`continual`), how a run is put together (`laun
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from train.config import DivergenceConfig
@@ -22,6 +22,19 @@ Validate = Callable[[RunState], dict[str, Any]]
 Save = Callable[[RunState], None]
 
 
+@dataclass(frozen=True, slots=True)
+class PeakSpeed:
+    """Tokens per second if the devices did nothing but the text's operations, at their stated peak.
+
+    Attributes:
+        palm: By the PaLM formula: every score of the T x T matrix counts.
+        causal: By those that a causal kernel computes.
+    """
+
+    palm: float
+    causal: float
+
+
 def train_epoch(
     engine: Engine,
     stage: Stage,
@@ -34,7 +47,7 @@ def train_epoch(
     validate: Validate,
     save: Save,
     divergence: DivergenceConfig,
-    peak_tokens_per_second: float | None = None,
+    peak: PeakSpeed | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> RunState:
     """Train up to `last_step` finished updates of the stage and return where that leaves the run.
@@ -52,8 +65,7 @@ def train_epoch(
         validate: Reads held-out text.
         save: Publishes a checkpoint.
         divergence: When training counts as gone wrong.
-        peak_tokens_per_second: What the devices' stated peak would make of the text's operations; None: MFU is not
-            reported.
+        peak: What the devices' stated peak would make of the text's operations; None: MFU is not reported.
         stopping: Whether to return early; a collective, asked after every step.
 
     Raises:
@@ -89,9 +101,11 @@ def train_epoch(
                     skipped=result.skipped,
                     tokens=state.tokens,
                     tokens_per_second=rate,
-                    mfu=None if peak_tokens_per_second is None else rate / peak_tokens_per_second,
+                    mfu=None if peak is None else rate / peak.palm,
+                    mfu_causal=None if peak is None else rate / peak.causal,
                     seconds_data=fetched - started,
-                    seconds_update=ended - fetched,
+                    seconds_compute=ended - fetched - result.seconds_update,
+                    seconds_update=result.seconds_update,
                     generation=state.generation,
                     generation_age=None if state.generation is None else state.step - state.epoch_step,
                     **({} if reads is None else asdict(reads)),

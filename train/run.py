@@ -30,7 +30,7 @@ from train.divergence import DivergedError, HopelessError
 from train.engine import Engine
 from train.evaluate import Setting, TextSet, memory_attention, validation_losses
 from train.inputs import InputsAhead, StepInputs
-from train.loop import train_epoch
+from train.loop import PeakSpeed, train_epoch
 from train.metrics import Metrics
 from train.rows import plan_epoch
 from train.schedule import Schedule, epoch_begins
@@ -61,7 +61,7 @@ class Parts:
     metrics: Metrics
     ranks: Ranks
     row_tokens: int
-    peak_tokens_per_second: float | None
+    peak: PeakSpeed | None
     cache_bytes: int
     seed: int
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
@@ -190,7 +190,7 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
             validate=validate,
             save=save,
             divergence=parts.divergence,
-            peak_tokens_per_second=parts.peak_tokens_per_second,
+            peak=parts.peak,
             stopping=lambda: ranks.any(parts.stop.requested),
         )
         if state.step < last_step:

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.bench_attention import peak_bytes
+from benchmarks import gate
+from launch.bench_attention import Problem, peak_bytes
 from launch.timing import Conditions, Figure, Times, interleaved, rate, ratio
-from tests.support.launch import Finished, within
+from model.attention import fast_attention
+from model.config import ModelConfig
+from tests.support.launch import Finished, memory3, within
 
 TINY = (
     "model=micro", "model.num_layers=2", "model.num_memory_layers=1", "model.width=64", "model.ffn_width=64",
@@ -18,9 +21,9 @@ CPU = torch.device("cpu")
 
 
 def bench(subject: str, folder: Path, *settings: str) -> Finished:
-    return within(
-        "bench", subject, "--rounds", "5", "--device", "cpu", "--output", str(folder), *TINY, *settings
-    )
+    # What starts an engine has a process of its own: DeepSpeed knows one process group in a process's life.
+    given = ("bench", subject, "--rounds", "5", "--output", str(folder), *TINY, *settings)
+    return memory3(*given, timeout_seconds=600) if subject in ("step", "loader") else within(*given)
 
 
 def test_sides_take_turns_and_the_order_alternates() -> None:
@@ -75,6 +78,25 @@ def test_attention_is_measured_and_written(tmp_path: Path) -> None:
     assert (tmp_path / "bench_attention.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_generation_is_measured_with_and_without_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.bench_generate.REFERENCES", 800)
+    monkeypatch.setattr("launch.bench_generate.ROWS", 3)
+    done = bench(
+        "generate", tmp_path, "model.chunk_tokens=8", "model.reference_tokens=16", "data.reference_tokens=16"
+    )
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "bench_generate.json").read_text())
+    figures = {figure["what"]: figure for figure in found["figures"]}
+    assert figures["tokens/s with memory / without"]["target"] == 0.90
+    assert {
+        "tokens/s with memory, records in the cache / without",
+        "tokens/s with references as text / without",
+    } < {*figures}
+    assert found["shape"]["rows"] == "3 of 16 tokens in and 16 out"
+
+
 @pytest.mark.parametrize(
     ("given", "said"), [(("--rounds", "2"), "give 5 or more"), (("--threads", "0"), "give 1 or more")]
 )
@@ -82,3 +104,52 @@ def test_what_makes_no_figure_is_refused(tmp_path: Path, given: tuple[str, str],
     done = within("bench", "attention", *given, "--output", str(tmp_path))
     assert done.code == 2
     assert said in done.err
+
+
+def test_steps_are_compared_with_what_their_operations_allow(tmp_path: Path) -> None:
+    done = bench("step", tmp_path, "warmup.rows_per_step=2", "warmup.micro_rows=1", "engine.zero_stage=1")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "bench_step.json").read_text())
+    figures = {figure["what"]: figure for figure in found["figures"]}
+    assert {figure["target"] for figure in found["figures"]} >= {1.1, 1.15, 0.6, 1.05}
+    online = figures["online step / warmup step / ideal"]
+    assert float(online["note"].split()[-1]) > 1.2
+    assert "4 distinct of 128 tokens" in found["shape"]["references"]
+    assert any("matrix products" in line for line in found["findings"])
+
+
+def test_compiling_is_compared_with_the_forward_pass(tmp_path: Path) -> None:
+    done = bench("compile", tmp_path)
+    assert done.code == 0, done.err
+    figure = json.loads((tmp_path / "bench_compile.json").read_text())["figures"][0]
+    assert figure["at_least"]
+    assert 0 < figure["value"] < 2
+
+
+def test_reading_is_compared_with_a_step(tmp_path: Path) -> None:
+    done = bench("loader", tmp_path, "warmup.rows_per_step=2", "warmup.micro_rows=1")
+    assert done.code == 0, done.err
+    figures = {
+        figure["what"]: figure
+        for figure in json.loads((tmp_path / "bench_loader.json").read_text())["figures"]
+    }
+    assert len(figures["time that a step waits for its memories / step"]["rounds"]) == 5
+    assert figures["rows"]["value"] > 1e4
+
+
+def test_masks_and_ours_read_the_same() -> None:
+    """What is timed side by side computes the same thing."""
+    config = ModelConfig(row_tokens=256, num_heads=4, num_kv_heads=2, head_size=32, prefix_ids=[1, 2])
+    problem = Problem.random(config, places=3, dtype=torch.float32, device=CPU)
+    for memory in (problem.window, problem.fresh):
+        ours, theirs = problem.side(fast_attention, memory)(), problem.dense(memory)()
+        assert isinstance(ours, list)
+        assert isinstance(theirs, list)
+        for left, right in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gate_is_measured_again_before_it_counts() -> None:
+    values = iter([3.0, 2.0, 0.5, 0.1])
+    assert gate.measured(lambda: Figure("busy", (next(values),), target=1.0)).value == 0.5
+    assert gate.measured(lambda: Figure("dear", (2.0,), target=1.0)).met is False

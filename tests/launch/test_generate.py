@@ -1,9 +1,14 @@
 """`memory3 generate`: completions without memory and with it, and what was read."""
 
+import io
+import json
 import re
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 
+from launch import generate
 from tests.support.launch import Finished, trained, within
 
 PROMPT = "The import statement"
@@ -29,6 +34,49 @@ def test_no_memory_leaves_the_second_completion_out() -> None:
     done = complete("--max-new-tokens", "4", "--no-memory")
     assert done.code == 0
     assert "--- with memory" not in done.out
+
+
+OTHERS = ("A list is", "def f(x):\n    return")
+
+
+def test_several_prompts_become_what_each_becomes_alone(tmp_path: Path) -> None:
+    alone = [complete("--max-new-tokens", "6", prompt=prompt).out for prompt in (PROMPT, *OTHERS)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in OTHERS) + "\n\n")
+    done = complete("--max-new-tokens", "6", "--prompts", str(file), "--batch", "2")
+    assert done.code == 0, done.err
+    shown = re.split(r"=== prompt \d of 3\n", done.out)[1:]
+    assert [part.strip() for part in shown] == [part.strip() for part in alone]
+
+
+def test_json_has_a_line_for_each_completion_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPT}\n\nA list is\n"))
+    done = within(
+        "generate", "m", "--root", str(trained().root), "--prompts", "-", "--json", "--max-new-tokens", "4"
+    )
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert sorted((line["memory"], line["number"], line["prompt"]) for line in lines) == [
+        ("with memory", 0, PROMPT), ("with memory", 1, "A list is"),
+        ("without memory", 0, PROMPT), ("without memory", 1, "A list is"),
+    ]  # fmt: skip
+    assert all(len(line["references"]) == (line["memory"] == "with memory") for line in lines)
+    read = next(line["references"] for line in lines if line["memory"] == "with memory")
+    assert len(read[0]) == 5
+    assert read[0][0].keys() >= {"document", "title", "begin", "end"}
+    alone = complete("--max-new-tokens", "4", "--json", "--no-memory")
+    assert [json.loads(line) for line in alone.out.splitlines()] == lines[:1]
+
+
+def test_one_prompt_is_printed_as_it_grows_and_no_half_character_is() -> None:
+    out = io.StringIO()
+    with redirect_stdout(out):
+        told = generate._print_as_it_grows()
+        seen = []
+        for text in ("A", "A har", "A har\ufffd", "A har\u00e9", "A har\u00e9s"):
+            told(text)
+            seen.append(out.getvalue())
+    assert seen == ["A", "A har", "A har", "A har\u00e9", "A har\u00e9s"]
 
 
 FACT = "The lighthouse of Mirador was painted green by the sailor Ottoline."
@@ -81,6 +129,10 @@ def test_a_prompt_that_fits_has_no_past() -> None:
         (("--max-new-tokens", "128", "--past", "memory"), PROMPT, "set --max-new-tokens lower, or --past memory"),
         (("--max-new-tokens", "0"), PROMPT, "--max-new-tokens 0 is below 1; set 1 or more"),
         (("--temperature", "-1"), PROMPT, "--temperature -1.0 is below 0; set 0 for greedy decoding"),
+        (("--batch", "0"), PROMPT, "--batch 0 is below 1; set 1 or more"),
+        (("--prompts", "missing.txt"), PROMPT, "--prompts missing.txt cannot be read"),
+        (("--prompt", "word " * 200), PROMPT, "prompt 2 and completion are"),
+        (("--prompt", "word " * 200, "--past", "memory"), PROMPT, "give one --prompt at a time"),
         (("--top-p", "0"), PROMPT, "--top-p 0.0 is not within 0 and 1; set 1 for no cut"),
     ],
 )  # fmt: skip
@@ -89,3 +141,16 @@ def test_what_cannot_be_generated_is_refused(arguments: tuple[str, ...], prompt:
     assert done.code == 2
     assert said in done.err
     assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["word", '{"text": "a"}', '{"prompt": 1}', "[1]"])
+def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "a"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r'prompts.jsonl:2 is no JSON object with a text "prompt"'):
+        generate.prompts_of([], str(file))
+
+
+def test_no_prompt_is_said() -> None:
+    with pytest.raises(ValueError, match="give --prompt TEXT, or --prompts FILE"):
+        generate.prompts_of([], None)

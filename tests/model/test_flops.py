@@ -70,6 +70,19 @@ def test_a_step_costs_what_the_paper_suggests() -> None:
     assert bank.memory_read / bank.total < 0.002
 
 
+def test_a_steps_parts_are_its_whole() -> None:
+    step = step_flops(PAPER, rows=2, slots_filled=7, references_encoded=3)
+    assert step.text + step.head == pytest.approx(2 * 2048 * text_token_flops(PAPER).causal, rel=1e-3)
+    assert step.head == 6 * 2 * 2048 * 60416 * 3200
+    assert step.total == step.text + step.head + step.memory_read + step.encode
+
+
+def test_the_selection_has_no_gradient() -> None:
+    forward = step_flops(PAPER, rows=0, references_encoded=1).encode
+    both = step_flops(PAPER, rows=0, references_encoded=1, encode_gradient=True).encode
+    assert 3 * forward - both == 2 * 22 * 2 * 128**2 * 3200
+
+
 def test_causal_attention_halves_the_scores() -> None:
     flops = text_token_flops(PAPER)
     assert flops.palm - flops.causal == 6 * 44 * 3200 * 2048

@@ -1,10 +1,12 @@
+import threading
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.generate import Decoder, FixedMemory, generate
+from model import generate as generation
+from model.generate import FixedMemory, generate, stream
 from model.memory import ExplicitMemory, MemoryBatch
 from model.transformer import Memory3LM
 from tests.support.model import random_references, random_tokens, tiny_model
@@ -57,23 +59,6 @@ def test_generation_equals_forward(prefix_ids: list[int]) -> None:
             assert logits[0, len(prompt) - 1 :].argmax(-1).tolist() == generated
 
 
-def test_the_cache_gives_the_logits_of_forward() -> None:
-    model = tiny_model()
-    references = random_references(2, 3)
-    pool = model.encode(references.tokens_NR, references.lengths_N)
-    rows = random_tokens(2, 20)
-    expected = model(rows, memory=MemoryBatch(pool, references.slots_BCK))
-    decoder = Decoder(model, rows=2, capacity=20)
-    hidden = []
-    for start, end in ((0, 8), (8, 16), (16, 17), (17, 18), (18, 20)):
-        if start % 8 == 0:
-            chunk = start // 8
-            decoder.read([0, 1], MemoryBatch(pool, references.slots_BCK[:, chunk : chunk + 1]))
-        hidden.append(decoder.advance(rows[:, start:end], torch.tensor([start, start])))
-    logits = model.head(model.norm(torch.cat(hidden, dim=1)))
-    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
-
-
 def test_chunks_ask_in_the_order_of_the_paper() -> None:
     model = tiny_model()
     source = TextMemory(model)
@@ -113,21 +98,20 @@ def test_more_places_may_come_later_and_nothing_may_be_found() -> None:
     pool = model.encode(references.tokens_NR, references.lengths_N)
 
     class Growing:
-        slots = (None, [0], [2, 4, 5], None)
-
         def __init__(self) -> None:
-            self.calls = 0
+            self.slots = iter((None, [[0, -1]], [[2, 4, 5]], None))
 
         def read(self, rows: Sequence[int], chunks: Sequence[Sequence[int]]) -> MemoryBatch | None:
-            slots = self.slots[self.calls]
-            self.calls += 1
-            return None if slots is None else MemoryBatch(pool, torch.tensor([[slots]]))
+            slots = next(self.slots)
+            return None if slots is None else MemoryBatch(pool, torch.tensor([slots]))
 
-    prompt = random_tokens(20).tolist()
-    (new,) = generate(model, [prompt], max_new_tokens=10, memory=Growing())
-    slots = torch.tensor([[[-1, -1, -1], [0, -1, -1], [2, 4, 5], [-1, -1, -1]]])
+    prompt = random_tokens(8).tolist()
+    (new,) = generate(model, [prompt], max_new_tokens=32, memory=Growing())
+    slots = torch.full((1, 5, 3), -1)  # of the prompt, of what follows it, and of what asks from then on
+    slots[0, 2, :2] = torch.tensor([0, -1])
+    slots[0, 3] = torch.tensor([2, 4, 5])
     logits = model(torch.tensor([prompt + new[:-1]]), memory=MemoryBatch(pool, slots))
-    assert logits[0, 19:].argmax(-1).tolist() == new
+    assert logits[0, 7:].argmax(-1).tolist() == new
 
 
 def test_the_stop_token_ends_a_row_and_is_left_out() -> None:
@@ -138,12 +122,83 @@ def test_the_stop_token_ends_a_row_and_is_left_out() -> None:
         assert stopped == (row[: row.index(stop)] if stop in row else row)
 
 
-def test_sampling_is_seeded_and_top_p_narrows_it() -> None:
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+def test_a_prompt_becomes_the_same_alone_and_in_any_batch(batch: int, ahead: bool) -> None:
+    model = tiny_model(dtype=torch.float32)
+    sources = [TextMemory(model) for _ in range(2)]
+    alone = [
+        generate(model, [prompt], max_new_tokens=21, stop_id=11, memory=sources[0])[0] for prompt in prompts()
+    ]
+    assert len({len(new) for new in alone}) > 1  # some rows end before others
+    new: list[list[int]] = [[] for _ in alone]
+    ended = []
+    events = stream(
+        model, prompts(), max_new_tokens=21, batch=batch, stop_id=11, memory=sources[1], ahead=ahead
+    )
+    for number, token in events:
+        assert number not in ended
+        if token is None:
+            ended.append(number)
+        else:
+            new[number].append(token)
+        assert len({*ended, number}) <= len(ended) + batch
+    assert new == alone
+    assert sorted(ended) == list(range(5))
+    questions = [[chunk for _, chunk in sources[0].questions], [chunk for _, chunk in sources[1].questions]]
+    assert sorted(questions[0]) == sorted(questions[1])
+
+
+def test_no_more_prompts_are_begun_than_a_batch_has_places_and_a_free_place_is_taken_at_once() -> None:
     model = tiny_model()
-    draw = [generate(model, prompts(), max_new_tokens=8, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
-    assert draw[0] == draw[1] != draw[2]
-    greedy = generate(model, prompts(), max_new_tokens=8)
-    assert generate(model, prompts(), max_new_tokens=8, temperature=1.0, top_p=1e-6) == greedy
+    source = TextMemory(model)
+    first_asked, seen = {}, []
+    for step, (number, _) in enumerate(stream(model, prompts(), max_new_tokens=4, batch=2, memory=source)):
+        seen.append(number)
+        for row, _ in source.questions:
+            first_asked.setdefault(row, step)
+    assert first_asked == {0: 0, 1: 0, 2: 10, 3: 10, 4: 20}  # two rows of four tokens and their ends
+    assert seen == [0, 1] * 3 + [0, 0, 1, 1] + [2, 3] * 3 + [2, 2, 3, 3] + [4] * 5
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_batch() -> None:
+    model = tiny_model()
+    settings = {"max_new_tokens": 8, "temperature": 1.0}
+    drawn = [generate(model, prompts(), seed=seed, **settings) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert generate(model, prompts(), seed=1, batch=2, **settings) == drawn[0]
+    twice = [prompts()[0]] * 2
+    one, other = generate(model, twice, seed=1, **settings)
+    assert one != other
+
+
+def test_what_is_drawn_follows_the_probabilities_and_top_p_cuts_the_rest_off() -> None:
+    logits_BV = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(1000, -1)
+    draws_B = torch.linspace(0, 1 - 2**-24, 1000)
+    counts = torch.bincount(generation._drawn(logits_BV, draws_B, 1.0), minlength=4)
+    assert counts.tolist() == pytest.approx([100, 400, 200, 300], abs=1)
+    counts = torch.bincount(generation._drawn(logits_BV, draws_B, 0.6), minlength=4)
+    assert counts.tolist() == pytest.approx([0, 1000 * 4 / 7, 0, 1000 * 3 / 7], abs=1)
+    assert generation._drawn(logits_BV, draws_B, 1e-6).eq(1).all()
+
+
+@pytest.mark.parametrize("top_p", [0.02, 0.7])
+def test_a_large_vocabulary_is_cut_where_a_whole_sort_cuts_it(
+    top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits_BV = torch.randn(8, 3000, generator=torch.Generator().manual_seed(0))
+    draws_B = torch.rand(8, generator=torch.Generator().manual_seed(1))
+    found = generation._drawn(logits_BV, draws_B, top_p)
+    monkeypatch.setattr(generation, "SORTED", 3000)
+    assert found.equal(generation._drawn(logits_BV, draws_B, top_p))
+
+
+def test_a_stream_that_is_left_ends_its_thread() -> None:
+    model = tiny_model()
+    events = stream(model, prompts(), max_new_tokens=20, memory=TextMemory(model), ahead=True)
+    assert next(events)[0] == 0
+    events.close()
+    assert not any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
 
 
 def test_impossible_requests_are_refused() -> None:
@@ -152,3 +207,7 @@ def test_impossible_requests_are_refused() -> None:
         generate(model, [[4], []], max_new_tokens=1)
     with pytest.raises(ValueError, match="top_p=0"):
         generate(model, [[4]], max_new_tokens=1, temperature=1.0, top_p=0)
+    with pytest.raises(ValueError, match="batch=0: set 1 or more"):
+        generate(model, [[4]], max_new_tokens=1, batch=0)
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        generate(model, [[4]], max_new_tokens=0)

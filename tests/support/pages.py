@@ -13,7 +13,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 from tests.support.launch import Finished, within
 
@@ -30,7 +32,8 @@ _SHIM = """\
 import json, socket, sys
 with socket.socket(socket.AF_UNIX) as asked:
     asked.connect({path!r})
-    asked.sendall(json.dumps(sys.argv[1:]).encode() + b"\\n")
+    typed = sys.stdin.read() if "-" in sys.argv else ""
+    asked.sendall(json.dumps([sys.argv[1:], typed]).encode() + b"\\n")
     code, out, err = json.loads(asked.makefile().read())
 sys.stdout.write(out)
 sys.stderr.write(err)
@@ -129,16 +132,17 @@ class Reader:
                     continue
                 with asked:
                     asked.setblocking(True)
-                    answer = self._answer(json.loads(asked.makefile().readline()))
+                    answer = self._answer(*json.loads(asked.makefile().readline()))
                     asked.sendall(json.dumps([answer.code, answer.out, answer.err]).encode())
             said = bash.communicate()[1]
         return "" if bash.returncode == 0 else f"exit code {bash.returncode}\n{said}"
 
-    def _answer(self, arguments: list[str]) -> Finished:
+    def _answer(self, arguments: list[str], typed: str) -> Finished:
         given = small(arguments)
         again = any(code == 0 and set(done) == set(given) for done, code in self.commands)
         if given[0] in ("prepare", "pretrain") and again:
             return Finished(0, "", "")  # nothing would be left to do
-        answer = within(*given)
+        with patch.object(sys, "stdin", StringIO(typed)):
+            answer = within(*given)
         self.commands.append((given, answer.code))
         return answer

@@ -33,7 +33,8 @@ def lines(*, warmup: int = 40, continual: int = 40, has_memory: bool = True) -> 
             update |= {
                 "seconds_data": 0.3 if reads else 0.1,
                 "seconds_stalled": 0.2 if reads else 0.0,
-                "seconds_update": 0.7 if reads else 0.9,
+                "seconds_compute": 0.6 if reads else 0.8,
+                "seconds_update": 0.1,
             }
             update |= {"generation": "generation-continual-0000" if reads else None}
             update |= {"generation_age": (step - 1) % 20 + 1 if reads else None}

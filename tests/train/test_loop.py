@@ -10,7 +10,7 @@ from train.config import DivergenceConfig
 from train.divergence import DivergedError, Health
 from train.engine import ModelInput
 from train.inputs import BankReading, StepInputs
-from train.loop import train_epoch
+from train.loop import PeakSpeed, train_epoch
 from train.metrics import JsonLines, Metrics, read_metrics
 from train.schedule import Schedule
 from train.stages import PlainStage
@@ -35,6 +35,7 @@ class Trained:
         health: Health = HEALTHY,
         stopping: Callable[[], bool] = lambda: False,
         reading: BankReading | None = None,
+        peak: PeakSpeed | None = None,
     ) -> None:
         self.reading = reading
         self.validated: list[int] = []
@@ -54,6 +55,7 @@ class Trained:
                 save=lambda state: self.saved.append(state.step),
                 divergence=DivergenceConfig(patience=3, window_steps=4),
                 stopping=stopping,
+                peak=peak,
             )
 
     def inputs(self) -> Iterator[StepInputs]:
@@ -90,11 +92,19 @@ def test_goes_on_from_a_state_and_reports_each_step_once(tmp_path: Path) -> None
     assert [line["step"] for line in lines if "validation_none" in line] == [4, 8]
 
 
-def test_a_line_splits_the_step_into_data_and_update(tmp_path: Path) -> None:
+def test_a_line_splits_the_step_into_data_computing_and_update(tmp_path: Path) -> None:
     line = read_metrics(Trained(tmp_path, CountingEngine()).path)[0]
     assert {"loss", "grad_norm", "lr", "tokens", "tokens_per_second", "generation_age"} <= line.keys()
     assert line["seconds_data"] >= 0
-    assert line["seconds_update"] >= 0
+    assert line["seconds_compute"] >= 0
+    assert line["seconds_update"] == 0.0
+
+
+def test_mfu_is_told_by_both_formulas_where_a_peak_is_stated(tmp_path: Path) -> None:
+    line = read_metrics(Trained(tmp_path, CountingEngine(), peak=PeakSpeed(palm=2e9, causal=4e9)).path)[0]
+    assert line["mfu"] == line["tokens_per_second"] / 2e9
+    assert line["mfu_causal"] == line["mfu"] / 2
+    assert read_metrics(Trained(tmp_path / "none", CountingEngine()).path)[0]["mfu_causal"] is None
 
 
 def test_a_line_says_how_memories_came_from_the_bank(tmp_path: Path) -> None:

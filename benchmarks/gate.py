@@ -1,0 +1,194 @@
+"""Whether memory has become dear: ratios that a change must not worsen, in a few seconds, for continuous integration.
+
+    python -m benchmarks.gate
+
+Each ratio compares two sides of one process by CPU time (`launch.timing`), at a size of milliseconds. Its limit is far
+above what was measured (in brackets in the table): such a machine is shared, and such sizes are not what is optimised
+for. What breaks it is a step that encodes what it should read, attention that makes a mask, a copy of everything. A
+ratio above its limit is measured twice more before it counts; then the exit code is 1.
+Not here: targets at the sizes that matter (`memory3 bench`).
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from data.references import References
+from launch.bench_attention import Problem
+from launch.bench_compile import encoder, forward_of_memory_layers
+from launch.bench_corpus import write_corpus
+from launch.bench_step import generation_settings, products
+from launch.timing import Conditions, Figure, Side, interleaved, ratio
+from memorybank import codecs
+from memorybank.bank import BankReader, OnlineReader
+from memorybank.config import CodecKind, QueryMode
+from memorybank.pool import window_slots
+from memorybank.record import MemoryShape
+from memorybank.store import Generation
+from memorybank.writer import compile_generation, encode_records
+from model.attention import fast_attention
+from model.config import ModelConfig
+from model.flops import step_flops
+from model.memory import MemoryBatch, ReferenceBatch
+from model.transformer import Memory3LM
+
+CONFIG = ModelConfig(num_layers=4, num_memory_layers=2, row_tokens=512, vocab_size=1024, prefix_ids=[1, 2, 3])
+ROWS = 2
+ROUNDS = 5
+ATTEMPTS = 3
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A ratio and its limit.
+
+    Attributes:
+        what: Its sides.
+        ours: The first one.
+        against: The second one.
+        measured: What it was when the limit was set.
+        limit: What it may be.
+        scale: It is multiplied by this.
+    """
+
+    what: str
+    ours: Side
+    against: Side
+    measured: float
+    limit: float
+    scale: float = 1.0
+
+    def figure(self) -> Figure:
+        """Measure it."""
+        sides = {"ours": self.ours, "against": self.against}
+        times = interleaved(sides, Conditions(ROUNDS, CPU))
+        return ratio(
+            self.what, times["ours"], times["against"], scale=self.scale, target=self.limit, by_cpu=True
+        )
+
+
+def main() -> int:
+    """Measure all gates, print them, and return the exit code."""
+    torch.set_num_threads(1)
+    table = Table(
+        "CPU time", "ratio", "limit", title="Ratios that a change must not worsen", title_justify="left"
+    )
+    passed = True
+    with TemporaryDirectory(prefix="memory3-gate-") as folder:
+        for gate in gates(Path(folder)):
+            figure = measured(gate.figure)
+            passed &= bool(figure.met)
+            table.add_row(
+                gate.what,
+                f"{figure.value:.3g} ({gate.measured:.3g})",
+                f"≤ {gate.limit}{'' if figure.met else '  EXCEEDED'}",
+            )
+    Console().print(table)
+    return 0 if passed else 1
+
+
+def measured(measure: Callable[[], Figure]) -> Figure:
+    """The first figure within its limit, or the last of some attempts: a busy moment is no regression."""
+    figure = measure()
+    for _ in range(ATTEMPTS - 1):
+        if figure.met:
+            break
+        figure = measure()
+    return figure
+
+
+def gates(folder: Path) -> Iterator[Gate]:
+    """All of them; what they read is written into a folder."""
+    torch.manual_seed(0)
+    model = Memory3LM(CONFIG).to(torch.bfloat16)
+    references = write_corpus(folder, CONFIG, documents=8)
+    problem = Problem.random(CONFIG, places=5, dtype=torch.bfloat16, device=CPU)
+    yield Gate(
+        "attention with memory / the library's kernel without",
+        problem.side(fast_attention, problem.window),
+        problem.kernel(),
+        measured=0.96,
+        limit=1.5,
+    )
+    yield Gate(
+        "attention with memory / with a dense mask",
+        problem.side(fast_attention, problem.fresh),
+        problem.dense(problem.fresh),
+        measured=0.56,
+        limit=0.9,
+    )
+    bank, online = _memories(model, references, folder)
+    step = partial(_step, model)
+    yield Gate("step that reads memories / step without", partial(step, bank), step, measured=1.05, limit=1.4)
+    flops = [
+        step_flops(CONFIG, rows=ROWS, slots_filled=80, references_encoded=count, encode_gradient=True).total
+        for count in (0, ROWS * 8)
+    ]
+    yield Gate(
+        "step that encodes its references / step without / by operations",
+        partial(step, online),
+        step,
+        scale=flops[0] / flops[1],
+        measured=0.94,
+        limit=1.5,
+    )
+    floats = codecs.of_kind(CodecKind.model, MemoryShape.of(CONFIG), torch.bfloat16)
+    ids = np.arange(32)
+    yield Gate(
+        "compiling / forward pass of the same layers",
+        lambda: encode_records(encoder(model, CPU), references, ids, floats, batch=32),
+        forward_of_memory_layers(model, references, CPU, count=32),
+        measured=1.46,
+        limit=2.2,
+    )
+    reader = BankReader(Generation.open(folder / "generation"), floats)
+    yield Gate(
+        "reading memories of a step / step",
+        lambda: reader.batch(_slots(ROWS)),
+        step,
+        measured=0.004,
+        limit=0.05,
+    )
+    multiplied = products(CONFIG, tokens=ROWS * CONFIG.row_tokens, dtype=torch.bfloat16, device=CPU)
+    yield Gate(
+        "step without memory / matrix products of its operations",
+        step,
+        multiplied.run,
+        scale=multiplied.flops / step_flops(CONFIG, rows=ROWS).total,
+        measured=2.13,
+        limit=4.0,
+    )
+
+
+def _slots(rows: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    found_BC = np.arange(rows * 8).reshape(rows, 8)
+    return window_slots(found_BC, QueryMode.own, window=5)
+
+
+def _memories(model: Memory3LM, references: References, folder: Path) -> tuple[MemoryBatch, ReferenceBatch]:
+    floats = codecs.of_kind(CodecKind.model, MemoryShape.of(CONFIG), torch.bfloat16)
+    settings = generation_settings(CONFIG, references)
+    compile_generation(
+        encoder(model, CPU), references, np.arange(32), floats, folder / "generation", settings=settings
+    )
+    read = BankReader(Generation.open(folder / "generation"), floats).batch(_slots(ROWS))
+    return read, OnlineReader(references).batch(_slots(ROWS))
+
+
+def _step(model: Memory3LM, memory: MemoryBatch | ReferenceBatch | None = None) -> None:
+    tokens = torch.arange(ROWS * CONFIG.row_tokens).view(ROWS, -1) % CONFIG.vocab_size
+    model.zero_grad(set_to_none=True)
+    model(tokens, targets_BT=tokens, memory=memory).sum.backward()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
