@@ -33,7 +33,7 @@ from memorybank.bank import BankReader, Records
 from memorybank.cache import CachedRecords
 from memorybank.config import CodecKind
 from memorybank.cost import EMBEDDERS
-from memorybank.index import ExactIndex
+from memorybank.index_store import BankIndex
 from memorybank.record import MemoryShape
 from memorybank.retriever import RetrievedMemory, Retriever
 from memorybank.store import Generation
@@ -157,7 +157,7 @@ class _Bank:
     """References with random vectors, and records of those that will be found."""
 
     references: References
-    index: ExactIndex
+    index: BankIndex
     generation: Generation
     queries: Vectors
     """Of every run, one after the other."""
@@ -171,8 +171,8 @@ class _Bank:
         model, size = config.model, EMBEDDERS["minilm"].vector_size
         rng = np.random.default_rng(0)
         references = write_corpus(folder, model, documents=REFERENCES // REFERENCES_PER_DOCUMENT)
-        index = ExactIndex(size)
-        index.add(np.arange(REFERENCES), _unit(rng.standard_normal((REFERENCES, size), np.float32)))
+        vectors = _unit(rng.standard_normal((REFERENCES, size), np.float32))
+        index = BankIndex([(np.arange(REFERENCES), vectors)])
         queries = _unit(rng.standard_normal((runs * ROWS * sum(_CHUNKS), size), np.float32))
         k, candidates = config.retrieval.fresh, config.retrieval.candidates
         found = index.search(queries, k)[1]
@@ -190,7 +190,7 @@ class _Bank:
 
     def retriever(self, run: int) -> Retriever:
         """What searches with the vectors of a run."""
-        embedder = _Queries(iter(self.queries[_of(run)]), self.index.size)
+        embedder = _Queries(iter(self.queries[_of(run)]), self.queries.shape[1])
         return Retriever(embedder, self.index, self.references, k=self.k, candidates=self.candidates)
 
     def found(self, run: int) -> list[Ids]:
