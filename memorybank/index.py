@@ -1,4 +1,4 @@
-"""Search vectors in, nearest references out: exact inner product, with faiss.
+"""Search vectors in, nearest references out: exact inner product.
 
 Invariants: ids are the references' own numbers, never positions; a place without result holds -1 and -inf;
 equal scores are ordered by id; a search over blocks holds one block in memory, however many there are.
