@@ -315,6 +315,7 @@ def compiler(arguments: argparse.Namespace) -> Compiler:
     return Compiler(
         encode=network.encode,
         codec=CodecConfig(kind=CodecKind.int8),
+        row_tokens=config.row_tokens,
         shape=MemoryShape.of(config),
         dtype=torch.bfloat16,
         embedder=StaticEmbedder(),
@@ -353,8 +354,8 @@ def of_last_edit(library: Library, add: int) -> dict[str, int]:
 
 
 def described(library: Library) -> dict[str, Any]:
-    """What a bank holds, and its index."""
-    index = library.index
+    """What a bank holds, and the largest of its indexes."""
+    index = max(library.indexes, key=lambda index: int(index.settings["num_vectors"]), default=None)
     return {
         "references": len(library),
         "documents": library.num_documents,

@@ -289,6 +289,16 @@ def open_manifest(
     return manifest
 
 
+def read_manifest(folder: Path) -> Manifest:
+    """Reads an artefact's manifest alone; whether its files are there and whole is another question.
+
+    Raises:
+        ValueError: It is damaged, or was changed.
+        FileNotFoundError: There is none.
+    """
+    return _parse(folder, _load_json(folder / MANIFEST))
+
+
 def is_finished(
     folder: Path,
     *,
@@ -346,7 +356,13 @@ def reopen(folder: Path, damaged: Sequence[str]) -> None:
 
 
 def delete_artefact(folder: Path) -> None:
-    """Removes an artefact, published or not; a crash on the way leaves one that does not exist for readers."""
+    """Removes an artefact, published or not; a crash on the way leaves one that does not exist for readers.
+
+    Of a symbolic link, the link alone.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -388,7 +404,7 @@ def is_held(folder: Path) -> bool:
 
 def verify(folder: Path) -> list[str]:
     """The names of all files that are missing or whose bytes differ from the manifest's; reads everything."""
-    manifest = _parse(folder, _load_json(folder / MANIFEST))
+    manifest = read_manifest(folder)
 
     def damaged(name: str) -> bool:
         path = folder / name
@@ -402,7 +418,7 @@ def verify(folder: Path) -> list[str]:
 
 def strangers(folder: Path) -> list[str]:
     """The names of all files that lie in an artefact's folder without being part of it."""
-    known = {MANIFEST, *_parse(folder, _load_json(folder / MANIFEST)).files}
+    known = {MANIFEST, *read_manifest(folder).files}
     found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
     return [name for name in found if name not in known]
 

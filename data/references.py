@@ -151,6 +151,13 @@ class References:
             out[title:length] = self.shards.tokens(document, int(row["begin"]), int(row["end"]))
         return tokens_NR, lengths_N.astype(np.int64), titles_N
 
+    def bounds(self, ids: Sequence[int] | Numbers) -> tuple[Numbers, Numbers]:
+        """The first reference of each one's document, and the one after its last; both (N,)."""
+        documents = self.document_of[np.asarray(ids, dtype=np.int64)]
+        return np.searchsorted(self.document_of, documents), np.searchsorted(
+            self.document_of, documents, side="right"
+        )
+
     def sizes(self, ids: Sequence[int] | Numbers) -> tuple[Numbers, Numbers]:
         """The tokens of references: of their title lines, and of the text behind them; both (N,)."""
         rows = self._table[np.asarray(ids, dtype=np.int64)]

@@ -5,9 +5,12 @@ Not here: what a bank is (`memorybank.library`), how it changes (`memorybank.edi
 """
 
 import argparse
+import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from dataclasses import replace as with_fields
 from pathlib import Path
 
 import numpy as np
@@ -34,29 +37,31 @@ from data.sources import read_json_lines
 from launch import audit, estimate, inspect
 from launch import build as builders
 from launch.compose import load_config
+from launch.launchers import run_here
 from launch.opened import OpenedRun, allow_maps, library_folder, open_run
 from memorybank import embedder as embedders
 from memorybank import soundness
 from memorybank.cold import ColdRecords, stores
-from memorybank.config import CodecKind
-from memorybank.edits import Documents, Editor, Known, Told
+from memorybank.config import BankContext, CodecKind
+from memorybank.edits import Alone, Documents, Editor, Known, Team, Told
 from memorybank.library import Library
 from memorybank.segment import CutDocument
 from memorybank.store import Generation
+from train.stopping import STOPPED
 
 Ids = NDArray[np.int64]
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks for."""
+    if "ranks" in arguments:
+        if arguments.ranks < 1:
+            raise ValueError(f"--ranks {arguments.ranks} is below 1; set 1 or more")
+        return edit(arguments, Alone()) if arguments.ranks == 1 or arguments.dry_run else _on_ranks(arguments)
     builders.quiet_third_parties()
     allow_maps()
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
-        "build": build,
-        "add": add,
-        "replace": replace,
         "remove": remove,
-        "refresh": refresh,
         "compact": compact,
         "verify": verify,
         "stat": stat,
@@ -65,31 +70,36 @@ def run(arguments: argparse.Namespace) -> int:
         "audit": audit.run,
         "inspect": inspect.run,
     }
-    try:
+    with _unwritten():
         return actions[arguments.action](arguments)
-    except OSError as problem:  # the disk is full, or may not be written
-        raise ValueError(
-            f"{problem}; the bank is as it was before: when that is mended, the same command goes on where it stopped"
-        ) from problem
 
 
-def build(arguments: argparse.Namespace) -> int:
+def edit(arguments: argparse.Namespace, team: Team) -> int:
+    """Do what compiles memories, which several processes may share: each calls this."""
+    builders.quiet_third_parties()
+    allow_maps()
+    edits = {"build": build, "add": add, "replace": replace, "refresh": refresh}
+    with _unwritten():
+        return edits[arguments.action](arguments, team)
+
+
+def build(arguments: argparse.Namespace, team: Team) -> int:
     """Make a bank of everything that may be read with the run's newest checkpoint."""
-    opened, editor = _opened(arguments)
+    opened, editor = _opened(arguments, team)
     if arguments.dry_run:
         return _print_estimate(estimate.of_build(opened, editor))
     documents = corpus_documents(opened, editor)
     return _edit(editor, lambda editor: editor.build(documents))
 
 
-def add(arguments: argparse.Namespace) -> int:
+def add(arguments: argparse.Namespace, team: Team) -> int:
     """Put in documents."""
-    return _put(arguments, lambda editor, documents: editor.add(documents))
+    return _put(arguments, team, lambda editor, documents: editor.add(documents))
 
 
-def replace(arguments: argparse.Namespace) -> int:
+def replace(arguments: argparse.Namespace, team: Team) -> int:
     """Put in documents, and take out those of the same ids."""
-    return _put(arguments, lambda editor, documents: editor.replace(documents))
+    return _put(arguments, team, lambda editor, documents: editor.replace(documents))
 
 
 def remove(arguments: argparse.Namespace) -> int:
@@ -120,9 +130,9 @@ def remove(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def refresh(arguments: argparse.Namespace) -> int:
+def refresh(arguments: argparse.Namespace, team: Team) -> int:
     """Compile all memories with the newest weights."""
-    _, editor = _opened(arguments)
+    _, editor = _opened(arguments, team)
     if arguments.dry_run:
         with Library.open(editor.folder) as library:
             return _print_estimate(estimate.of_refresh(library, editor))
@@ -157,7 +167,7 @@ def verify(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--sample {arguments.sample} is below 0; set 0 to compare none")
     editor = Editor(folder=folder)
     if arguments.sample or arguments.fix:
-        _, editor = _opened(arguments)
+        _, editor = _opened(arguments, Alone())
 
     def problems() -> list[soundness.Problem]:
         with _bars("bytes") as told:
@@ -243,14 +253,19 @@ def corpus_documents(opened: OpenedRun, editor: Editor) -> Documents:
         for number in numbers.tolist():
             yield cutter.cut(shards.document(number), shards.tokens(number), shards.title_length(number))
 
+    if editor.team.rank == 0:
+        opened.context.reference_vectors(
+            editor.compiler.embedder
+        )  # one process makes them, where they are not there
+    editor.team.barrier()
     corpus = opened.context.prepared.references.fingerprint
     origin = {"references": corpus, "documents": fingerprint(numbers.tolist())}
     known = Known(opened.context.reference_vectors(editor.compiler.embedder), opened.bank_ids)
     return Documents(origin, read, known)
 
 
-def _put(arguments: argparse.Namespace, edit: Callable[[Editor, Documents], int]) -> int:
-    _, editor = _opened(arguments)
+def _put(arguments: argparse.Namespace, team: Team, edit: Callable[[Editor, Documents], int]) -> int:
+    _, editor = _opened(arguments, team)
     documents = _file_documents(arguments, editor)
     if arguments.dry_run:
         return _print_estimate(estimate.of_documents(documents, editor))
@@ -279,9 +294,31 @@ def _file_documents(arguments: argparse.Namespace, editor: Editor) -> Documents:
     )
 
 
+def _on_ranks(arguments: argparse.Namespace) -> int:
+    config = load_config(builders.run_folder(arguments.run, arguments.root) / "config.yaml")
+    program, told = f"memory3 bank {arguments.action}", json.dumps(vars(arguments))
+    code = run_here(program, "launch.bank_worker", told, num_ranks=arguments.ranks, config=config)
+    if code in STOPPED:
+        print(f"{program}: stopped; the same command goes on after the last whole shard", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _unwritten() -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:  # the disk is full, or may not be written
+        raise ValueError(
+            f"{problem}; the bank is as it was before: when that is mended, the same command goes on where it stopped"
+        ) from problem
+
+
 def _edit(editor: Editor, edit: Callable[[Editor], int]) -> int:
+    if editor.team.rank != 0:
+        edit(editor)
+        return 0
     with _bars() as told:
-        number = edit(Editor(folder=editor.folder, compiler=editor.compiler, told=told))
+        number = edit(with_fields(editor, told=told))
     with Library.open(editor.folder) as library:
         print(
             f"{editor.folder}: state {number}, {library.num_documents:,} documents, {len(library):,} memories of "
@@ -290,11 +327,14 @@ def _edit(editor: Editor, edit: Callable[[Editor], int]) -> int:
     return 0
 
 
-def _opened(arguments: argparse.Namespace) -> tuple[OpenedRun, Editor]:
+def _opened(arguments: argparse.Namespace, team: Team) -> tuple[OpenedRun, Editor]:
     opened = open_run(arguments.run, arguments.root)
     folder, codec = library_folder(opened.folder, arguments.bank), getattr(arguments, "codec", None)
-    compiler = opened.compiler(folder, None if codec is None else CodecKind[codec])
-    return opened, Editor(folder=folder, compiler=compiler)
+    context = getattr(arguments, "context", None)
+    compiler = opened.compiler(
+        folder, None if codec is None else CodecKind[codec], None if context is None else BankContext[context]
+    )
+    return opened, Editor(folder=folder, compiler=compiler, team=team)
 
 
 def _folder(arguments: argparse.Namespace) -> Path:
@@ -360,7 +400,9 @@ def _removed_ids(library: Library) -> list[str]:
 
 def _generation_folders(run_folder: Path) -> list[Path]:
     return sorted(
-        path for path in (run_folder / "bank").glob("generation-*") if not path.name.endswith(".partial")
+        path.parent
+        for path in (run_folder / "bank").glob(f"generation-*/{MANIFEST}")
+        if path.parent.suffix != ".partial"
     )
 
 
@@ -413,6 +455,7 @@ def _described(library: Library) -> Table:
         *((f"bytes of {what}", decimal(size)) for what, size in library.bytes_by_kind().items()),
         ("bytes per record", f"{library.record_bytes:,}"),
         ("codec", library.settings.codec),
+        ("context", _context(library)),
         ("embedder", library.settings.embedder),
         ("compiled by", f"{library.settings.lineage}, step {library.settings.step}"),
         ("weights", library.settings.weights),
@@ -420,6 +463,11 @@ def _described(library: Library) -> Table:
     ):
         table.add_row(name, value)
     return table
+
+
+def _context(library: Library) -> str:
+    window = library.settings.window_tokens
+    return library.settings.context + ("" if window is None else f", in windows of {window:,} tokens")
 
 
 def _print_estimate(found: estimate.Estimate) -> int:

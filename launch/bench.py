@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -149,9 +150,11 @@ def _rounds(figure: Figure) -> Chart:
         Series("", [(n, value) for n, value in enumerate(figure.rounds, start=1)], look=Look.dots),
         Series("median", [(1, figure.value), (last, figure.value)], dash=Dash.dashed),
     ]
+    if figure.cpu is not None:
+        lines.append(Series("median by CPU time", [(1, figure.cpu), (last, figure.cpu)], 2, dash=Dash.dotted))
     if figure.target is not None:
-        lines.append(Series("target", [(1, figure.target), (last, figure.target)], colour=1))
-    return Chart(figure.what, "round", "ratio", lines, has_zero=True)
+        lines.append(Series("target", [(1, figure.target), (last, figure.target)], 1))
+    return Chart(fill(figure.what, 44), "round", "ratio", lines, has_zero=True)
 
 
 def _between(least: float, most: float) -> str:

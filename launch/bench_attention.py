@@ -113,11 +113,13 @@ class Problem:
 
         attend = torch.compile(flex_attention) if compiled else flex_attention
         mask_TJ = self.mask(memory)
+        tokens, keys = mask_TJ.shape
         blocks = create_block_mask(
             lambda _, __, token, key: mask_TJ[token, key],
             None,
             None,
-            *mask_TJ.shape,
+            tokens,
+            keys,
             device=str(mask_TJ.device),
         )
 

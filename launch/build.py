@@ -186,6 +186,7 @@ class Context:
                 codec=config.codec,
                 dtype=self.dtype,
                 bank=config.bank,
+                keep_generations=config.saving.keep_generations,
                 ranks=ranks,
             )
         return Parts(

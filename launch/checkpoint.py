@@ -18,6 +18,7 @@ from launch import build
 from launch.compose import load_config
 from launch.lock import only_user
 from launch.opened import run_context
+from train import generations
 from train.checkpoint import (
     CONFIG,
     Checkpoint,
@@ -92,10 +93,14 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def prune(arguments: argparse.Namespace) -> int:
-    """Delete what no rule keeps, and what interrupted saves left; never the last whole one, nor one that is read."""
+    """Delete what no rule keeps, generations of the bank included, and what interrupted saves left.
+
+    Never the last whole checkpoint, nor what is being read.
+    """
     folder, found = _entries(arguments)
     reasons = reasons_to_keep(found, _retention(folder, arguments))
     doomed = [entry for entry in found if not reasons[entry.folder]]
+    keep = load_config(folder / CONFIG).saving.keep_generations
     swept = leftovers(folder)
     size = decimal(sum(entry.size for entry in doomed))
     if arguments.dry_run:
@@ -104,7 +109,12 @@ def prune(arguments: argparse.Namespace) -> int:
             print(f"{entry.folder.name}: {'stays: ' + ', '.join(why) if why else 'goes'}")
         for path in swept:
             print(f"{path.name}: goes, unfinished")
-        print(f"{len(doomed)} checkpoints and {size} would go; nothing was deleted")
+        old = generations.outdated(folder, last=keep, without=[entry.folder for entry in doomed])
+        for path in old:
+            print(f"{path.relative_to(folder)}: goes, no checkpoint that stays names it")
+        print(
+            f"{len(doomed)} checkpoints and {size}, and {len(old)} generations would go; nothing was deleted"
+        )
         return 0
     with only_user(folder):
         for stage in sorted({entry.stage for entry in doomed}):
@@ -112,7 +122,10 @@ def prune(arguments: argparse.Namespace) -> int:
         gone = [entry for entry in doomed if delete(entry.folder)]
         for path in leftovers(folder):
             delete_artefact(path)
+        old = generations.sweep(folder, last=keep)
     print(f"{len(gone)} checkpoints went, {decimal(sum(entry.size for entry in gone))}")
+    for path in old:
+        print(f"{path.relative_to(folder)} went: no checkpoint names it")
     return 0
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launch.devices import DEVICES
-from memorybank.config import CodecKind
+from memorybank.config import BankContext, CodecKind
 from memorybank.cost import CODECS, EMBEDDERS, Hardware
 
 _OVERRIDES = """\
@@ -141,7 +141,7 @@ CHECKPOINT_ACTIONS = (
     Command("verify", "check every byte against its hash; exit code 1 when something is damaged", ""),
     Command(
         "prune",
-        "delete the checkpoints that no rule keeps, and what interrupted saves left",
+        "delete the checkpoints and generations that no rule keeps, and what interrupted saves left",
         "both ends of a stage, branch points, damaged checkpoints and those that are being read always stay; nothing "
         "is deleted unless one of those that stay is whole",
     ),
@@ -206,10 +206,16 @@ def _add_bank_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         return
     sub.add_argument("--bank", metavar="FOLDER", help="the bank's folder (default: RUN/bank/library)")
     if name in ("build", "refresh"):
+        own = "that of the run" if name == "build" else "that of the bank"
         sub.add_argument(
             "--codec",
             choices=[kind.name for kind in CodecKind],
-            help="how keys and values are kept (default: what the bank has, or the run's codec.kind)",
+            help=f"how keys and values are kept (default: {own})",
+        )
+        sub.add_argument(
+            "--context",
+            choices=[context.name for context in BankContext],
+            help=f"what a reference sees when it is encoded: itself, or its document before it (default: {own})",
         )
     if name in ("add", "replace"):
         sub.add_argument("files", nargs="+", metavar="FILE", help="JSON lines, perhaps gzipped")
@@ -221,6 +227,15 @@ def _add_bank_arguments(sub: argparse.ArgumentParser, name: str) -> None:
             sub.add_argument(
                 f"--{field}-field", default=field, help=f"field that holds the {field} (default: %(default)s)"
             )
+    if name in ("build", "add", "replace", "refresh"):
+        sub.add_argument(
+            "--ranks",
+            type=int,
+            default=1,
+            metavar="N",
+            help="processes of this machine that share the work, each with engine.threads_per_rank threads (default: "
+            "%(default)s, with all threads)",
+        )
     if name in ("build", "add", "replace", "refresh", "compact"):
         sub.add_argument(
             "--dry-run", action="store_true", help="say bytes, time, index and codec, and write nothing"

@@ -165,7 +165,7 @@ def check(config: RunConfig) -> None:
     _check_engine(config.engine)
     _check_launcher(config.launcher, config.engine)
     _check_optim(config.optim)
-    _at_least(1, "saving", config.saving, "every_steps", "keep_last", "keep_every")
+    _at_least(1, "saving", config.saving, "every_steps", "keep_last", "keep_every", "keep_generations")
     _at_least(0, "saving", config.saving, "keep_best")
     _check_divergence(config.divergence)
     _at_least(1, "logging", config.logging, "validate_every", "validation_rows", "line_every")

@@ -15,17 +15,20 @@ import numpy as np
 import torch
 from rich.filesize import decimal
 
+from data.files import Manifest
 from launch.opened import OpenedRun
 from memorybank import codecs, quantizer
 from memorybank.codec import Codec
 from memorybank.config import STAGES
 from memorybank.edits import Compiler, Documents, Editor, compaction
-from memorybank.index_plan import plan_index, renewed
+from memorybank.index_plan import folded, plan_index
 from memorybank.library import Library, asked_index, state_numbers
 from memorybank.segment import CutDocument
 
 _COPIED_BYTES_PER_SECOND = 200e6
 """Reading, hashing and writing on one core; used for the estimate alone."""
+_WINDOWED = 1.55
+"""Tokens of all windows (512 each) of the factbook's documents, relative to those of its references."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def of_documents(documents: Documents, editor: Editor) -> Estimate:
 
 def of_refresh(library: Library, editor: Editor) -> Estimate:
     """What compiling all records anew would take."""
-    compiler = _compiler(editor)
+    compiler = _compiler(editor).like(library.settings)
     ids = library.live_ids(0)[: compiler.batch]
     tokens_NR, lengths_N, titles_N = library.tokens(ids)
     name, record_bytes, codec = _codec(editor)
@@ -115,7 +118,7 @@ def of_refresh(library: Library, editor: Editor) -> Estimate:
         count * seconds,
         name,
         index_of(library),
-        "text, search vectors and index stay",
+        ", ".join(["text, search vectors and index stay", *_windowed(compiler)]),
     )
 
 
@@ -130,7 +133,7 @@ def of_compact(library: Library) -> Estimate:
         if len(group) > 1 or library.live_ids(place).size < library.parts[place].references
     )
     text, vectors, records = (int(sizes[what] * count / there) for what in ("text", "vectors", "records"))
-    kept = library.index is not None and not len(library.removed)
+    kept = bool(library.indexes) and not len(library.removed)
     plan = plan_index(len(library), library.vectors(0).size, asked_index(library.settings.index))
     index = 0 if kept else plan.disk_bytes
     return Estimate(
@@ -152,6 +155,9 @@ def _of(
     editor: Editor, documents: int, references: int, text_bytes: int, sample: Sequence[CutDocument]
 ) -> Estimate:
     compiler = _compiler(editor)
+    if state_numbers(editor.folder):
+        with Library.open(editor.folder) as library:
+            compiler = compiler.like(library.settings)
     passages = [passage for cut in sample for passage in cut.passages][: compiler.batch]
     width = int(compiler.cutter.settings["reference_tokens"])
     tokens_NR = torch.full((compiler.batch, width), int(compiler.cutter.settings["pad_id"]))
@@ -183,33 +189,44 @@ def _of(
         references * seconds,
         name,
         index,
-        ", ".join(f"the time to {what} is not counted" for what in uncounted),
+        ", ".join([*(f"the time to {what} is not counted" for what in uncounted), *_windowed(compiler)]),
     )
 
 
 def index_of(library: Library) -> str:
-    """The search index of a library in words: lists and their recall, and what is searched exactly."""
-    there = sum(part.references for part in library.parts)
-    if library.index is None:
-        return f"exact search over {there:,} memory-mapped vectors"
-    settings, found = library.index.settings, library.index.extra
-    kind = f"{settings['kind']}, {settings['lists']:,} lists, {found['lists_read']:,} of them read"
-    recall = f"recall@5 {found['recall_at_5']:.3f}, recall@64 {found['recall_at_64']:.3f}"
-    added = sum(part.references for part in library.parts if part.first > settings["last_id"])
+    """The search indexes of a library in words: lists and their recall, and what is searched exactly."""
+    unlisted = sum(part.references for part in library.unlisted)
+    exact = f"{unlisted:,} memory-mapped vectors searched exactly"
+    return "\n".join(
+        [*map(_lists_of, library.indexes), *([exact] if unlisted or not library.indexes else [])]
+    )
+
+
+def _lists_of(index: Manifest) -> str:
+    settings, found = index.settings, index.extra
     return (
-        f"{kind}; {recall} over {found['queries']:,} queries; {added:,} vectors added since, searched exactly"
+        f"{settings['kind']} over {settings['num_vectors']:,}: {settings['lists']:,} lists, {found['lists_read']:,} "
+        f"read; recall@5 {found['recall_at_5']:.3f}, recall@64 {found['recall_at_64']:.3f} over {found['queries']:,} "
+        "queries"
     )
 
 
 def _grown_index(editor: Editor, references: int) -> tuple[int, str]:
     """Bytes that the index of a bank with so many more references would take, and its description."""
-    compiler, listed, there = _compiler(editor), None, 0
+    compiler, unlisted = _compiler(editor), references
+    listed: list[int] = []
     if state_numbers(editor.folder):
         with Library.open(editor.folder) as library:
-            listed, there = library.num_listed, sum(part.references for part in library.parts)
-    plan = renewed(listed, there + references, compiler.embedder.size, compiler.index)
-    if plan is None:
-        return 0, "stays as it is; what is put in is searched exactly"
+            listed, unlisted = (
+                library.num_listed,
+                references + sum(part.references for part in library.unlisted),
+            )
+    if listed:
+        places = folded(listed, unlisted)
+        if places is None:
+            return 0, "stays as it is; what is put in is searched exactly"
+        unlisted += sum(listed[place] for place in places)
+    plan = plan_index(unlisted, compiler.embedder.size, compiler.index)
     return plan.disk_bytes, plan.describe()
 
 
@@ -244,7 +261,16 @@ def _seconds_per_reference(
     made()  # kernels are chosen, pages touched
     started = time.perf_counter()
     made()
-    return (time.perf_counter() - started) / len(tokens_NR)
+    seconds = (time.perf_counter() - started) / len(tokens_NR)
+    return seconds if compiler.window_tokens is None else seconds * _WINDOWED
+
+
+def _windowed(compiler: Compiler) -> Iterator[str]:
+    if compiler.window_tokens is not None:
+        yield (
+            f"documents are read in windows of {compiler.window_tokens:,} tokens that overlap: {_WINDOWED} times "
+            "the tokens, as in the factbook"
+        )
 
 
 def _table_bytes(documents: int, references: int) -> int:

@@ -5,6 +5,7 @@
     slurm    one on each node of an allocation, through `srun` (`launch.slurm` asks for the allocation)
 
 All machines see the run's folder under the same path. The commands are pure functions of the configuration.
+Ranks of other programs than training start on this machine alone (`run_here`).
 Not here: ranks that torchrun or deepspeed started by themselves (`launch.joined`).
 """
 
@@ -128,13 +129,31 @@ def variables_of_ranks(config: RunConfig, environment: Mapping[str, str] | None 
 
 def run_agents(config: RunConfig, folder: Path) -> int:
     """Start the agents of a run, hand signals on to them, and return the exit code of the one that failed first."""
-    remote = config.launcher.kind is LauncherKind.hosts
     first_node = slurm.first_node() if config.launcher.kind is LauncherKind.slurm else ""
+    remote = config.launcher.kind is LauncherKind.hosts
+    return _run(commands(config, folder, first_node=first_node), config, remote=remote)
+
+
+def run_here(program: str, worker: str, told: str, *, num_ranks: int, config: RunConfig) -> int:
+    """Start ranks on this machine that do something else than to train, and return the exit code alike.
+
+    Args:
+        program: What the user called, for messages.
+        worker: The module of a rank.
+        told: What it is told.
+        num_ranks: Processes.
+        config: The run's; says how many threads each has.
+    """
+    agent = [sys.executable, "-m", "launch.agent", told, str(num_ranks)]
+    return _run([[*agent, f"--program={program}", f"--worker={worker}"]], config)
+
+
+def _run(started: Sequence[Sequence[str]], config: RunConfig, *, remote: bool = False) -> int:
     environment = {**os.environ, **variables_of_ranks(config)}
     # Descriptors that may be inherited are: the lock of the run's folder.
     agents = [
         subprocess.Popen(command, env=environment, close_fds=False, stdin=subprocess.PIPE if remote else None)
-        for command in commands(config, folder, first_node=first_node)
+        for command in started
     ]
 
     def tell(number: int) -> None:

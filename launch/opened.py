@@ -20,7 +20,7 @@ from memorybank import codecs
 from memorybank.bank import Records
 from memorybank.codec import Codec
 from memorybank.cold import ColdRecords, ColdStart
-from memorybank.config import STAGES, BankContext, CodecConfig, CodecKind, check_codec
+from memorybank.config import STAGES, BankConfig, BankContext, CodecConfig, CodecKind, check_bank, check_codec
 from memorybank.edits import Compiler
 from memorybank.library import Library, state_numbers
 from memorybank.record import MemoryShape
@@ -133,25 +133,31 @@ class OpenedRun:
         """Records of a library, or of the run's own references (`cold_start`); their codec."""
         return self.cold_start() if library is None else (library, self.codec_of(library))
 
-    def compiler(self, library: Path, kind: CodecKind | None = None) -> Compiler:
+    def compiler(
+        self, library: Path, kind: CodecKind | None = None, context: BankContext | None = None
+    ) -> Compiler:
         """What compiles a library with these weights.
 
         Args:
-            library: Its folder; what stands there keeps its codec.
+            library: Its folder; what stands there keeps its codec and its context.
             kind: Another codec than that, or than the run's.
+            context: Another context than that, or than the run's.
 
         Raises:
-            ValueError: The run encodes whole documents, or the codec does not suit the model.
+            ValueError: The codec, or the context, does not suit the model.
         """
-        self._refuse_documents()
-        codec = self.config.codec
+        codec, stands = self.config.codec, bool(state_numbers(library))
+        if context is not None:
+            check_bank(BankConfig(context=context), self.config.model)
         if kind is not None:
             codec = CodecConfig(kind=kind, separate=codec.separate and kind in STAGES)
             check_codec(codec, self.shape.head_size)
         prepared = self.context.prepared
         return Compiler(
             encode=self.engine.encode,
-            codec=None if kind is None and state_numbers(library) else codec,
+            codec=None if kind is None and stands else codec,
+            context=context or (None if stands else self.config.bank.context),
+            row_tokens=self.config.model.row_tokens,
             shape=self.shape,
             dtype=self.context.dtype,
             index=self.config.retrieval.index,
@@ -175,7 +181,6 @@ class OpenedRun:
             ValueError: It is missing or damaged, of another layout, tokenizer or embedder, or stale and not allowed
                 to be.
         """
-        self._refuse_documents()
         allow_maps()
         expected = {
             "layout": self.config.model.layout(),
@@ -185,13 +190,6 @@ class OpenedRun:
         if not stale:
             expected["weights"] = self.engine.weights_hash()
         return Library.open(library_folder(self.folder, folder), expect=expected)
-
-    def _refuse_documents(self) -> None:
-        if self.config.bank.context is BankContext.document:
-            raise ValueError(
-                f"run {self.config.run} has bank.context=document, and a bank that is edited keeps memories of "
-                "references that were encoded by themselves: leave --bank away, or train with bank.context=reference"
-            )
 
 
 def allow_maps() -> None:

@@ -305,7 +305,8 @@ def _disk(bank: BankPlan | None, disk: DiskPlan, seen: _Seen) -> Table:
         table.add_row(
             "bank's generations",
             binary(disk.bank),
-            f"{bank.epochs} epochs, at most {bank.references:,} references and {binary(bank.generation_bytes)} each",
+            f"{bank.generations:,} at a time, of {bank.epochs:,} epochs; at most {bank.references:,} references and "
+            f"{binary(bank.generation_bytes)} each",
         )
     table.add_section()
     free = "" if seen.site.free_disk is None else f"{binary(seen.site.free_disk)} are free"

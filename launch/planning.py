@@ -24,6 +24,7 @@ from model.flops import ParameterCount, TokenFlops, count_parameters, step_flops
 from model.footprint import micro_batch_bytes
 from train.config import MemorySource, StageConfig
 from train.footprint import RankMemory, checkpoint_bytes, number_bytes, rank_memory
+from train.generations import most_at_once
 from train.schedule import epoch_begins, schedule_of
 
 USABLE = 0.92
@@ -118,13 +119,15 @@ class BankPlan:
     """The generations that training compiles.
 
     Attributes:
-        epochs: Bank epochs, each with a generation of its own, which stay.
+        epochs: Bank epochs, each with a generation of its own.
+        generations: How many of these lie on disk at a time, at most.
         references: That a generation holds, at most.
         generation_bytes: Of a generation with so many.
         index: Over all references that may be read; None = their number is not known.
     """
 
     epochs: int
+    generations: int
     references: int
     generation_bytes: int
     index: IndexPlan | None
@@ -139,7 +142,7 @@ class DiskPlan:
         search: Search vectors and index.
         checkpoint: One checkpoint.
         checkpoints: How many stay, over all stages.
-        bank: All generations.
+        bank: The generations that lie there at a time.
     """
 
     prepared: int | None
@@ -292,8 +295,11 @@ def _bank(config: RunConfig, site: Site) -> BankPlan | None:
     if stage is None or stage.memory is None:
         return None
     references = _references_read(stage, config, site)
+    epochs = _epoch_steps(stage, config, site)
+    begins = [0, *itertools.accumulate(epochs[:-1])]
     return BankPlan(
-        epochs=len(_epoch_steps(stage, config, site)),
+        epochs=len(epochs),
+        generations=most_at_once(begins, stage, config.saving),
         references=references,
         generation_bytes=generation_bytes(config.model, references, vector_bytes=vector_bytes(config)),
         index=None if not site.references else _index(config, site.references),
@@ -324,7 +330,7 @@ def _disk(config: RunConfig, site: Site, bank: BankPlan | None) -> DiskPlan:
             num_documents=site.documents or 0,
         ),
         checkpoints=sum(_checkpoints(stage, config) for _, stage in _stages(config)),
-        bank=0 if bank is None else bank.epochs * bank.generation_bytes,
+        bank=0 if bank is None else bank.generations * bank.generation_bytes,
     )
 
 
@@ -426,6 +432,9 @@ def _smaller(config: RunConfig, site: Site, disk: DiskPlan) -> str:
     if config.saving.keep_last > 1:
         tried.saving.keep_last = 1
         settings.append("saving.keep_last=1")
+    if config.saving.keep_generations > 1:
+        tried.saving.keep_generations = 1
+        settings.append("saving.keep_generations=1")
     kinds = [kind for kind in CodecKind if kind not in (CodecKind.float16, CodecKind.model)]
     for kind in (config.codec.kind, *kinds):
         tried.codec = replace(config.codec, kind=kind, separate=False)
@@ -437,7 +446,4 @@ def _smaller(config: RunConfig, site: Site, disk: DiskPlan) -> str:
         if smaller.written <= site.free_disk:
             chosen = [] if kind is config.codec.kind else [f"codec.kind={kind.name}"]
             return f"{' '.join(settings + chosen)} writes {binary(smaller.written)}"
-    free = f"free {binary(disk.written - site.free_disk)} there, or set paths.root to a larger disk"
-    if disk.bank > disk.written // 2:
-        free += "; while it runs, generations that no checkpoint names may be deleted"
-    return free
+    return f"free {binary(disk.written - site.free_disk)} there, or set paths.root to a larger disk"

@@ -21,6 +21,7 @@ from memorybank.config import CodecKind
 from memorybank.cost import memory_bytes, position_bytes
 from model.flops import count_parameters
 from train.config import Precision, StageConfig
+from train.generations import most_at_once
 from train.schedule import epoch_begins
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class Room:
     Attributes:
         checkpoint: Of one checkpoint.
         checkpoints: How many there are at most.
-        memories: Of all generations.
+        memories: Of all generations that lie there at a time.
     """
 
     checkpoint: int
@@ -65,7 +66,7 @@ def check(config: RunConfig, folder: Path, *, num_references: int) -> None:
             f"{folder} has room for {decimal(free)} and holds {decimal(there)}, but this run needs up to "
             f"{decimal(room.total)}: {room.checkpoints} checkpoints of {decimal(room.checkpoint)}, and "
             f"{decimal(room.memories)} of memories; make room, set paths.root to another disk, or lower "
-            "saving.keep_last, saving.keep_best, or the number of bank epochs"
+            "saving.keep_last, saving.keep_best or saving.keep_generations"
         )
     seconds = room.checkpoint / rate
     if seconds > GRACE_SECONDS:
@@ -134,7 +135,8 @@ def _memories(config: RunConfig, stage: StageConfig, num_references: int) -> int
     else:
         record = memory_bytes(config.model, codec) + position_bytes(config.model)
     begins = epoch_begins(stage) or [0]
+    num_generations = most_at_once(begins, stage, config.saving)
     longest = max(end - begin for begin, end in pairwise([*begins, stage.steps]))
     chunks = config.model.row_tokens // config.model.chunk_tokens
     rows = longest * stage.rows_per_step + config.logging.validation_rows
-    return len(begins) * min(num_references, rows * chunks) * record
+    return num_generations * min(num_references, rows * chunks) * record

@@ -49,15 +49,26 @@ def main(run: Path, *, say: Callable[[BaseException], None] | None = None) -> in
     Returns:
         The exit code.
     """
-    say = say or get_error_handler().record_exception
     stop = Stop()
     stop.listen(leave)
+
+    def work() -> int:
+        try:
+            with one_of_ranks(run):
+                _run(run, stop)
+        except StoppedError as stopped:
+            log.info("%s, and published a checkpoint", stopped)
+            return stop.exit_code
+        return 0
+
+    return reported(work, say=say)
+
+
+def reported(work: Callable[[], int], *, say: Callable[[BaseException], None] | None = None) -> int:
+    """Do a rank's work, and return its exit code; arguments and what is said are those of `main`."""
+    say = say or get_error_handler().record_exception
     try:
-        with one_of_ranks(run):
-            _run(run, stop)
-    except StoppedError as stopped:
-        log.info("%s, and published a checkpoint", stopped)
-        return stop.exit_code
+        return work()
     except (ValueError, HopelessError) as problem:
         say(problem)
         return DIVERGED if isinstance(problem, HopelessError) else 2
@@ -69,7 +80,6 @@ def main(run: Path, *, say: Callable[[BaseException], None] | None = None) -> in
         time.sleep(_GRACE_SECONDS)
         say(problem)
         raise
-    return 0
 
 
 def _run(run: Path, stop: Stop) -> None:

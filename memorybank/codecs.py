@@ -27,7 +27,6 @@ from memorybank.config import STAGES, CodecConfig, CodecKind
 from memorybank.record import MemoryShape
 from memorybank.store import MAKE_ANEW, GenerationSettings
 from memorybank.writer import Encode, encode_records
-from model.memory import ExplicitMemory
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +155,7 @@ def obtain(
         barrier=barrier,
         alone=alone,
         batch=batch,
+        window_tokens=settings.window_tokens,
     )
 
 
@@ -173,6 +173,7 @@ def fitted(
     barrier: Callable[[], None] = lambda: None,
     alone: Callable[[], AbstractContextManager[None]] = nullcontext,
     batch: int = 64,
+    window_tokens: int | None = None,
 ) -> Codec:
     """Return the quantiser that stands in `folder`, which is fitted first if it is not there; every rank calls this.
 
@@ -189,6 +190,7 @@ def fitted(
         barrier: returns when every process has called it.
         alone: wraps the training, while all other processes wait.
         batch: references encoded at once.
+        window_tokens: that of `GenerationSettings`.
 
     Raises:
         ValueError: there are too few references to train it.
@@ -199,8 +201,11 @@ def fitted(
     )
     barrier()  # nobody publishes before everybody has looked
     if not finished:
+        plain = of_kind(CodecKind.model, shape, dtype)
         held_out, sample = (
-            _encoded(encode, references, some, of_kind(CodecKind.model, shape, dtype), batch=batch)
+            plain.decode(
+                encode_records(encode, references, some, plain, batch=batch, window_tokens=window_tokens)
+            )
             for some in sampled()
         )
         # On every rank, so that every rank refuses.
@@ -225,10 +230,3 @@ def draw(config: CodecConfig, shape: MemoryShape, num: int) -> tuple[Ids, Ids]:
     held_out = min(MOST_HELD_OUT, -(-(num - 1) // 10))
     drawn = np.random.default_rng(0).choice(num, min(held_out + wanted, num), replace=False).astype(np.int64)
     return np.sort(drawn[:held_out]), np.sort(drawn[held_out:])
-
-
-def _encoded(
-    encode: Encode, references: ReferenceTokens, ids: Ids, codec: Codec, *, batch: int
-) -> ExplicitMemory:
-    """Return the memories of references, on the CPU, as `codec` keeps them."""
-    return codec.decode(encode_records(encode, references, ids, codec, batch=batch))

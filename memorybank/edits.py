@@ -5,9 +5,9 @@
     newer weights --refresh--> records for every segment              --> state
     --compact--> segments without what was removed, copied            --> state; everything older is deleted
 
-A quantiser is fitted by `build`, and by `refresh` for other weights. The search index is built anew by `build`, `add`
-and `replace` when the vectors that are not in it are too many (`index_plan.renewed`), by `refresh` when the embedder is
-another one, and by `compact` when it holds a vector that was removed.
+A quantiser is fitted by `build`, and by `refresh` for other weights. A search index is built by `build`, `add` and
+`replace` when the vectors that are in none are too many, of these and of the smaller indexes (`index_plan.folded`); by
+`refresh` when the embedder is another one; and by `compact` in place of one that holds a vector that was removed.
 
 Invariants: an edit is one rename: until then readers see the library as it was, whatever becomes of the writer; an
 interrupted edit that is repeated goes on after the last whole shard; the bytes do not depend on the number of ranks;
@@ -42,19 +42,19 @@ from data.files import (
     publishing,
     write_atomic,
 )
-from data.references import ReferenceTokens
 from memorybank import codecs, quantizer
 from memorybank import segment as segments
 from memorybank.codec import Codec
-from memorybank.config import STAGES, CodecConfig, IndexConfig, IndexKind
+from memorybank.config import STAGES, BankContext, CodecConfig, IndexConfig, IndexKind
 from memorybank.embedder import Embedder
 from memorybank.index import Block, Blocks
-from memorybank.index_plan import renewed
+from memorybank.index_plan import folded, plan_index
 from memorybank.index_store import build_index, queries_of
 from memorybank.library import (
     KIND,
     PIECE,
     REMOVED,
+    STATE,
     VERSION,
     Library,
     LibrarySettings,
@@ -62,7 +62,7 @@ from memorybank.library import (
     Shared,
     asked_index,
     index_blocks,
-    is_index_of,
+    lists_some,
     open_piece,
     piece_folder,
     settings_of,
@@ -72,7 +72,7 @@ from memorybank.library import (
     stated_index,
 )
 from memorybank.record import MemoryShape
-from memorybank.segment import CutDocument, DocumentCutter, Segment, write_segment
+from memorybank.segment import CutDocument, DocumentCutter, Segment, Segments, write_segment
 from memorybank.store import GenerationSettings, differences
 from memorybank.vectors import Vectors, compile_vectors, copy_vectors
 from memorybank.writer import Encode, compile_generation, copy_generation
@@ -143,6 +143,10 @@ class Compiler:
     encode: Encode
     codec: CodecConfig | None
     """Of a library that is built or refreshed; None keeps the codec that it has, fitted to new weights if need be."""
+    context: BankContext | None = None
+    """What a reference sees of its document; None keeps what a library has, and is `reference` for a new one."""
+    row_tokens: int
+    """Tokens of a window in context `document`."""
     shape: MemoryShape
     dtype: torch.dtype
     """The type that the model computes in."""
@@ -156,6 +160,15 @@ class Compiler:
     batch: int = BATCH
     records_per_shard: int = RECORDS_PER_SHARD
 
+    @property
+    def window_tokens(self) -> int | None:
+        """Tokens of a document that are encoded at once; None = each reference by itself."""
+        return self.row_tokens if self.context is BankContext.document else None
+
+    def like(self, settings: LibrarySettings) -> "Compiler":
+        """Return this in the context that a library has, where no other is asked for."""
+        return replace(self, context=self.context or BankContext(settings.context))
+
     def settings(self, codec: str) -> LibrarySettings:
         """What a library compiled with this, and a codec of that name, states."""
         return LibrarySettings(
@@ -166,6 +179,8 @@ class Compiler:
             tokenizer=self.cutter.fingerprint,
             codec=codec,
             embedder=self.embedder.name,
+            context=(self.context or BankContext.reference).value,
+            window_tokens=self.window_tokens,
             index=stated_index(self.index),
         )
 
@@ -220,36 +235,9 @@ class Editor:
 
     def refresh(self) -> int:
         """Compile all records with the compiler's weights; search vectors stay, unless the embedder is another one."""
-        compiler = self._compiler()
-        expect = {"tokenizer": compiler.cutter.fingerprint}
+        expect = {"tokenizer": self._compiler().cutter.fingerprint}
         with self._writing(), Library.open(self.folder, expect=expect) as base:
-            kept = self._kept_codec(base)
-            if kept is not None and not _changes(base.settings, compiler, but=("lineage", "step")):
-                return base.number
-            number = base.number + 1
-            codec, codec_piece = kept or self._new_codec(base, base.segments, number)
-            embeds = compiler.embedder.name != base.settings.embedder
-            same = ("lineage", "step", "index", "embedder")
-            encodes = kept is None or bool(_changes(base.settings, compiler, but=same))
-            parts = []
-            for place, part in enumerate(base.parts):
-                texts, ids = base.segments[place], base.live_ids(place)
-                vectors = self.folder / part.vectors
-                if embeds:
-                    vectors = piece_folder(self.folder, "vectors", number, place)
-                    self._embed(texts, vectors, sum(map(len, base.segments)))
-                records = self.folder / part.records
-                if encodes:
-                    records = piece_folder(self.folder, "records", number, place)
-                    self._encode(texts, base, ids, records, len(base), codec)
-                parts.append(replace(part, vectors=vectors.name, records=records.name))
-            settings = compiler.settings(codec.name)
-            if not encodes:
-                settings = replace(settings, lineage=base.settings.lineage, step=base.settings.step)
-            shared = Shared(self._indexed(base, parts, number), codec_piece)
-            return self._publish(
-                base, settings, parts, base.removed, base.next_reference, shared=shared, action="refresh"
-            )
+            return self._like(base.settings)._refreshed(base)
 
     def compact(self) -> int:
         """Rewrite what holds removed documents, join small segments, and delete everything older.
@@ -265,11 +253,11 @@ class Editor:
             assert self.team.world_size == 1, "copying is one process's work"
             number, none = base.number, np.zeros(0, np.int64)
             groups = compaction(base, self.references_per_segment)
-            listed = set() if base.index is None else set(base.index.inputs)
+            listed = {name for index in base.indexes for name in index.inputs}
             lists_gone = not listed <= {part.vectors for part in base.parts}
             if len(base.removed) or len(groups) < len(base.parts) or lists_gone:
                 parts = self._rewritten(base, groups)
-                shared = replace(base.shared, index=self._indexed(base, parts, base.number + 1, whole=True))
+                shared = replace(base.shared, indexes=self._indexed(base, parts, base.number + 1, whole=True))
                 number = self._publish(
                     base, base.settings, parts, none, base.next_reference, shared=shared, action="compact"
                 )
@@ -299,10 +287,11 @@ class Editor:
             removed = state.mapped(REMOVED).read_all().view(np.int64)
             of = texts.document_numbers[texts.references["document"]]
             ids = ids[~np.isin(of, removed)]
-        then = replace(compiler, lineage=state.settings["lineage"], step=state.settings["step"])
+        then = replace(
+            compiler.like(settings), lineage=state.settings["lineage"], step=state.settings["step"]
+        )
         return replace(self, compiler=then)._encode(
             texts,
-            _PlainSegments([texts]),
             ids,
             self.folder / name,
             len(ids),
@@ -311,12 +300,11 @@ class Editor:
 
     def index_again(self, state: Manifest, parts: Sequence[Part], name: str) -> str | None:
         """Build the index of a state from these parts of it, and return its name; None when so few need none."""
-        compiler, asked = self._compiler(), settings_of(state).index
-        refuse_changes(self.folder, settings_of(state), compiler)
-        then = replace(self, compiler=replace(compiler, index=asked_index(asked)))
-        return then._indexed(None, parts, int(PIECE.fullmatch(name)[2]))  # type: ignore[index]
+        compiler, settings = self._compiler(), settings_of(state)
+        refuse_changes(self.folder, settings, compiler)
+        return self._build_index(None, parts, self.folder / name, asked_index(settings.index))
 
-    def rename(self, state: Manifest, fingerprints: Mapping[str, str], index: str | None) -> None:
+    def rename(self, state: Manifest, fingerprints: Mapping[str, str], indexes: tuple[str, ...]) -> None:
         """Publish a state like `state` whose pieces have other fingerprints now, and delete those of the lost ones."""
         publish_state(
             self.folder,
@@ -325,7 +313,7 @@ class Editor:
             [Part(**part) for part in state.settings["parts"]],
             state.mapped(REMOVED).read_all().view(np.int64),
             int(state.settings["next_reference"]),
-            shared=replace(shared_of(state), index=index),
+            shared=replace(shared_of(state), indexes=indexes),
             action="repair",
             known=fingerprints,
         )
@@ -339,7 +327,39 @@ class Editor:
         compiler = self._compiler()
         with self._writing(), Library.open(self.folder) as base:
             refuse_changes(self.folder, base.settings, compiler)
-            return self._put(base, documents, replaces=replaces, action=action)
+            return self._like(base.settings)._put(base, documents, replaces=replaces, action=action)
+
+    def _like(self, settings: LibrarySettings) -> "Editor":
+        return replace(self, compiler=self._compiler().like(settings))
+
+    def _refreshed(self, base: Library) -> int:
+        compiler, kept = self._compiler(), self._kept_codec(base)
+        if kept is not None and not _changes(base.settings, compiler, but=("lineage", "step")):
+            return base.number
+        number = base.number + 1
+        codec, codec_piece = kept or self._new_codec(base, base.segments, number)
+        embeds = compiler.embedder.name != base.settings.embedder
+        same = ("lineage", "step", "index", "embedder")
+        encodes = kept is None or bool(_changes(base.settings, compiler, but=same))
+        parts = []
+        for place, part in enumerate(base.parts):
+            texts = base.segments[place]
+            vectors = self.folder / part.vectors
+            if embeds:
+                vectors = piece_folder(self.folder, "vectors", number, place)
+                self._embed(texts, vectors, sum(map(len, base.segments)))
+            records = self.folder / part.records
+            if encodes:
+                records = piece_folder(self.folder, "records", number, place)
+                self._encode(texts, base.live_ids(place), records, len(base), codec)
+            parts.append(replace(part, vectors=vectors.name, records=records.name))
+        settings = compiler.settings(codec.name)
+        if not encodes:
+            settings = replace(settings, lineage=base.settings.lineage, step=base.settings.step)
+        shared = Shared(self._indexed(base, parts, number), codec_piece)
+        return self._publish(
+            base, settings, parts, base.removed, base.next_reference, shared=shared, action="refresh"
+        )
 
     def _put(self, base: Library | None, documents: Documents, *, replaces: bool, action: str) -> int:
         compiler = self._compiler()
@@ -361,7 +381,7 @@ class Editor:
             vectors = piece_folder(self.folder, "vectors", number, place)
             records = piece_folder(self.folder, "records", number, place)
             self._embed(texts, vectors, total, _known(documents.known, texts, first))
-            self._encode(texts, _PlainSegments([texts]), texts.numbers, records, total, codec)
+            self._encode(texts, texts.numbers, records, total, codec)
             parts.append(_part(texts, vectors, records))
         after = int(made[-1].numbers[-1]) + 1
         if base is not None:
@@ -386,7 +406,8 @@ class Editor:
         if has is None and config is not None and config.kind not in STAGES:
             kept = codecs.of_kind(config.kind, compiler.shape, compiler.dtype).name == base.settings.codec
         else:
-            kept = config in (None, has) and (has is None or weights == compiler.weights)
+            same = (weights, base.settings.window_tokens) == (compiler.weights, compiler.window_tokens)
+            kept = config in (None, has) and (has is None or same)
         return self._codec_of(base) if kept else None
 
     def _new_codec(
@@ -401,7 +422,7 @@ class Editor:
             config = quantizer.config_of(open_piece(self.folder / base.shared.codec))
         if config.kind not in STAGES:
             return codecs.of_kind(config.kind, compiler.shape, compiler.dtype), None
-        folder, references = piece_folder(self.folder, "codec", number, 0), _PlainSegments(texts)
+        folder, references = piece_folder(self.folder, "codec", number, 0), Segments(texts)
         chosen = config
 
         def sampled() -> tuple[Ids, Ids]:
@@ -425,46 +446,63 @@ class Editor:
             is_first=self.team.rank == 0,
             barrier=self.team.barrier,
             batch=compiler.batch,
+            window_tokens=compiler.window_tokens,
         )
         self.told("fitting the codec", 1, 1, 0)
         return codec, folder.name
 
     def _indexed(
         self, base: Library | None, parts: Sequence[Part], number: int, *, whole: bool = False
-    ) -> str | None:
-        """Return the index piece of a state with these parts, which is built if what stands will not do; None: exact.
+    ) -> tuple[str, ...]:
+        """Return the indexes of a state with these parts: those that stand and will do, and one that is built.
 
         Args:
             base: the library before.
             parts: in order.
             number: of the state.
-            whole: whether an index that lists vectors of parts that are gone will not do either.
+            whole: whether an index that lists vectors of parts that are gone will not do.
         """
         if self.team.rank != 0:
-            return None  # one process decides and builds; the others wait for it to publish the state
-        texts = [Segment(open_piece(self.folder / part.text)) for part in parts]
-        vectors = [Vectors(open_piece(self.folder / part.vectors)) for part in parts]
-        inputs = {part.vectors: found.fingerprint for part, found in zip(parts, vectors, strict=True)}
+            return ()  # one process decides and builds; the others wait for it to publish the state
+        inputs = {part.vectors: open_piece(self.folder / part.vectors).fingerprint for part in parts}
         if self.compiler is not None:
             config = self.compiler.index
         else:
             assert base is not None
             config = asked_index(base.settings.index)
-        standing = None if base is None else base.index
-        if standing is not None:
-            assert base is not None
-            fits = is_index_of(standing, parts, inputs) and base.settings.index == stated_index(config)
-            if not fits or (whole and not standing.inputs.keys() <= inputs.keys()):
-                standing = None
-        listed = None if standing is None else int(standing.settings["num_vectors"])
+        standing: list[Manifest] = []
+        if base is not None and base.settings.index == stated_index(config):
+            standing = [
+                index
+                for index in base.indexes
+                if lists_some(index, inputs) and not (whole and index.inputs.keys() - inputs.keys())
+            ]
+        listed = {name for index in standing for name in index.inputs}
+        chosen = [part for part in parts if part.vectors not in listed]
+        unlisted = sum(part.references for part in chosen)
+        if standing:
+            places = folded([int(index.settings["num_vectors"]) for index in standing], unlisted)
+            if places is None:
+                return tuple(index.folder.name for index in standing)
+            kept = [index for place, index in enumerate(standing) if place not in places]
+            listed = {name for index in kept for name in index.inputs}
+            chosen, standing = [part for part in parts if part.vectors not in listed], kept
+        made = self._build_index(base, chosen, piece_folder(self.folder, "index", number, 0), config)
+        return tuple(index.folder.name for index in standing) + (() if made is None else (made,))
+
+    def _build_index(
+        self, base: Library | None, parts: Sequence[Part], folder: Path, config: IndexConfig
+    ) -> str | None:
+        """Build an index over some parts, and return its name; None when so few vectors need none."""
+        texts = [Segment(open_piece(self.folder / part.text)) for part in parts]
+        vectors = [Vectors(open_piece(self.folder / part.vectors)) for part in parts]
         total = sum(map(len, vectors))
-        plan = renewed(listed, total, vectors[0].size, config)
-        if plan is None:
-            assert standing is not None
-            return standing.folder.name
+        if not total:
+            return None
+        plan = plan_index(total, vectors[0].size, config)
         if plan.kind is IndexKind.exact:
             return None
-        folder, blocks = piece_folder(self.folder, "index", number, 0), index_blocks(texts, vectors)
+        blocks = index_blocks(texts, vectors)
         query_ids, queries = self._queries(base, texts, blocks)
         build_index(
             folder,
@@ -472,7 +510,7 @@ class Editor:
             plan,
             queries=queries,
             query_ids=query_ids,
-            inputs=inputs,
+            inputs={part.vectors: found.fingerprint for part, found in zip(parts, vectors, strict=True)},
             recall=config.recall,
             progress=lambda done: self.told("indexing", total, done, plan.code_bytes),
         )
@@ -481,16 +519,25 @@ class Editor:
     def _queries(
         self, base: Library | None, texts: Sequence[Segment], blocks: Sequence[Block]
     ) -> tuple[Ids, Floats]:
-        """Return references and a query made of each; without an embedder, those of an index that was built before."""
-        of = _PlainSegments(texts)
+        """Return references of these texts, and a query made of each; without an embedder, those that indexes keep.
+
+        An index keeps no query that was made of another text: who deletes a text need not look into other indexes.
+        """
+        of = Segments(texts)
         ids = of.ids(np.unique(np.linspace(0, len(of) - 1, QUERIES).astype(np.int64)))
         if self.compiler is not None:
             asked = [text[len(text) // 2 :] for text in map(of.content, ids.tolist())]
             return ids, self.compiler.embedder.embed(asked)
-        if base is not None and base.index is not None:
-            then, queries = queries_of(base.index)
-            there = base.is_live(then)
-            if there.any():
+        known = [queries_of(index) for index in (() if base is None else base.indexes)]
+        if known:
+            then, queries = (np.concatenate(part) for part in zip(*known, strict=True))
+            there = np.flatnonzero(of.locate(then)[0] >= 0)
+            there = (
+                there[np.unique(np.linspace(0, len(there) - 1, QUERIES).astype(np.int64))]
+                if len(there)
+                else there
+            )
+            if len(there):
                 return then[there], queries[there]
         return ids, Blocks(blocks).of(ids)
 
@@ -555,13 +602,11 @@ class Editor:
         else:
             compile_vectors(embedder, texts, folder, progress=progress, **shared)  # type: ignore[arg-type]
 
-    def _encode(
-        self, texts: Segment, references: ReferenceTokens, ids: Ids, folder: Path, total: int, codec: Codec
-    ) -> None:
+    def _encode(self, texts: Segment, ids: Ids, folder: Path, total: int, codec: Codec) -> None:
         compiler = self._compiler()
         compile_generation(
             compiler.encode,
-            references,
+            Segments([texts]),
             ids,
             codec,
             folder,
@@ -764,58 +809,19 @@ def sweep(folder: Path, *, kept: int = KEPT_STATES) -> list[Path]:
         else:
             delete_artefact(state)
     named: set[str] = set()
-    for number in state_numbers(folder):
+    kept_numbers = state_numbers(folder)
+    for number in kept_numbers:
         try:
             manifest = open_manifest(state_folder(folder, number), kind=KIND, version=VERSION)
         except ValueError:
             return held
         named |= manifest.inputs.keys()
+    named |= {state_folder(folder, number).name for number in kept_numbers}
     for path in folder.iterdir():
-        piece = path.name.removesuffix(".partial").removesuffix(".outdated")
-        if path.name not in named and PIECE.fullmatch(piece):
+        name = path.name.removesuffix(".partial").removesuffix(".outdated")
+        if path.name not in named and (PIECE.fullmatch(name) or STATE.fullmatch(name)):
             delete_artefact(path)
     return held
-
-
-class _PlainSegments:
-    """The references of segments that perhaps no state names yet, by number; rows count them through all segments."""
-
-    def __init__(self, segments: Sequence[Segment]) -> None:
-        self._segments = segments
-        self._begins = np.cumsum([0, *map(len, segments)])
-        self._firsts = np.array([int(of.numbers[0]) for of in segments], np.int64)
-
-    def __len__(self) -> int:
-        return int(self._begins[-1])
-
-    def ids(self, rows: Ids) -> Ids:
-        """Return the numbers of rows."""
-        places = np.searchsorted(self._begins, rows, side="right") - 1
-        found = [
-            self._segments[place].numbers[row - self._begins[place]]
-            for place, row in zip(places.tolist(), rows.tolist(), strict=True)
-        ]
-        return np.array(found, np.int64)
-
-    def tokens(self, ids: Sequence[int] | Ids) -> tuple[Ids, Ids, Ids]:
-        asked = np.asarray(ids, np.int64)
-        places = self._places(asked)
-        width = self._segments[0].reference_tokens
-        tokens_NR = np.zeros((len(asked), width), np.int64)
-        lengths_N, titles_N = np.zeros(len(asked), np.int64), np.zeros(len(asked), np.int64)
-        for place in np.unique(places).tolist():
-            mine, of = places == place, self._segments[place]
-            rows = np.searchsorted(of.numbers, asked[mine])
-            tokens_NR[mine], lengths_N[mine], titles_N[mine] = of.padded(rows)
-        return tokens_NR, lengths_N, titles_N
-
-    def content(self, id: int) -> str:
-        """Return the text of a reference without its title line."""
-        of = self._segments[int(self._places(np.array([id]))[0])]
-        return of.citation(int(np.searchsorted(of.numbers, id)))[1]
-
-    def _places(self, ids: Ids) -> Ids:
-        return np.searchsorted(self._firsts, ids, side="right") - 1
 
 
 def _known(known: Known | None, texts: Segment, first: int) -> Known | None:
@@ -827,7 +833,7 @@ def _changes(
     settings: LibrarySettings, compiler: Compiler, *, but: Sequence[str]
 ) -> list[tuple[str, Any, Any]]:
     """Return what was not made with the compiler: setting, its value, the compiler's value; nothing of the codec."""
-    expected = asdict(compiler.settings(settings.codec))
+    expected = asdict(compiler.like(settings).settings(settings.codec))
     return list(differences(asdict(settings), {key: expected[key] for key in expected if key not in but}))
 
 
@@ -859,4 +865,6 @@ def _generation_settings(settings: LibrarySettings, segment: Segment) -> Generat
         step=settings.step,
         references=segment.fingerprint,
         tokenizer=settings.tokenizer,
+        context=settings.context,
+        window_tokens=settings.window_tokens,
     )

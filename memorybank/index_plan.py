@@ -7,6 +7,7 @@ Not here: building it (index_store.py).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memorybank.config import IndexConfig, IndexKind
@@ -136,25 +137,30 @@ def plan_index(
     )
 
 
-def renewed(listed: int | None, num_vectors: int, size: int, config: IndexConfig) -> IndexPlan | None:
-    """Return the plan of the index that a changed bank needs, or None where the one that stands will do.
+def folded(listed: Sequence[int], unlisted: int) -> list[int] | None:
+    """Return which of a bank's indexes are built anew as one with the vectors that none lists; None: none is built.
 
-    Vectors that were added since are searched exactly. An index is built anew when they are more than `auto` would
-    search exactly anyway, and more than a tenth of those in its lists.
+    Vectors that no index lists are searched exactly: up to so many as `auto` would search exactly anyway. One that is
+    built takes in all that are at most twice as large as what is in it so far. So each index of a bank is more than
+    twice as large as the next smaller one: n vectors are in at most log2(n / 250,000) + 1 of them, and each vector is
+    coded at most log1.5(n / 250,000) + 1 times in the bank's life.
 
     Args:
-        listed: vectors in the lists of the index that stands; None when there is none.
-        num_vectors: of the bank.
-        size: numbers in a vector.
-        config: what is asked for.
+        listed: vectors of each index.
+        unlisted: vectors of no index.
 
-    Raises:
-        ValueError: see `plan_index`.
+    Returns:
+        places in `listed`.
     """
-    stands = listed is not None and config.kind is not IndexKind.exact
-    if stands and num_vectors - (listed or 0) <= max(EXACT_UP_TO, (listed or 0) // 10):
+    if unlisted <= EXACT_UP_TO:
         return None
-    return plan_index(num_vectors, size, config)
+    places: list[int] = []
+    for place in sorted(range(len(listed)), key=listed.__getitem__):
+        if listed[place] > 2 * unlisted:
+            break
+        places.append(place)
+        unlisted += listed[place]
+    return places
 
 
 def _num_lists(num_vectors: int) -> int:

@@ -23,7 +23,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,31 +58,37 @@ CANDIDATES = 64
 _QUERIES_AT_ONCE = 1 << 18
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """Some of a bank's vectors in lists."""
+
+    lists: InvertedLists
+    rerank: int = 1
+    """Candidates that the lists give per result, scored by their whole vectors."""
+
+
 class BankIndex:
-    """The search index of a bank: lists for the first of its vectors, if it has any, the others exactly."""
+    """The search index of a bank: lists for some of its vectors, if it has any, the others exactly."""
 
     def __init__(
         self,
         blocks: Sequence[Block],
         *,
-        lists: InvertedLists | None = None,
-        last_listed: int = -1,
-        rerank: int = 1,
+        listed: Sequence[Listed] = (),
+        exact: Sequence[range] | None = None,
         removed: IdSet | None = None,
     ) -> None:
-        """Search `blocks`, whose vectors up to id `last_listed` are in `lists`.
+        """Search `blocks`, whose vectors are each in one of `listed` or among `exact`.
 
         Args:
             blocks: ids and vectors, ids ascending through all of them.
-            lists: None searches all exactly.
-            last_listed: the greatest id in the lists.
-            rerank: candidates that the lists give per result, scored by their whole vectors.
+            listed: lists of some of the vectors.
+            exact: positions of those that are in none; None is all.
             removed: what is not found; everything in the lists that is not in the blocks has to be here.
         """
         self._blocks = Blocks(blocks)
-        self._lists = lists
-        self._rerank = rerank
-        self._listed = self._blocks.begin_after(last_listed) if lists is not None else 0
+        self._listed = listed
+        self._exact = [range(len(self._blocks))] if exact is None else exact
         self._removed = removed
 
     def __len__(self) -> int:
@@ -95,22 +102,21 @@ class BankIndex:
         with the best k of each query kept.
         """
         queries = np.ascontiguousarray(queries, np.float32)
-        best = search_spans(self._blocks.spans(self._listed), queries, k, removed=self._removed)
-        if self._lists is None:
-            return best
-        for begin in range(0, len(queries), _QUERIES_AT_ONCE):
-            part = slice(begin, begin + _QUERIES_AT_ONCE)
-            listed = self._search_lists(queries[part], k)
-            best[0][part], best[1][part] = merged((best[0][part], best[1][part]), listed)
+        spans = chain.from_iterable(self._blocks.spans(span.start, span.stop) for span in self._exact)
+        best = search_spans(spans, queries, k, removed=self._removed)
+        for listed in self._listed:
+            for begin in range(0, len(queries), _QUERIES_AT_ONCE):
+                part = slice(begin, begin + _QUERIES_AT_ONCE)
+                found = self._search_lists(listed, queries[part], k)
+                best[0][part], best[1][part] = merged((best[0][part], best[1][part]), found)
         return best
 
-    def _search_lists(self, queries: Vectors, k: int) -> Found:
-        assert self._lists is not None
+    def _search_lists(self, listed: Listed, queries: Vectors, k: int) -> Found:
         selector = None
         if self._removed is not None:
             selector = faiss.IDSelectorNot(faiss.IDSelectorBitmap(self._removed.bits))
-        scores, ids = self._lists.search(queries, k * self._rerank, selector=selector)
-        if self._rerank > 1:
+        scores, ids = listed.lists.search(queries, k * listed.rerank, selector=selector)
+        if listed.rerank > 1:
             scores = true_scores(self._blocks, queries, ids)
         return ordered(scores, ids)
 
@@ -176,7 +182,7 @@ def build_index(
             work / LISTS,
             num_read=1,
         )
-        index = BankIndex(blocks, lists=lists, last_listed=vectors.last_id, rerank=plan.rerank)
+        index = BankIndex(blocks, listed=[Listed(lists, plan.rerank)], exact=[])
         report |= _tune(index, lists, vectors, queries, recall)
         log.info(
             "search index: reads %d of %d lists; recall@5 %.4f, recall@64 %.4f over %d queries",
@@ -226,11 +232,13 @@ def open_index(
         )
     if settings["kind"] == IndexKind.exact.name:
         return BankIndex(blocks, removed=removed)
-    return index_of(manifest, blocks, removed=removed)
+    return BankIndex(
+        blocks, listed=[open_lists(manifest)], exact=[range(found, len(vectors))], removed=removed
+    )
 
 
-def index_of(manifest: Manifest, blocks: Sequence[Block], *, removed: IdSet | None = None) -> BankIndex:
-    """Return an opened index with lists over `blocks`; vectors that are gone have to be in `removed`."""
+def open_lists(manifest: Manifest) -> Listed:
+    """Return the lists of an opened index that has some."""
     search = json.loads(manifest.text(SEARCH))
     lists = InvertedLists(
         manifest.mapped(TRAINED).read_all(),
@@ -239,8 +247,7 @@ def index_of(manifest: Manifest, blocks: Sequence[Block], *, removed: IdSet | No
         num_read=search["lists_read"],
         check=manifest.mapped(LISTS).read,
     )
-    last_id = int(manifest.settings["last_id"])
-    return BankIndex(blocks, lists=lists, last_listed=last_id, rerank=search["rerank"], removed=removed)
+    return Listed(lists, search["rerank"])
 
 
 def queries_of(manifest: Manifest) -> tuple[Ids, Vectors]:

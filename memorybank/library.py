@@ -7,14 +7,14 @@
       text-SSSSSS-PPPP/        a segment, made for state S                      (segment.py)
       vectors-SSSSSS-PPPP/     its search vectors                               (vectors.py)
       records-SSSSSS-PPPP/     its records, a generation of the segment         (store.py, writer.py)
-      index-SSSSSS-0000/       lists over the vectors there were, if they are many  (index_store.py)
+      index-SSSSSS-0000/       lists over the vectors of some parts, if they are many  (index_store.py)
       codec-SSSSSS-0000/       the quantiser of the records, if they have one   (quantizer.py)
 
-Every piece is published by one rename and never changes; a state names the three pieces of each of its parts, and
-index and codec, by fingerprint. An index names the vectors that it was built from; those of later parts are searched
-exactly, and what is gone is kept from being found by a bitmap. An edit makes the pieces it needs, then publishes the
-next state, again by one rename. A reader keeps the state it opened; the newest is the one of the largest number,
-whatever the clocks say. Nothing points out of the folder.
+Every piece is published by one rename and never changes; a state names the three pieces of each of its parts, its
+indexes and its codec, by fingerprint. An index names the vectors that it was built from; those that none names are
+searched exactly, and what is gone is kept from being found by a bitmap. An edit makes the pieces it needs, then
+publishes the next state, again by one rename. A reader keeps the state it opened; the newest is the one of the largest
+number, whatever the clocks say. Nothing points out of the folder.
 
 Invariants: a document that was removed is found by no search and its references cannot be read; a library of other
 weights, layout, tokenizer, codec or embedder than expected is refused by the setting's name; a piece that is missing,
@@ -40,10 +40,10 @@ from torch import Tensor
 from data.files import MANIFEST, Manifest, hold, open_manifest
 from data.references import Citation
 from memorybank import index_store, quantizer, segment, store, vectors
-from memorybank.config import IndexConfig, IndexKind
+from memorybank.config import BankContext, IndexConfig, IndexKind
 from memorybank.index import Block, IdSet
-from memorybank.index_store import BankIndex, index_of
-from memorybank.segment import Segment
+from memorybank.index_store import BankIndex, open_lists
+from memorybank.segment import Segment, Segments
 from memorybank.store import Generation, differences
 from memorybank.vectors import Vectors
 
@@ -82,21 +82,25 @@ class LibrarySettings:
     """Codec.name."""
     embedder: str
     """Embedder.name."""
+    context: str = BankContext.reference.value
+    """What a reference saw when it was encoded, a `BankContext`."""
+    window_tokens: int | None = None
+    """Tokens of a window in context `document`."""
     index: Mapping[str, Any] = field(default_factory=lambda: stated_index(IndexConfig()))
     """What was asked of the search index: `IndexConfig` as plain JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Pieces that serve all parts; None where there is none."""
+    """Pieces that serve several parts."""
 
-    index: str | None = None
+    indexes: tuple[str, ...] = ()
     codec: str | None = None
 
     @property
     def pieces(self) -> tuple[str, ...]:
         """Names of their folders."""
-        return tuple(name for name in (self.index, self.codec) if name is not None)
+        return self.indexes + (() if self.codec is None else (self.codec,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +129,10 @@ def settings_of(state: Manifest) -> LibrarySettings:
 
 
 def shared_of(state: Manifest) -> Shared:
-    """Return the pieces of a state that serve all parts; older states name none."""
-    return Shared(**state.settings.get("shared", {}))
+    """Return the pieces of a state that serve several parts; older states name one index, or none."""
+    found = state.settings.get("shared", {})
+    indexes = found.get("indexes", [found[key] for key in ("index",) if found.get(key)])
+    return Shared(tuple(indexes), found.get("codec"))
 
 
 def stated_index(config: IndexConfig) -> dict[str, Any]:
@@ -156,17 +162,25 @@ def piece_folder(folder: Path, what: str, number: int, part: int) -> Path:
 
 
 def state_numbers(folder: Path) -> list[int]:
-    """Return the numbers of all published states, ascending."""
+    """Return the numbers of all published states, ascending.
+
+    One without a manifest is damaged when it is newer than all others; else it is half swept, and does not count.
+    """
     if not folder.is_dir():
         return []
-    found = (STATE.fullmatch(path.name) for path in folder.iterdir() if (path / MANIFEST).is_file())
-    return sorted(int(match[1]) for match in found if match)
+    found = sorted(
+        (int(match[1]), (path / MANIFEST).is_file())
+        for path in folder.iterdir()
+        if (match := STATE.fullmatch(path.name))
+    )
+    newest = max((number for number, whole in found if whole), default=0)
+    return [number for number, whole in found if whole or number > newest]
 
 
-def is_index_of(index: Manifest, parts: Sequence[Part], inputs: Mapping[str, str]) -> bool:
-    """Return whether an index was built from vectors of these parts alone, up to some part; parts may be gone since."""
-    names = [part.vectors for part in parts if part.first <= index.settings["last_id"]]
-    return all(index.inputs.get(name) == inputs[name] for name in names)
+def lists_some(index: Manifest, inputs: Mapping[str, str]) -> bool:
+    """Return whether an index was built from vectors of a state (its `inputs`), and from no others of these names."""
+    there = [name for name in index.inputs if name in inputs]
+    return bool(there) and all(index.inputs[name] == inputs[name] for name in there)
 
 
 def index_blocks(segments: Iterable[Segment], vectors: Iterable[Vectors]) -> list[Block]:
@@ -176,6 +190,20 @@ def index_blocks(segments: Iterable[Segment], vectors: Iterable[Vectors]) -> lis
         for of, found in zip(segments, vectors, strict=True)
         for rows, block in found.blocks()
     ]
+
+
+def _open_state(folder: Path, state: Path) -> Manifest:
+    try:
+        if not (state / MANIFEST).is_file():
+            raise ValueError(f"{state / MANIFEST} is missing")
+        manifest = open_manifest(state, kind=KIND, version=VERSION)
+        manifest.mapped(REMOVED).read_all()
+    except ValueError as problem:
+        raise ValueError(
+            f"{problem}. This is a state of a bank: do not delete it, since what was removed would come back; restore "
+            f"it from a copy with `memory3 bank fetch COPY {folder}`"
+        ) from problem
+    return manifest
 
 
 class Library:
@@ -199,17 +227,19 @@ class Library:
         self.settings = settings_of(manifest)
         self.removed: Ids = manifest.mapped(REMOVED).read_all().view(np.int64)
         self.segments = [Segment(self._piece(part.text)) for part in self.parts]
+        self._texts = Segments(self.segments)
         self._vectors = [Vectors(self._piece(part.vectors)) for part in self.parts]
         self._records = [Generation(self._piece(part.records)) for part in self.parts]
         self._firsts = np.array([part.first for part in self.parts], np.int64)
         self.shared = shared_of(manifest)
-        self.index = None if self.shared.index is None else self._piece(self.shared.index)
-        """The search index, where there is one."""
-        if self.index is not None and not is_index_of(self.index, self.parts, manifest.inputs):
-            raise ValueError(
-                f"{self.index.folder} was built from other vectors than those of {manifest.folder}; "
-                "build it anew with `memory3 bank verify --fix`"
-            )
+        self.indexes = [self._piece(name) for name in self.shared.indexes]
+        """The search indexes, each over some of the parts; no part is in two."""
+        for index in self.indexes:
+            if not lists_some(index, manifest.inputs):
+                raise ValueError(
+                    f"{index.folder} was built from other vectors than those of {manifest.folder}; "
+                    "build it anew with `memory3 bank verify --fix`"
+                )
         if self.shared.codec is not None:
             self._piece(self.shared.codec)
         for part, text, found, records in zip(
@@ -220,6 +250,14 @@ class Library:
                 raise ValueError(
                     f"{manifest.folder}: {', '.join(part.pieces)} do not belong together; restore the library from a "
                     "copy with `memory3 bank fetch`"
+                )
+            made_with = {
+                name: getattr(self.settings, name) for name in ("weights", "context", "window_tokens")
+            }
+            for key, is_value, stated in differences(asdict(records.settings), made_with):
+                raise ValueError(
+                    f"{records.folder}: its {key} is {is_value}, but {stated} is that of {manifest.folder}; restore "
+                    "the library from a copy with `memory3 bank fetch`"
                 )
 
     @classmethod
@@ -249,7 +287,7 @@ class Library:
             except FileNotFoundError:  # swept between the two lines: there is a newer one
                 continue
             try:
-                library = cls(folder, open_manifest(state, kind=KIND, version=VERSION))
+                library = cls(folder, _open_state(folder, state))
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -311,20 +349,20 @@ class Library:
 
     def is_live(self, ids: Ids) -> NDArray[np.bool_]:
         """Return for each reference whether it is there and was not removed."""
-        places, rows = self._locate(ids)
+        places, rows = self._texts.locate(ids)
         return (places >= 0) & ~np.isin(self._documents_at(places, rows), self.removed)
 
     # -- ReferenceSource
 
     def documents_of(self, ids: Ids) -> Ids:
         """The number of each reference's document, in the shape of `ids`; -1 for what is not there."""
-        return self._documents_at(*self._locate(ids))
+        return self._documents_at(*self._texts.locate(ids))
 
     def of_documents(self, documents: Ids) -> Ids:
         """The ids of all references of these documents, ascending; of those that can be found."""
         found = [np.zeros(0, np.int64)]
         for document in np.setdiff1d(documents, self.removed):
-            (place,), (row,) = self._locate(np.array([document]))
+            (place,), (row,) = self._texts.locate(np.array([document]))
             if place >= 0:
                 of = self.segments[place]
                 count = int(of.documents[int(of.references[int(row)]["document"])]["references"])
@@ -350,14 +388,8 @@ class Library:
     def tokens(self, ids: Sequence[int] | Ids) -> tuple[Ids, Ids, Ids]:
         """The tokens of references: tokens_NR padded, lengths_N, titles_N."""
         asked = np.asarray(ids, np.int64)
-        places, rows = self._found(asked)
-        width = self.segments[0].reference_tokens
-        tokens_NR = np.zeros((len(asked), width), np.int64)
-        lengths_N, titles_N = np.zeros(len(asked), np.int64), np.zeros(len(asked), np.int64)
-        for place in np.unique(places).tolist():
-            mine = places == place
-            tokens_NR[mine], lengths_N[mine], titles_N[mine] = self.segments[place].padded(rows[mine])
-        return tokens_NR, lengths_N, titles_N
+        self._found(asked)
+        return self._texts.tokens(asked)
 
     def content_tokens(self, reference: int) -> list[int]:
         """The tokens of a reference without its title line."""
@@ -403,7 +435,7 @@ class Library:
     def search(self, queries: Floats, k: int) -> tuple[Floats, Ids]:
         """Return the scores and ids, both (n, k), best first, of what can be found; -1 and -inf for no more.
 
-        Exact, where there is no index; else the best of its lists' and the exact best of what was added since.
+        Exact, where there is no index; else the best of the lists' and the exact best of what is in none.
         """
         return self._opened_index.search(queries, k)
 
@@ -428,24 +460,36 @@ class Library:
         return {name for part in self.parts for name in part.pieces}.union(self.shared.pieces)
 
     @property
-    def num_listed(self) -> int | None:
-        """Vectors in the lists of the index, those that are gone included; None without an index."""
-        return None if self.index is None else int(self.index.settings["num_vectors"])
+    def num_listed(self) -> list[int]:
+        """Vectors in each index, those that are gone included."""
+        return [int(index.settings["num_vectors"]) for index in self.indexes]
+
+    @property
+    def unlisted(self) -> list[Part]:
+        """The parts that are in no index."""
+        listed = {name for index in self.indexes for name in index.inputs}
+        return [part for part in self.parts if part.vectors not in listed]
 
     @cached_property
     def _opened_index(self) -> BankIndex:
         blocks = index_blocks(self.segments, self._vectors)
-        if self.index is None:
-            return BankIndex(blocks, removed=self._gone)
-        return index_of(self.index, blocks, removed=self._gone)
+        begins = np.cumsum([0, *(part.references for part in self.parts)]).tolist()
+        unlisted = self.unlisted
+        exact = [
+            range(begin, begin + part.references)
+            for begin, part in zip(begins, self.parts, strict=False)
+            if part in unlisted
+        ]
+        listed = [open_lists(index) for index in self.indexes]
+        return BankIndex(blocks, listed=listed, exact=exact, removed=self._gone)
 
     @cached_property
     def _gone(self) -> IdSet | None:
-        """What a search must not find: removed references, and in an index those of parts that are gone."""
+        """What a search must not find: removed references, and in indexes those of parts that are gone."""
         gone = IdSet(self.next_reference)
         for place in range(len(self.parts)):
             gone.add(self._removed_ids(place))
-        if self.index is not None:
+        if self.indexes:
             begin = 0
             for of in self.segments:
                 gone.add_range(begin, max(int(of.numbers[0]), begin))
@@ -477,17 +521,6 @@ class Library:
         ids: Ids = begins + np.arange(counts.sum())
         return ids
 
-    def _locate(self, ids: Ids) -> tuple[Ids, Ids]:
-        """Return the part and row of each reference, in the shape of `ids`; -1 where there is none."""
-        places = np.searchsorted(self._firsts, ids, side="right") - 1
-        rows = np.full(ids.shape, -1, np.int64)
-        for place in np.unique(places[places >= 0]).tolist():
-            mine = places == place
-            numbers = self.segments[place].numbers
-            found = np.minimum(np.searchsorted(numbers, ids[mine]), len(numbers) - 1)
-            rows[mine] = np.where(numbers[found] == ids[mine], found, -1)
-        return np.where(rows >= 0, places, -1), rows
-
     def _documents_at(self, places: Ids, rows: Ids) -> Ids:
         documents = np.full(places.shape, -1, np.int64)
         for place in np.unique(places[places >= 0]).tolist():
@@ -496,7 +529,7 @@ class Library:
         return documents
 
     def _found(self, ids: Ids) -> tuple[Ids, Ids]:
-        places, rows = self._locate(ids)
+        places, rows = self._texts.locate(ids)
         gone = (places < 0) | np.isin(self._documents_at(places, rows), self.removed)
         if gone.any():
             raise ValueError(

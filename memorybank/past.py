@@ -42,7 +42,6 @@ class PastReferences:
         self._tokens = np.asarray(tokens, np.int64)
         document = np.concatenate([[tokenizer.bos_id], self._tokens]).astype(np.uint32)
         self._table = Cutter(tokenizer, reference_tokens).cut(document, 0)
-        self.document_of: Ids = np.zeros(len(self._table), np.int64)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -55,6 +54,10 @@ class PastReferences:
         for row, (id, length) in enumerate(zip(ids.tolist(), lengths_N.tolist(), strict=True)):
             tokens_NR[row, :length] = self.passage(id, id)
         return tokens_NR, lengths_N, titles_N
+
+    def bounds(self, ids: Ids) -> tuple[Ids, Ids]:
+        """All references are of one document."""
+        return np.zeros(len(ids), np.int64), np.full(len(ids), len(self))
 
     def sizes(self, ids: Ids) -> tuple[Ids, Ids]:
         """No tokens of title lines, and those of the text."""

@@ -18,6 +18,8 @@ have consecutive numbers. Numbers are given once: a document that is put in agai
 Invariants: a segment points nowhere else, not even into the corpus it came from; nothing but small tables is ever
 read whole, and those are maps.
 
+`Segments` are several, read by the numbers of their references.
+
 Not here: search vectors (vectors.py), records (store.py), which segments make a library (library.py).
 """
 
@@ -306,6 +308,24 @@ class Segment:
             tokens_NR[place, : len(tokens)] = tokens
         return tokens_NR, lengths_N, titles_N
 
+    def bounds(self, rows: Ids) -> tuple[Ids, Ids]:
+        """The row of the first reference of each one's document, and the one after its last."""
+        of = self.documents[self.references["document"][rows]]
+        firsts = of["first"].astype(np.int64)
+        return firsts, firsts + of["references"]
+
+    def sizes(self, rows: Ids) -> tuple[Ids, Ids]:
+        """The tokens of title lines, and of the text behind them."""
+        found = self.references[rows]
+        titles = found["title"].astype(np.int64)
+        return titles, found["length"] - titles
+
+    def passage(self, first: int, last: int) -> Ids:
+        """The tokens of a document's references `first` to `last` as one text behind one title line."""
+        found = [self.tokens(row) for row in range(first, last + 1)]
+        title_line = found[0][0][: found[0][1]]
+        return np.concatenate([title_line, *(tokens[title:] for tokens, title in found)]).astype(np.int64)
+
     def citation(self, row: int) -> tuple[Citation, str]:
         """Where a reference comes from, and the text it covers, without its title line."""
         found = self.references[row]
@@ -353,6 +373,87 @@ class Segment:
 
     def _rows_of(self, name: str, dtype: np.dtype[Any]) -> int:
         return self._mapped(name).size // dtype.itemsize
+
+
+class Segments:
+    """The references of segments by number, whether or not a state names them (`windows.Passages`)."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        """Take segments whose numbers ascend through all of them."""
+        self._segments = segments
+        self._begins = np.cumsum([0, *map(len, segments)])
+        self._firsts = np.array([int(of.numbers[0]) for of in segments], np.int64)
+        self.reference_tokens = segments[0].reference_tokens
+
+    def __len__(self) -> int:
+        return int(self._begins[-1])
+
+    def ids(self, rows: Ids) -> Ids:
+        """The numbers of rows, which count the references through all segments."""
+        places = np.searchsorted(self._begins, rows, side="right") - 1
+        found = [
+            self._segments[place].numbers[row - self._begins[place]]
+            for place, row in zip(places.tolist(), rows.tolist(), strict=True)
+        ]
+        return np.array(found, np.int64)
+
+    def locate(self, ids: Ids) -> tuple[Ids, Ids]:
+        """The segment of each reference and its row there, in the shape of `ids`; -1 where there is none."""
+        places = np.searchsorted(self._firsts, ids, side="right") - 1
+        rows = np.full(ids.shape, -1, np.int64)
+        for place in np.unique(places[places >= 0]).tolist():
+            mine = places == place
+            numbers = self._segments[place].numbers
+            found = np.minimum(np.searchsorted(numbers, ids[mine]), len(numbers) - 1)
+            rows[mine] = np.where(numbers[found] == ids[mine], found, -1)
+        return np.where(rows >= 0, places, -1), rows
+
+    def tokens(self, ids: Sequence[int] | Ids) -> tuple[Ids, Ids, Ids]:
+        """The tokens of references: tokens_NR padded, lengths_N, titles_N."""
+        asked = np.asarray(ids, np.int64)
+        tokens_NR = np.zeros((len(asked), self.reference_tokens), np.int64)
+        lengths_N, titles_N = np.zeros(len(asked), np.int64), np.zeros(len(asked), np.int64)
+        for of, mine, rows in self._each(asked):
+            tokens_NR[mine], lengths_N[mine], titles_N[mine] = of.padded(rows)
+        return tokens_NR, lengths_N, titles_N
+
+    def bounds(self, ids: Ids) -> tuple[Ids, Ids]:
+        """The first reference of each one's document, and the one after its last."""
+        firsts_N, ends_N = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
+        for of, mine, rows in self._each(ids):
+            firsts, ends = of.bounds(rows)
+            firsts_N[mine] = of.numbers[firsts]
+            ends_N[mine] = firsts_N[mine] + ends - firsts
+        return firsts_N, ends_N
+
+    def sizes(self, ids: Ids) -> tuple[Ids, Ids]:
+        """The tokens of title lines, and of the text behind them."""
+        titles_N, lengths_N = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
+        for of, mine, rows in self._each(ids):
+            titles_N[mine], lengths_N[mine] = of.sizes(rows)
+        return titles_N, lengths_N
+
+    def passage(self, first: int, last: int) -> Ids:
+        """The tokens of a document's references `first` to `last` as one text behind one title line."""
+        of, row = self._one(first)
+        return of.passage(row, row + last - first)
+
+    def content(self, id: int) -> str:
+        """The text of a reference without its title line."""
+        of, row = self._one(id)
+        return of.citation(row)[1]
+
+    def _each(self, ids: Ids) -> Iterator[tuple[Segment, NDArray[np.bool_], Ids]]:
+        """Yield each segment that holds some of the references, which these are, and their rows."""
+        places, rows = self.locate(ids)
+        assert (places >= 0).all(), "references that are there"
+        for place in np.unique(places).tolist():
+            mine = places == place
+            yield self._segments[place], mine, rows[mine]
+
+    def _one(self, id: int) -> tuple[Segment, int]:
+        ((of, _, rows),) = self._each(np.array([id]))
+        return of, int(rows[0])
 
 
 def _document(line: bytes) -> Document:

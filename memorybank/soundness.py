@@ -23,8 +23,10 @@ from data.files import (
     Manifest,
     copy_artefact,
     delete_artefact,
+    is_held,
     only_writer,
     open_manifest,
+    read_manifest,
     reopen,
 )
 from memorybank import codecs
@@ -36,13 +38,13 @@ from memorybank.library import (
     VERSION,
     Library,
     Part,
-    is_index_of,
+    lists_some,
     open_piece,
     shared_of,
     state_folder,
     state_numbers,
 )
-from memorybank.segment import Segment
+from memorybank.segment import Segment, Segments
 from memorybank.writer import encode_records
 
 _BLOCK = 1 << 22
@@ -130,8 +132,9 @@ def verify(
 def repair(editor: Editor, problems: Sequence[Problem]) -> list[str]:
     """Make anew the vectors, records and index among the problems, and return the names of the pieces made.
 
-    Only the shards that are damaged are made, where the manifest still tells them from the others. Where what is made
-    differs from what was (it was copied by `compact`, say, from records that other batches made), a new state names it.
+    Only the shards that are damaged are made, where the manifest still tells them from the others; older states that
+    are damaged are deleted. Where what is made differs from what was (copied by `compact`, say, from records that
+    other batches made), a new state names it.
 
     Raises:
         ValueError: a text, a quantiser or a state is damaged, which only a copy can restore; or the compiler is another
@@ -149,10 +152,8 @@ def repair(editor: Editor, problems: Sequence[Problem]) -> list[str]:
         state = state_folder(editor.folder, state_numbers(editor.folder)[-1])
         manifest = open_manifest(state, kind=KIND, version=VERSION)
         parts = [Part(**part) for part in manifest.settings["parts"]]
-        for name in set(made).difference(manifest.inputs):
-            raise ValueError(
-                f"{editor.folder / name} belongs to older states alone: `memory3 bank compact` deletes these"
-            )
+        _give_up(editor.folder, set(made).difference(manifest.inputs))
+        made = [name for name in made if name in manifest.inputs]
         for part in parts:
             for name in set(made).intersection(part.pieces):
                 _take_apart(editor.folder / name)
@@ -161,32 +162,62 @@ def repair(editor: Editor, problems: Sequence[Problem]) -> list[str]:
         sound = {
             name: open_piece(editor.folder / name).fingerprint if name in made else manifest.inputs[name]
             for name in chain(*(part.pieces for part in parts), shared.pieces)
-            if name != shared.index
+            if name not in shared.indexes
         }
-        index = shared.index
-        if index is not None:
-            index, found = _sound_index(editor, manifest, parts, index, sound, damaged=index in made)
-            sound |= found
-        if index != shared.index or not sound.items() <= manifest.inputs.items():
-            editor.rename(manifest, sound, index)
+        indexes, found = _sound_indexes(editor, manifest, parts, sound, damaged=made)
+        sound |= found
+        if indexes != shared.indexes or not sound.items() <= manifest.inputs.items():
+            editor.rename(manifest, sound, indexes)
     return made
 
 
-def _sound_index(
-    editor: Editor, state: Manifest, parts: Sequence[Part], name: str, sound: dict[str, str], *, damaged: bool
-) -> tuple[str | None, dict[str, str]]:
-    """Return the index of a state whose vectors may have been made anew, and its fingerprint; built anew if need be."""
-    folder = editor.folder / name
+def _give_up(folder: Path, lost: set[str]) -> None:
+    """Delete the older states that name pieces which are lost: nothing could be made anew for them alone."""
+    for number in state_numbers(folder)[:-1] if lost else []:
+        state = state_folder(folder, number)
+        if lost.intersection(open_manifest(state, kind=KIND, version=VERSION).inputs):
+            if is_held(state):
+                raise ValueError(
+                    f"{state} is damaged, and is being read; repair the bank again when its reader is done"
+                )
+            delete_artefact(state)
+    if lost:
+        sweep(folder)
+
+
+def _sound_indexes(
+    editor: Editor, state: Manifest, parts: Sequence[Part], sound: dict[str, str], *, damaged: Sequence[str]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the indexes of a state whose vectors may have been made anew, and their fingerprints.
+
+    They are built anew if need be; one whose manifest is lost, from what no other one lists.
+    """
+    names = shared_of(state).indexes
+    lists = {name: _listed(editor.folder / name) for name in names}
+    listed = {vectors for found in lists.values() if found is not None for vectors in found}
+    indexes: list[str] = []
+    fingerprints: dict[str, str] = {}
+    for name in names:
+        folder, found = editor.folder / name, lists[name]
+        if found is not None and name not in damaged and lists_some(open_piece(folder), sound):
+            indexes.append(name)
+            fingerprints[name] = state.inputs[name]
+            continue
+        mine = [part for part in parts if (part.vectors in found if found else part.vectors not in listed)]
+        listed |= {part.vectors for part in mine}
+        delete_artefact(folder)
+        if mine and editor.index_again(state, mine, name):
+            indexes.append(name)
+            fingerprints[name] = open_piece(folder).fingerprint
+    return tuple(indexes), fingerprints
+
+
+def _listed(index: Path) -> set[str] | None:
+    """The names of the vectors that an index lists; None when its manifest cannot be read."""
     try:
-        last_id = int(open_piece(folder).settings["last_id"])
-        if not damaged and is_index_of(open_piece(folder), parts, sound):
-            return name, {name: state.inputs[name]}
-    except ValueError:
-        last_id = int(parts[-1].first)
-    delete_artefact(folder)
-    listed = [part for part in parts if part.first <= last_id]
-    made = editor.index_again(state, listed, name)
-    return made, {} if made is None else {name: open_piece(folder).fingerprint}
+        return set(read_manifest(index).inputs)
+    except (ValueError, OSError):
+        return None
 
 
 def find_document(
@@ -314,7 +345,15 @@ def _sample_problems(library: Library, compiler: Compiler, *, sample: int, seed:
     vectors = compiler.embedder.embed([library.text(int(id)) for id in ids])
     cosines = (vectors * library.read_vectors(ids)).sum(axis=1)
     codec = codecs.named(library.settings.codec, compiler.shape, library.folder)
-    made = codec.decode(encode_records(compiler.encode, library, ids, codec, batch=compiler.batch))
+    records = encode_records(
+        compiler.encode,
+        Segments(library.segments),
+        ids,
+        codec,
+        batch=compiler.batch,
+        window_tokens=library.settings.window_tokens,
+    )
+    made = codec.decode(records)
     kept = codec.decode(library.read(ids))
     for row, id in enumerate(ids.tolist()):
         if vectors[row].any() and cosines[row] < _LEAST_COSINE:

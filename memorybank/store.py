@@ -16,6 +16,8 @@ Not here: how records are made (writer.py), and what their bytes mean (record.py
 """
 
 import io
+import os
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.files import Manifest, open_manifest
+from data.files import Manifest, hold, open_manifest
 from memorybank.config import BankContext
 
 MAKE_ANEW = (
@@ -97,7 +99,7 @@ class Generation:
 
     @classmethod
     def open(cls, folder: Path, *, expect: Mapping[str, Any] | None = None) -> "Generation":
-        """Open a generation, refusing by name what was not expected.
+        """Open a generation, refusing by name what was not expected; it is not swept for as long as it is open.
 
         Args:
             folder: `<bank>/generation-<name>`.
@@ -113,7 +115,10 @@ class Generation:
             raise ValueError(
                 f"generation {folder}: {key} is {is_value}, but {expected} is expected; {MAKE_ANEW}"
             )
-        return cls(manifest)
+        descriptor = hold(folder)
+        generation = cls(manifest)
+        weakref.finalize(generation, os.close, descriptor)
+        return generation
 
     def __len__(self) -> int:
         return len(self.ids)

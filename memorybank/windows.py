@@ -36,15 +36,14 @@ Ids = NDArray[np.int64]
 
 @runtime_checkable
 class Passages(ReferenceTokens, Protocol):
-    """Documents cut into references: those of a corpus (`data.references`), or of a prompt (`past`)."""
+    """Documents cut into references: of a corpus (`data.references`), a library (`segment`), a prompt (`past`)."""
 
     @property
     def reference_tokens(self) -> int:
         """Most tokens of a reference, its title line included."""
 
-    @property
-    def document_of(self) -> Ids:
-        """Document of each reference, ascending."""
+    def bounds(self, ids: Ids) -> tuple[Ids, Ids]:
+        """The first reference of each one's document, and the one after its last."""
 
     def sizes(self, ids: Ids) -> tuple[Ids, Ids]:
         """The tokens of title lines, and of the text behind them."""
@@ -144,12 +143,12 @@ class _Part:
 
 def _parts(passages: Passages, ids_N: Ids, window_tokens: int) -> list[_Part]:
     parts = []
-    document_N = passages.document_of[ids_N]
-    for document in np.unique(document_N).tolist():
-        first, end = np.searchsorted(passages.document_of, [document, document + 1]).tolist()
+    firsts_N, ends_N = passages.bounds(ids_N)
+    _, starts = np.unique(firsts_N, return_index=True)
+    for wanted_N in np.split(np.arange(len(ids_N)), starts[1:]):
+        first, end = int(firsts_N[wanted_N[0]]), int(ends_N[wanted_N[0]])
         titles_n, lengths_n = passages.sizes(np.arange(first, end))
         ends_n = int(titles_n[0]) + np.cumsum(lengths_n)
-        wanted_N = np.flatnonzero(document_N == document)
         wanted_n = ids_N[wanted_N] - first
         for begin, taken, last in cut_windows(lengths_n, window_tokens - int(titles_n[0])):
             given = (wanted_n >= taken) & (wanted_n < last)

@@ -107,6 +107,8 @@ class SavingConfig:
     """Checkpoints of every so many steps stay; null keeps none for that reason."""
     keep_best: int = 1
     """Checkpoints of the lowest validation losses that stay, per stage; 0 keeps none for that reason."""
+    keep_generations: int = 2
+    """Newest generations of the bank that stay; those that a checkpoint names, or somebody reads, always do."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from data.files import is_finished, open_manifest, publishing
 from data.references import References
-from memorybank import codecs
+from memorybank import codecs, store
 from memorybank.bank import BankReader, Records
 from memorybank.config import BankConfig, CodecConfig, RetrievalConfig
 from memorybank.record import MemoryShape
@@ -29,6 +29,7 @@ from memorybank.writer import compile_generation
 from model.config import ModelConfig
 from train.distributed import Ranks
 from train.engine import Engine
+from train.generations import sweep
 from train.rows import in_bank
 from train.state import History
 
@@ -88,6 +89,7 @@ class BankEpochs:
         codec: Memories to records; a quantiser is trained anew in every epoch, on what the bank then may hold.
         dtype: The type the model computes in.
         bank: In which context references are encoded.
+        keep_generations: So many newest ones stay, whether or not a checkpoint names them.
         ranks: All processes compile.
     """
 
@@ -103,6 +105,7 @@ class BankEpochs:
         codec: CodecConfig,
         dtype: torch.dtype,
         bank: BankConfig,
+        keep_generations: int,
         ranks: Ranks,
     ) -> None:
         self._run = run
@@ -115,6 +118,7 @@ class BankEpochs:
         self._dtype = dtype
         self._shape = MemoryShape.of(model)
         self._bank = bank
+        self._keep_generations = keep_generations
         self._ranks = ranks
 
     def bank_ids(self, history: History) -> Ids:
@@ -160,6 +164,7 @@ class BankEpochs:
             name: Of the generation.
             step: Of the weights.
         """
+        self.sweep()
         bank = self._run / "bank"
         settings = GenerationSettings(
             layout=self._model.layout(),
@@ -209,7 +214,17 @@ class BankEpochs:
             ValueError: It is missing, damaged, or another one.
         """
         expected = {"layout": self._model.layout(), "context": self._bank.context.value}
-        generation = Generation.open(self._run / "bank" / name, expect=expected)
+        if Path(name).name != name:
+            raise ValueError(f"the checkpoint names the generation {name!r}, which is no folder's name")
+        folder = self._run / "bank" / name
+        try:
+            open_manifest(folder, kind=store.KIND, version=store.VERSION)
+        except ValueError as problem:
+            raise ValueError(
+                f"{problem}. The checkpoint reads this very generation: restore it from a copy, or delete the "
+                "checkpoints that name it (`memory3 checkpoint list`): an earlier one compiles it anew"
+            ) from problem
+        generation = Generation.open(folder, expect=expected)
         if generation.fingerprint != fingerprint:
             raise ValueError(
                 f"{generation.folder} has the fingerprint {generation.fingerprint}, but the checkpoint names "
@@ -217,6 +232,11 @@ class BankEpochs:
                 "earlier bank epoch (delete the later ones)"
             )
         return generation
+
+    def sweep(self) -> None:
+        """Delete the generations that neither a checkpoint nor the rule keeps; on the first rank."""
+        if self._ranks.is_first:
+            sweep(self._run, last=self._keep_generations)
 
     def _publish_neighbours(
         self, folder: Path, settings: dict[str, object], ids: Ids, rows: Rows, validation: Rows

@@ -193,6 +193,8 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
 def _publish(parts: Parts, state: RunState, history: History, read: Documents, *, keep: bool) -> None:
     started = time.perf_counter()
     folder = parts.checkpoints.save(parts.engine, state, history, read, keep=keep)
+    if parts.epochs is not None:
+        parts.epochs.sweep()
     seconds = time.perf_counter() - started
     parts.metrics.log(stage=state.stage, step=state.step, checkpoint=folder.name, seconds_checkpoint=seconds)
 

@@ -33,7 +33,9 @@ def test_all_of_it(tmp_path: Path) -> None:
 
 
 def test_what_fails_or_is_late_is_named(tmp_path: Path) -> None:
-    assert "no such key" in str(gpu._run(gpu.Part("x", "compile", ["model.sizes=1"]), tmp_path, seconds=300))
+    assert "there is no key model.sizes" in str(
+        gpu._run(gpu.Part("x", "compile", ["model.sizes=1"]), tmp_path, seconds=300)
+    )
     assert gpu._run(ALL[0], tmp_path, seconds=0.01) == "no time left"
 
 

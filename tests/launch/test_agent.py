@@ -61,10 +61,9 @@ def test_first_cause_is_said_once(
     program.write_text(RANK)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    start = f"from launch import agent; agent.WORKER = ['{program}']; import sys; sys.exit(agent.main(*sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-c", start, str(tmp_path), "2"],
-        cwd=root, env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(temporary)},
+        [sys.executable, "-m", "launch.agent", str(tmp_path), "2", f"--worker={program.stem}"],
+        cwd=root, env={**os.environ, "PYTHONPATH": f"{root}:{program.parent}", "TMPDIR": str(temporary)},
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == code, done.stderr

@@ -16,7 +16,8 @@ from memorybank.cold import stores
 from memorybank.library import Library
 from memorybank.store import Generation
 from memorybank.writer import encode_records
-from tests.support.launch import Finished, trained, within
+from tests.support.launch import Finished, memory3, trained, within
+from tests.support.memorybank import hashes
 
 WORD = "Zanzibarquartz"
 TEXT = f"The word of the day is {WORD}, which nobody said before. " * 3
@@ -67,6 +68,32 @@ def test_build_compiles_all_that_may_be_read_with_the_newest_weights(built: Path
     refused = bank("build", folder=built)
     assert refused.code == 2
     assert f"there is a bank in {built} already" in refused.err
+
+
+def test_ranks_write_the_bytes_of_one_process_and_one_speaks_for_them(built: Path, tmp_path: Path) -> None:
+    folder, library = tmp_path / "library", Library.open(built)
+    where = ("--root", str(trained().root), "--bank", str(folder), "--ranks", "2")
+    done = memory3("bank", "build", "m", *where)
+    assert f"{folder}: state 1, {library.num_documents:,} documents" in said(done)
+    assert done.out.count("state 1") == 1
+    assert hashes(folder) == hashes(built)
+    new = lines(tmp_path / "new.jsonl", {"id": library.describe(0).document, "title": "A day", "text": TEXT})
+    refused = memory3("bank", "add", "m", new, *where)
+    assert refused.code == 2
+    assert refused.err.splitlines()[-1].startswith("memory3 bank add: rank 0: document ")
+    assert "Traceback" not in refused.err
+    assert Library.open(folder).number == 1
+
+
+def test_documents_are_encoded_before_their_references_where_asked_for(folder: Path) -> None:
+    said(bank("refresh", "--context", "document", folder=folder))
+    library = Library.open(folder)
+    assert f"document, in windows of {library.settings.window_tokens} tokens" in said(
+        bank("stat", folder=folder)
+    )
+    assert said(bank("verify", folder=folder)) == f"{folder}: sound\n"
+    reading = ("--bank", str(folder), "--max-new-tokens", "2", "--root", str(trained().root))
+    assert said(within("generate", "m", "--prompt", "The word of the day", *reading))
 
 
 def test_add_search_replace_remove_compact(folder: Path, tmp_path: Path) -> None:
@@ -240,6 +267,7 @@ def test_a_bank_of_other_weights_is_refused_by_name_until_refreshed(folder: Path
         (("search", " "), "the text to search for is empty"),
         (("search", "words", "-k", "0"), "-k 0 is below 1"),
         (("add", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
+        (("refresh", "--ranks", "0"), "--ranks 0 is below 1"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(

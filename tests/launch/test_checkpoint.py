@@ -80,18 +80,28 @@ def test_verify_looks_for_the_generation_that_is_named(root: Path) -> None:
 
 def test_prune_says_what_would_go_and_then_deletes_it(root: Path) -> None:
     (root / "m/checkpoints/warmup-00000003.partial").mkdir()
+    bank = root / "m/bank"  # the newest two stay, and what a checkpoint names: 0001
+    shutil.copytree(bank / "generation-continual-0001", bank / "generation-continual-0002")
     before = published(root)
     options = ["--keep-last", "1", "--keep-best", "0"]
     dry = ask(root, "prune", "--dry-run", *options)
     assert dry.code == 0
     assert "warmup-00000002: goes" in dry.out
     assert "warmup-00000004: stays: end of a stage, or branch point, last 1" in dry.out
+    assert "bank/generation-continual-0000: goes, no checkpoint that stays names it" in dry.out
     assert "2 checkpoints and" in dry.out
+    assert (bank / "generation-continual-0000").exists()
     assert published(root) == before
     with only_user(root / "m"):
         assert "is in use" in ask(root, "prune", *options).err
     assert published(root) == before
-    assert ask(root, "prune", *options).out.startswith("2 checkpoints went")
+    done = ask(root, "prune", *options)
+    assert done.out.startswith("2 checkpoints went")
+    assert "bank/generation-continual-0000 went" in done.out
+    assert sorted(path.name for path in bank.glob("generation-*")) == [
+        "generation-continual-0001",
+        "generation-continual-0002",
+    ]
     assert published(root) == sorted(ENDS)
 
 

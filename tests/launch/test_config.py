@@ -31,6 +31,7 @@ RULES = {
     "optim.weight_decay=-0.1": "optim.weight_decay=-0.1 is below 0; set 0 or more",
     "saving.every_steps=0": "saving.every_steps=0 is below 1; set 1 or more",
     "saving.keep_last=0": "saving.keep_last=0 is below 1; set 1 or more",
+    "saving.keep_generations=0": "saving.keep_generations=0 is below 1; set 1 or more",
     "saving.keep_every=0": "saving.keep_every=0 is below 1; set 1 or more",
     "saving.keep_best=-1": "saving.keep_best=-1 is below 0; set 0 or more",
     "divergence.patience=0": "divergence.patience=0 is below 1; set 1 or more",

@@ -68,11 +68,10 @@ def stopped(run: Path, what: str) -> Stopped:
     program = run.parent / f"{what}.py"
     program.write_text(RANK.replace("{what}", what))
     root = Path(agent.__file__).parents[1]
-    start = f"from launch import agent; agent.WORKER = ['{program}']; import sys; sys.exit(agent.main(*sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-c", start, str(run), "2"],
+        [sys.executable, "-m", "launch.agent", str(run), "2", f"--worker={program.stem}"],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": f"{root}:{program.parent}"},
         capture_output=True,
         text=True,
         check=False,

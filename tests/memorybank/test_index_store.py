@@ -13,7 +13,7 @@ from memorybank import index_lists
 from memorybank.config import IndexConfig, IndexKind
 from memorybank.index import Block, ExactIndex, IdSet
 from memorybank.index_plan import IndexPlan, plan_index
-from memorybank.index_store import KIND, VERSION, build_index, index_of, open_index, queries_of
+from memorybank.index_store import KIND, VERSION, BankIndex, build_index, open_index, open_lists, queries_of
 from tests.support.data import sections
 from tests.support.memorybank import embedder
 
@@ -99,8 +99,7 @@ def test_recall_is_reached_measured_and_stated(built: dict[IndexKind, Path], kin
         assert_same(found, expected)
     else:
         # The fewest lists: one fewer misses the recall.
-        lists = index._lists
-        assert lists is not None
+        lists = index._listed[0].lists
         assert 1 < lists.num_read == stated["lists_read"] < lists.num_lists / 2
         lists.num_read -= 1
         fewer = index.search(queries, 64)[0][:, :5]
@@ -114,8 +113,7 @@ def test_merged_on_disk_equals_faiss_in_memory(built: dict[IndexKind, Path], kin
     vectors, queries = windows()
     reference = faiss.deserialize_index(np.fromfile(built[kind] / "index.faiss", np.uint8))
     reference.add_with_ids(vectors, ids())
-    lists = open_index(built[kind], blocks())._lists
-    assert lists is not None
+    lists = open_lists(open_manifest(built[kind], kind=KIND, version=VERSION)).lists
     reference.nprobe = lists.num_read
     expected, found = reference.search(queries, 64), lists.search(queries, 64)
     assert (found[1] == expected[1]).all()
@@ -173,7 +171,8 @@ def test_an_index_finds_no_vector_whose_block_is_gone(built: dict[IndexKind, Pat
     removed = IdSet(50_000)
     removed.add_range(0, int(rest[0][0][0]))
     manifest = open_manifest(built[IndexKind.ivf_pq], kind=KIND, version=VERSION)
-    found = index_of(manifest, rest, removed=removed).search(queries, 20)[1]
+    index = BankIndex(rest, listed=[open_lists(manifest)], exact=[], removed=removed)
+    found = index.search(queries, 20)[1]
     assert ((found >= rest[0][0][0]) | (found == -1)).all()
     assert (found[:, :5] >= 0).mean() > 0.9
 

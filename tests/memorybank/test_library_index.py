@@ -4,12 +4,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data import files
+from data.files import MANIFEST
 from memorybank import index_plan
 from memorybank.config import IndexConfig, IndexKind
 from memorybank.edits import Compiler, Editor, Known
@@ -17,7 +19,7 @@ from memorybank.index_store import queries_of
 from memorybank.library import Library
 from memorybank.soundness import fetch, repair, verify
 from memorybank.vectors import Vectors, compile_vectors
-from tests.support.memorybank import compiler, embedder, references, texts
+from tests.support.memorybank import compiler, embedder, references, rewritten, texts
 
 INDEX = IndexConfig(kind=IndexKind.ivf_flat, recall=0.9)
 
@@ -34,7 +36,7 @@ def editor(folder: Path, **changes: object) -> Editor:
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """Lists are built anew when more than ten vectors are not in them, and are short."""
+    """Lists are built when more than ten vectors are in none, and are short."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_plan, "EXACT_UP_TO", 10)
         patch.setattr(index_plan, "_TRAINING_PER_LIST", 8)
@@ -72,36 +74,62 @@ def share(library: Library, k: int = 5) -> float:
 
 def test_the_lists_are_a_piece_whose_recall_was_measured(built: Path) -> None:
     library = Library.open(built)
-    assert library.index is not None
-    assert library.index.folder.name in library.piece_names()
-    assert library.num_listed == len(library) > 90
-    assert library.index.inputs == {
-        part.vectors: library.manifest.inputs[part.vectors] for part in library.parts
-    }
-    stated = library.index.extra
+    (index,) = library.indexes
+    assert index.folder.name in library.piece_names()
+    assert library.num_listed == [len(library)]
+    assert len(library) > 90
+    assert index.inputs == {part.vectors: library.manifest.inputs[part.vectors] for part in library.parts}
+    stated = index.extra
     assert stated["recall_at_5"] >= 0.9
-    assert stated["lists_read"] < library.index.settings["lists"]
+    assert stated["lists_read"] < index.settings["lists"]
     assert share(library) >= 0.85
     assert verify(built, listing(), sample=8) == []
-    ids, queries = queries_of(library.index)
+    ids, queries = queries_of(index)
     assert len(ids) == len(queries) > 90
 
 
-def test_few_vectors_are_added_beside_the_lists_and_many_fold_in(folder: Path) -> None:
+def test_few_vectors_are_added_beside_the_lists_and_many_get_lists_of_their_own(folder: Path) -> None:
     before = Library.open(folder)
     editor(folder).add(texts(12, 13, text="Zanzibarquartz is the word of the day, and of every day."))
     library = Library.open(folder)
-    assert library.index is not None
-    assert before.index is not None
-    assert library.index.folder == before.index.folder
+    assert library.shared == before.shared
     found = library.search(embedder().embed(["the word of the day Zanzibarquartz"]), 3)[1]
     assert found[0, 0] == before.next_reference
     editor(folder).add(texts(13, 16))
     library = Library.open(folder)
-    assert library.index is not None
-    assert library.index.folder.name == "index-000003-0000"
-    assert library.num_listed == len(library)
+    assert library.shared.indexes == ("index-000001-0000", "index-000003-0000")
+    assert library.num_listed == [len(before), len(library) - len(before)]
+    assert library.unlisted == []
+    assert library.search(embedder().embed(["the word of the day Zanzibarquartz"]), 3)[1][0, 0] == found[0, 0]
     assert share(library) >= 0.85
+    assert verify(folder, listing(), sample=8) == []
+    editor(folder).add(texts(16, 20))
+    library = Library.open(folder)
+    assert library.shared.indexes == ("index-000004-0000",), "it takes in what is at most twice as large"
+    assert library.num_listed == [len(library)]
+    assert share(library) >= 0.85
+
+
+def test_indexes_stay_few_and_what_is_searched_exactly_stays_small(built: Path, tmp_path: Path) -> None:
+    rng, exact, largest = np.random.default_rng(0), index_plan.EXACT_UP_TO, 0
+    listed: list[int] = []
+    unlisted = total = coded = 0
+    for _ in range(4000):
+        put = int(rng.integers(1, 2 * exact))
+        unlisted, total = unlisted + put, total + put
+        places = index_plan.folded(listed, unlisted)
+        if places is not None:
+            made = unlisted + sum(listed[place] for place in places)
+            listed = [*(size for place, size in enumerate(listed) if place not in places), made]
+            unlisted, coded = 0, coded + made
+        assert unlisted <= exact
+        assert sum(listed) + unlisted == total
+        ordered = sorted(listed)
+        assert all(2 * small < large for small, large in pairwise(ordered))
+        largest = max(largest, len(listed))
+    doublings = np.log2(total / exact)
+    assert largest <= doublings + 1
+    assert coded / total <= np.log(total / exact) / np.log(1.5) + 1
 
 
 def test_lists_over_removed_documents_find_none_of_them_and_compact_leaves_no_vector(folder: Path) -> None:
@@ -131,10 +159,9 @@ def test_lists_over_removed_documents_find_none_of_them_and_compact_leaves_no_ve
     editor(folder, compiler=None).compact()
     assert holds() == set()
     library = Library.open(folder)
-    assert library.num_listed == len(library)
+    assert library.num_listed == [len(library)]
     assert share(library) >= 0.85
-    assert library.index is not None
-    assert not np.isin(queries_of(library.index)[0], gone).any()
+    assert not np.isin(queries_of(library.indexes[0])[0], gone).any()
     assert verify(folder) == []
 
 
@@ -146,10 +173,35 @@ def test_compact_builds_lists_again_that_know_a_part_that_is_gone(folder: Path) 
     assert len(Library.open(folder).removed) == 0
     editor(folder, compiler=None).compact()
     library = Library.open(folder)
-    assert library.index is not None
-    assert library.index.folder.name == "index-000003-0000"
-    assert library.num_listed == len(library)
+    assert library.shared.indexes == ("index-000003-0000",)
+    assert library.num_listed == [len(library)]
     assert editor(folder, compiler=None).compact() == 3, "nothing to do"
+
+
+def test_compact_builds_only_the_index_anew_that_lists_what_was_removed(folder: Path) -> None:
+    editor(folder).add(texts(15, 18))
+    library = Library.open(folder)
+    removed = library.segments[-1].document_numbers[:1]
+    gone = library.of_documents(removed)
+    library.close()
+    editor(folder, compiler=None, references_per_segment=30).remove(removed)
+    editor(folder, compiler=None, references_per_segment=30).compact()
+    library = Library.open(folder)
+    assert library.shared.indexes == ("index-000001-0000", "index-000004-0000")
+    assert library.num_listed[1] == sum(part.references for part in library.parts[-1:])
+    assert not np.isin(queries_of(library.indexes[1])[0], gone).any()
+    assert share(library) >= 0.85
+    assert verify(folder) == []
+
+
+def test_a_library_with_the_one_index_of_earlier_states_opens(folder: Path) -> None:
+    def older(stored: dict[str, object]) -> None:
+        stored["settings"]["shared"] = {"index": "index-000001-0000", "codec": None}  # type: ignore[index]
+
+    rewritten(folder / "state-000001" / MANIFEST, older)
+    library = Library.open(folder)
+    assert library.shared.indexes == ("index-000001-0000",)
+    assert share(library) >= 0.85
 
 
 @pytest.mark.parametrize("name", ["lists.bin", "index.faiss", "manifest.json", ""])

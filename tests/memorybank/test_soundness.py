@@ -1,6 +1,7 @@
 """Damage is named, repaired where the rest allows it, and refused when read; copies reach other folders."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.files import MANIFEST, fingerprint
+from data.files import MANIFEST, hold
 from memorybank.edits import Editor
 from memorybank.library import Library
 from memorybank.soundness import fetch, find_document, repair, verify
-from tests.support.memorybank import compiler, hashes, texts
+from tests.support.memorybank import compiler, hashes, rewritten, texts
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,66 @@ def test_a_damaged_state_is_refused_and_an_older_one_not_taken_silently(folder: 
     assert [problem.path for problem in verify(folder)] == [folder / "state-000002"]
 
 
+def test_older_states_that_are_damaged_are_given_up_and_the_newest_is_repaired(folder: Path) -> None:
+    newer = Editor(folder=folder, compiler=compiler(seed=1), references_per_segment=20)
+    newer.refresh()
+    whole = hashes(folder / "records-000002-0000")
+    for piece in (RECORDS, "records-000002-0000"):
+        (folder / piece / "records-00000.bin").unlink()
+    reader = hold(folder / "state-000001")
+    with pytest.raises(ValueError, match="state-000001 is damaged, and is being read"):
+        repair(newer, verify(folder))
+    os.close(reader)
+    assert repair(newer, verify(folder)) == ["records-000002-0000"]
+    assert verify(folder, newer.compiler) == []
+    assert hashes(folder / "records-000002-0000") == whole
+    assert [path.name for path in folder.glob("state-*")] == ["state-000002"]
+    assert not (folder / RECORDS).exists()
+
+
+def lose_manifest(state: Path) -> None:
+    (state / MANIFEST).unlink()
+
+
+def flip_removed(state: Path) -> None:
+    flip(state / "removed.bin")
+
+
+def cut_removed(state: Path) -> None:
+    truncate(state / "removed.bin")
+
+
+@pytest.mark.parametrize("damage", [lose_manifest, flip_removed, cut_removed])
+def test_a_damaged_state_is_to_be_restored_and_not_to_be_deleted(
+    damage: Callable[[Path], None], folder: Path, tmp_path: Path
+) -> None:
+    gone = Library.open(folder).live_ids()[:1]
+    editor(folder).remove(gone)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    damage(folder / "state-000002")
+    for opened in (lambda: Library.open(folder), lambda: editor(folder).add(texts(5, 6))):
+        with pytest.raises(
+            ValueError, match=rf"{folder / 'state-000002'}.*restore it .* `memory3 bank fetch COPY {folder}`"
+        ):
+            opened()
+    assert verify(folder)
+    fetch(copy, folder, told=lambda *_: None)
+    assert hashes(folder) == hashes(copy)
+    assert not Library.open(folder).is_live(gone).any()
+
+
+def test_what_a_sweep_left_half_done_is_swept_and_links_lead_nowhere(folder: Path, tmp_path: Path) -> None:
+    elsewhere = shutil.copytree(folder / RECORDS, tmp_path / "elsewhere")
+    (folder / "records-000000-0000").symlink_to(elsewhere)
+    editor(folder).remove(Library.open(folder).live_ids()[:1])
+    lose_manifest(folder / "state-000001")
+    assert Library.open(folder).number == 2
+    editor(folder).add(texts(5, 6))
+    assert sorted(path.name for path in folder.glob("state-*")) == ["state-000002", "state-000003"]
+    assert not (folder / "records-000000-0000").is_symlink()
+    assert (elsewhere / MANIFEST).is_file()
+
+
 def test_foreign_files_are_named_and_left_alone(folder: Path) -> None:
     for path in (folder / "notes.txt", folder / "text-000001-0000/more.bin"):
         path.write_bytes(b"1")
@@ -132,17 +193,6 @@ def test_foreign_files_are_named_and_left_alone(folder: Path) -> None:
     ]
     assert repair(editor(folder), problems) == []
     assert (folder / "notes.txt").exists()
-
-
-def rewritten(manifest: Path, change: Callable[[dict[str, object]], None]) -> None:
-    """Change a manifest and give it the fingerprint that its content now has."""
-    stored = json.loads(manifest.read_text())
-    change(stored)
-    named = {key: stored[key] for key in ("kind", "version", "settings", "inputs")}
-    stored["fingerprint"] = fingerprint(
-        {**named, "files": {name: entry["sha256"] for name, entry in stored["files"].items()}}
-    )
-    manifest.write_text(json.dumps(stored))
 
 
 @pytest.mark.parametrize("name", ["../text-000001-0000", "/etc", "text-000001-0000/../../x"])

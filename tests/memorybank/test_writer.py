@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from data.files import partial
+from data.files import partial, write_atomic
 from data.references import References
 from memorybank.store import Generation, GenerationSettings, records_file
 from memorybank.writer import Encode, compile_generation
@@ -119,6 +119,28 @@ def test_a_failing_rank_publishes_nothing(network: Memory3LM, passages: Referenc
     with pytest.raises((KeyboardInterrupt, threading.BrokenBarrierError)):
         on_ranks(2, rank)
     assert not (tmp_path / "generation").exists()
+
+
+def test_a_shard_that_cannot_be_written_ends_the_compilation(
+    network: Memory3LM, passages: References, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+
+    def full(path: Path, content: memoryview) -> None:
+        if path.name == records_file(2):
+            raise OSError("no space left on device")
+        written.append(path)
+        write_atomic(path, content)
+
+    monkeypatch.setattr("memorybank.writer.write_atomic", full)
+    with pytest.raises(OSError, match="no space"):
+        compiled(tmp_path / "bank", network.encode, passages)
+    assert records_file(1) in {path.name for path in written}
+    assert not (tmp_path / "bank").exists()
+    monkeypatch.undo()
+    assert compiled(tmp_path / "bank", network.encode, passages) == compiled(
+        tmp_path / "other", network.encode, passages
+    )
 
 
 def test_ids_in_any_order_and_number(network: Memory3LM, passages: References, tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def compiler(*, seed: int = 0, **changes: object) -> Compiler:
     given = {
         "encode": network.encode,
         "codec": CodecConfig(),
+        "row_tokens": model_config().row_tokens,
         "shape": MemoryShape.of(model_config()),
         "dtype": torch.bfloat16,
         "embedder": embedder(),
@@ -173,6 +174,17 @@ def hashes(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def rewritten(manifest: Path, change: Callable[[dict[str, object]], None]) -> None:
+    """Change a manifest and give it the fingerprint that its content now has."""
+    stored = json.loads(manifest.read_text())
+    change(stored)
+    named = {key: stored[key] for key in ("kind", "version", "settings", "inputs")}
+    stored["fingerprint"] = fingerprint(
+        {**named, "files": {name: entry["sha256"] for name, entry in stored["files"].items()}}
+    )
+    manifest.write_text(json.dumps(stored))
 
 
 @contextmanager

@@ -67,6 +67,7 @@ def epochs(run: Path, **changes: Any) -> BankEpochs:
         "codec": CodecConfig(),
         "dtype": torch.bfloat16,
         "bank": BankConfig(),
+        "keep_generations": 2,
         "ranks": Ranks(0, 1, torch.device("cpu")),
     }
     return BankEpochs(run, **(settings | changes))
@@ -300,8 +301,12 @@ def test_a_generation_that_the_checkpoint_does_not_name_is_refused(compiled: tup
     run, generation = compiled
     with pytest.raises(ValueError, match=rf"{generation.fingerprint}, but the checkpoint names 0123"):
         epochs(run).reopen("generation-continual-0000", "0123")
-    with pytest.raises(ValueError, match=r"there is no generation in .*generation-continual-0007"):
+    with pytest.raises(
+        ValueError, match=r"there is no generation in .*generation-continual-0007.*restore it from a copy"
+    ):
         epochs(run).reopen("generation-continual-0007", generation.fingerprint)
+    with pytest.raises(ValueError, match=r"names the generation '../../etc', which is no folder's name"):
+        epochs(run).reopen("../../etc", generation.fingerprint)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def trained(ranks: Ranks, *, memory: bool = False, micro_rows: int = 2, **settin
         "norms": [result.grad_norm for result in results],
         "tokens": {result.tokens for result in results},
         "skipped": any(result.skipped for result in results),
+        "updates take time": all(result.seconds_update > 0 for result in results),
         "hash": made.weights_hash(),
         "local_hash": hash_weights(made.module.state_dict()),
         "weights": made.weights(),
@@ -162,6 +163,7 @@ def test_the_loss_falls_alike_on_all_ranks(kind: str, both: list[dict[str, Any]]
     first, second = (found[kind] for found in both)
     assert first["losses"][-1] < first["losses"][0] - 1
     assert not first["skipped"]
+    assert first["updates take time"]
     assert first["tokens"] == {ROWS * 64}
     for key in ("losses", "norms", "hash", "local_hash"):
         assert first[key] == second[key]

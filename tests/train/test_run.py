@@ -48,7 +48,10 @@ MIXED = MemoryConfig(source=MemorySource.mixed, online_share=0.5, query=QueryMod
 
 
 def all_runs(root: Path) -> dict[str, str]:
-    """W: warmup with gradient accumulation. M: continual with a bank. C: its control. X: mixed, with accumulation."""
+    """W: warmup with gradient accumulation. M: continual with a bank. C: its control. X: mixed, with accumulation.
+
+    S: few checkpoints and generations stay.
+    """
     with two_ranks() as ranks:
         warmup = run_config(root, "w")
         train(warmup, ranks)
@@ -58,14 +61,18 @@ def all_runs(root: Path) -> dict[str, str]:
             "x": continual_config(
                 branch_from=str(root / "w"), memory=MIXED, steps=6, epoch_steps="0-2:2,2-:3", rows_per_step=8
             ),
+            "s": continual_config(branch_from=str(root / "w"), steps=8, epoch_steps="2"),
         }
+        few = SavingConfig(every_steps=1, keep_last=1, keep_every=3, keep_best=0, keep_generations=1)
         configs = {
             name: run_config(
                 root,
                 name,
                 warmup=None,
                 continual=stage,
-                saving=SavingConfig(every_steps=2 if name == "x" else 4, keep_last=100),
+                saving=few
+                if name == "s"
+                else SavingConfig(every_steps=2 if name == "x" else 4, keep_last=100),
                 logging=LoggingConfig(progress=False, validate_every=4, validation_rows=4),
             )
             for name, stage in arms.items()
@@ -78,6 +85,7 @@ def all_runs(root: Path) -> dict[str, str]:
         resume(replace(configs["m"], bank=BankConfig(cache_mib=0)), "continual-12", ranks)
         for step in (2, 4):  # where epochs change their length; before the next edge
             resume(configs["x"], f"continual-{step}", ranks)
+        resume(configs["s"], "continual-3", ranks)
         return {
             "refused": _resume_with_another_generation(configs["m"], ranks),
             **_diverging_runs(root, ranks),
@@ -187,6 +195,17 @@ def steps(runs: Path, run: str) -> list[dict[str, Any]]:
     return [line for line in read_metrics(runs / run / "metrics.jsonl") if "loss" in line]
 
 
+def test_generations_stay_that_a_checkpoint_names_and_the_newest(runs: Path) -> None:
+    kept = {path.name: checkpoint(runs, "s", path.name).state for path in (runs / "s/checkpoints").iterdir()}
+    assert sorted(kept) == [f"continual-{step:08d}" for step in (3, 6, 8)]
+    assert {state.generation for state in kept.values()} == {
+        f"generation-continual-{n:04d}" for n in (1, 2, 3)
+    }
+    for run in ("s", "s-from-continual-3/s"):
+        found = {path.name for path in (runs / run / "bank").glob("generation-*")}
+        assert found == {state.generation for state in kept.values()}
+
+
 RESUMED = [
     ("w", "warmup-10", "warmup-00000020"),
     ("m", "continual-4", "continual-00000020"),
@@ -194,6 +213,7 @@ RESUMED = [
     ("m", "continual-12", "continual-00000020"),
     ("x", "continual-2", "continual-00000006"),
     ("x", "continual-4", "continual-00000006"),
+    ("s", "continual-3", "continual-00000008"),
 ]
 
 
