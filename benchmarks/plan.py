@@ -134,6 +134,7 @@ def measure(case: Case) -> Measured:
     for process in processes:
         process.join()
     stage: StageConfig = getattr(config, case.stage)
+    config.saving.asynchronous = False  # nothing is saved here
     planned = stage_memory(config, stage, zero_stage=config.engine.zero_stage, cpu=True).total
     idle, grown = max(found, key=lambda pair: pair[1])
     return Measured(case, planned, grown, idle)

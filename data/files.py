@@ -5,7 +5,7 @@ identity alone (what is being made, from what). When the work is done every file
 manifest is completed, and one rename publishes:
 
     <folder>/
-      manifest.json   {kind, version, settings, inputs, extra, fingerprint,
+      manifest.json   {kind, version, settings, inputs, extra, fingerprint, checksum (of all these),
                        files: {name: {bytes, sha256, crc32: [one number per MiB]}}}
       ...             any files, subfolders included; names in the manifest are relative, with "/"
 
@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+CHECKSUM = "checksum"
 BLOCK_BYTES = 1 << 20
 UNFINISHED = ".tmp"
 """Ending of files that are being written; a crash leaves them behind and the next producer removes them."""
@@ -242,7 +243,7 @@ def publishing(
                 for name, entry in files.items()
             },
         }
-        write_json_atomic(work / MANIFEST, manifest)
+        write_json_atomic(work / MANIFEST, {**manifest, CHECKSUM: _checksum(manifest)})
         _replace(work, folder)
     finally:
         os.close(lock)
@@ -465,7 +466,17 @@ def _parse(folder: Path, stored: Any) -> Manifest:
             f"{folder / MANIFEST} was changed by hand: its fingerprint is {manifest.fingerprint}, its "
             f"content's {fingerprint(named)}; delete {folder} and make it again"
         )
+    if stored.get(CHECKSUM, _checksum(stored)) != _checksum(stored):  # older manifests have none
+        raise ValueError(
+            f"{folder / MANIFEST} is damaged: its checksum is not its content's; delete {folder} and make it again"
+        )
     return manifest
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """Of all but the files: their names and hashes are in the fingerprint, wrong sizes and crc32 show in reading."""
+    covered = {key: value for key, value in manifest.items() if key not in (CHECKSUM, "files")}
+    return fingerprint(json.loads(json.dumps(covered)))
 
 
 def _check_name(folder: Path, name: str) -> None:

@@ -133,6 +133,7 @@ def open_prepared(config: DataConfig, root: Path) -> Prepared:
             state = "was prepared with other settings" if (folder / kind).exists() else "is not prepared"
             raise ValueError(f"{folder / kind} {state}; {remedy}")
     tokenizer = open_manifest(folder / TOKENIZER_KIND, kind=TOKENIZER_KIND, version=TOKENIZER_VERSION)
+    tokenizer.mapped(TOKENIZER_FILE).read_all()  # sentencepiece reads the file by itself
     opened = References.open(folder / references.KIND)
     made_with = opened.shards.manifest.inputs["tokenizer"]
     if made_with != tokenizer.fingerprint:

@@ -1,8 +1,10 @@
 """The process above the ranks of one machine: torchrun, with one clear line in place of its own report of a failure.
 
-Started by `launch.launchers`; its exit code is that of the rank that failed first (`launch.worker`), or 128 + n when
-signal n stopped it: it hands the signal on, and the ranks have 30 seconds to publish a checkpoint.
-Not here: what a rank does (`launch.worker`, `launch.bank_worker`).
+Started by `launch.launchers`; its exit code is that of the rank that failed first (`launch.worker`), 4 when the
+watchdog found one that hangs, or 128 + n when signal n stopped it: it hands the signal on, and the ranks have 30
+seconds to publish a checkpoint. What is said of a failure stands in `failure.json` of the run folder as well.
+Not here: what a rank does (`launch.worker`, `launch.bank_worker`), which of them hangs (`launch.watchdog`), starting
+again (`launch.supervise`).
 """
 
 import argparse
@@ -11,6 +13,8 @@ import os
 import signal
 import sys
 import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from threading import Thread
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -18,9 +22,30 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args
 from torch.distributed.run import run as torchrun
 
+from data.files import write_json_atomic
+from launch import rank_memory
+from launch.supervise import FAILURE
+from launch.watchdog import PULSES, Watchdog
 from train.stopping import STOPPED
 
+HUNG = 4
+PRETRAIN = "memory3 pretrain"
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The first cause.
+
+    Attributes:
+        code: The exit code.
+        rank: That failed first; None when nobody can be named.
+        cause: In a line.
+    """
+
+    code: int
+    rank: int | None
+    cause: str | None
 
 
 def main(*argv: str) -> int:
@@ -36,7 +61,7 @@ def main(*argv: str) -> int:
     parser.add_argument(
         "--listen", action="store_true", help="signals come as numbers, a line each, on stdin"
     )
-    parser.add_argument("--program", default="memory3 pretrain", help="what the user called")
+    parser.add_argument("--program", default=PRETRAIN, help="what the user called")
     parser.add_argument("--worker", default="launch.worker", help="module of a rank")
     given = parser.parse_args(argv)
     logging.disable(logging.CRITICAL)  # torchrun's own words about a failure; ours follow
@@ -49,27 +74,45 @@ def main(*argv: str) -> int:
         launch += [f"--master-addr={host}", f"--master-port={port}"]
     if given.listen:
         Thread(target=_listen, daemon=True).start()
-    try:
-        # A folder of our own, since torchrun never removes the one that it makes.
-        with tempfile.TemporaryDirectory(prefix="memory3-ranks-") as errors:
-            arguments = [*launch, f"--log-dir={errors}", "-m", given.worker, given.told]
+    run = Path(given.told) if given.program == PRETRAIN else None
+    killed_before = rank_memory.kernel_kills()
+    # A folder of our own, since torchrun never removes the one that it makes.
+    with tempfile.TemporaryDirectory(prefix="memory3-ranks-", ignore_cleanup_errors=True) as own:
+        os.environ[PULSES] = own
+        watchdog = Watchdog(Path(own))
+        try:
+            arguments = [*launch, f"--log-dir={own}", "-m", given.worker, given.told]
             torchrun(parse_args(arguments))  # type: ignore[no-untyped-call]
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode in STOPPED:  # a signal reached the ranks alone
-            return failure.exitcode
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            print(f"{given.program}: rank {rank} was ended by {name}", file=sys.stderr)
-            return 128 - failure.exitcode
-        data = failure.error_file_data.get("message")
-        if isinstance(data, dict):  # absent when the rank died before it could say why
-            message = data["message"].removeprefix("ValueError: ").removeprefix("HopelessError: ")
-            print(f"{given.program}: rank {rank}: {message}", file=sys.stderr)
-        return failure.exitcode
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
-    return 0
+            return 0
+        except ChildFailedError as failed:
+            watchdog.close()
+            failure = _failure(run, failed, watchdog, killed_before)
+        except SignalException as stopped:
+            return 128 + int(stopped.sigval)
+    if failure.code not in STOPPED:  # a signal reached the ranks alone
+        if run is not None and not (run / FAILURE).exists():  # otherwise another machine was first
+            write_json_atomic(run / FAILURE, asdict(failure))
+        if failure.cause is not None:
+            named = "" if failure.rank is None else f"rank {failure.rank}: "
+            print(f"{given.program}: {named}{failure.cause}", file=sys.stderr)
+    return failure.code
+
+
+def _failure(run: Path | None, failed: ChildFailedError, watchdog: Watchdog, killed_before: int) -> Failure:
+    if run is not None and watchdog.found is not None:
+        return Failure(HUNG, None, f"{watchdog.found.says}; the stacks of all ranks are in {run / 'stacks'}")
+    rank, first = failed.get_first_failure()
+    if first.exitcode < 0:
+        name = signal.Signals(-first.exitcode).name
+        cause = f"rank {rank} was ended by {name}"
+        if run is not None and -first.exitcode == signal.SIGKILL:
+            cause += rank_memory.explain_kill(run, by_kernel=rank_memory.kernel_kills() > killed_before)
+        return Failure(128 - first.exitcode, None, cause)
+    data = first.error_file_data.get("message")
+    if not isinstance(data, dict):  # the rank died before it could say why
+        return Failure(first.exitcode, rank, None)
+    cause = data["message"].removeprefix("ValueError: ").removeprefix("HopelessError: ")
+    return Failure(first.exitcode, rank, cause)
 
 
 def _listen() -> None:

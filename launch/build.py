@@ -59,13 +59,16 @@ class Context:
             "tokenizer": prepared.tokenizer.fingerprint,
         }
 
-    def checkpoints(self, run: Path, *, ranks: Ranks | None = None) -> Checkpoints:
+    def checkpoints(
+        self, run: Path, *, ranks: Ranks | None = None, aside: Ranks | None = None
+    ) -> Checkpoints:
         saving = self.config.saving
         return Checkpoints(
             run,
             inputs=self.inputs,
             retention=Retention(last=saving.keep_last, every=saving.keep_every, best=saving.keep_best),
             ranks=ranks,
+            aside=aside,
             origin=None if ranks is None or not ranks.is_first else code(),
         )
 

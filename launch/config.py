@@ -33,6 +33,7 @@ from train.config import (
     OptimConfig,
     SavingConfig,
     StageConfig,
+    WatchdogConfig,
 )
 from train.schedule import epoch_ranges
 
@@ -107,6 +108,18 @@ class PathsConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SupervisionConfig:
+    """How a run is started again that crashed, with `supervise=true`."""
+
+    max_restarts: int = 5
+    """Restarts in a row without a newer checkpoint; then the run ends with an error."""
+    backoff_seconds: float = 10.0
+    """Pause before the first of them; each that follows waits twice as long."""
+    max_backoff_seconds: float = 600.0
+    """The longest pause."""
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     """Everything that a run depends on."""
 
@@ -116,6 +129,8 @@ class RunConfig:
     """Decides initialisation, the order of rows and all draws."""
     resume: Resume = Resume.auto
     """`auto` goes on where the run folder's newest checkpoint stands; `never` refuses a used folder."""
+    supervise: bool = False
+    """Start the ranks again when they crash, from the newest whole checkpoint, unless the crash will repeat."""
     experiment: str | None = None
     """Name of the experiment overlay that was chosen, for the record."""
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -144,6 +159,10 @@ class RunConfig:
     """Checkpoints."""
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     """What is done when training goes wrong."""
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    """What `supervise=true` does."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    """When a rank counts as hanging."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Progress, wandb and validation inside the loop."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -168,6 +187,8 @@ def check(config: RunConfig) -> None:
     _at_least(1, "saving", config.saving, "every_steps", "keep_last", "keep_every", "keep_generations")
     _at_least(0, "saving", config.saving, "keep_best")
     _check_divergence(config.divergence)
+    _at_least(0, "supervision", config.supervision, "max_restarts", "backoff_seconds", "max_backoff_seconds")
+    _at_least(1, "watchdog", config.watchdog, "batch_seconds", "phase_seconds")
     _at_least(1, "logging", config.logging, "validate_every", "validation_rows", "line_every")
     _at_least(0, "logging", config.logging, "profile_steps")
     if config.logging.memory_snapshot and not config.logging.profile_steps:

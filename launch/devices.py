@@ -72,6 +72,25 @@ def device_here(driver: Path = _DRIVER) -> tuple[str, int]:
     return "cpu", os.cpu_count() or 1
 
 
-def memory_here() -> int:
-    """Return the bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def device_memory_here(driver: Path = _DRIVER) -> int | None:
+    """Return the memory of one of this machine's GPUs, also of one that `DEVICES` does not know; None without any."""
+    if not list(driver.glob("*/information")):
+        return None
+    name, _ = device_here(driver)
+    known = DEVICES[name].memory_bytes
+    return known if known is not None else max(device.memory_bytes or 0 for device in DEVICES.values())
+
+
+def memory_here(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Return the bytes of this machine's memory, or of the container's share."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(physical, int(limit.read_text()))
+    except (OSError, ValueError):  # none, or "max"
+        return physical
+
+
+def available_here() -> int:
+    """Return the bytes of memory that are free, or can be freed, on this machine."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))

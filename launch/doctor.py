@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.devices import memory_here
+from launch.devices import available_here, memory_here
 from launch.units import binary
 
 _PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
@@ -408,10 +408,7 @@ def _lock(work: Path) -> Finding:
 
 
 def _limits(_: Path) -> Iterator[Finding]:
-    available = memory_here()
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    available = available_here()
     says = f"{binary(available)} available of {binary(memory_here())}"
     if available < _LITTLE_MEMORY:
         yield Finding(

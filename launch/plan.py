@@ -252,7 +252,7 @@ def _stages(stages: Sequence[StagePlan], seen: _Seen) -> Table:
     return table
 
 
-_PARTS = ("parameters", "gradients", "masters", "moments", "activations", "memories", "temporaries")
+_PARTS = ("parameters", "gradients", "masters", "moments", "activations", "memories", "temporaries", "copies")
 
 
 def _memory(stages: Sequence[StagePlan], seen: _Seen) -> Table:

@@ -185,12 +185,15 @@ def plan(config: RunConfig, site: Site) -> RunPlan:
     return RunPlan(count_parameters(config.model), stages, bank, disk, problems)
 
 
-def stage_memory(config: RunConfig, stage: StageConfig, *, zero_stage: int, cpu: bool) -> RankMemory:
-    """Return what a rank holds in a stage."""
+def stage_memory(
+    config: RunConfig, stage: StageConfig, *, zero_stage: int, cpu: bool, micro_rows: int | None = None
+) -> RankMemory:
+    """Return what a rank holds in a stage, with micro-batches of its own size or of another."""
+    micro_rows = micro_rows or stage.micro_rows
     memory = stage.memory
     micro_batch = micro_batch_bytes(
         config.model,
-        rows=stage.micro_rows,
+        rows=micro_rows,
         number_bytes=number_bytes(config.engine.precision),
         references_read=config.retrieval.window if memory is not None else 0,
         encoded_online=memory is not None and memory.source is not MemorySource.bank,
@@ -202,8 +205,9 @@ def stage_memory(config: RunConfig, stage: StageConfig, *, zero_stage: int, cpu:
         zero_stage=zero_stage,
         precision=config.engine.precision,
         num_ranks=config.engine.num_ranks,
-        accumulate=_accumulate(config, stage),
+        accumulate=stage.rows_per_step // (micro_rows * config.engine.num_ranks),
         cpu=cpu,
+        asynchronous=config.saving.asynchronous,
     )
 
 
@@ -353,13 +357,7 @@ def _memory_problems(config: RunConfig, site: Site, stages: list[StagePlan]) -> 
         if chosen.total <= limit:
             continue
         found = fitting(config, stage.name, limit, cpu=site.device.memory_bytes is None)
-        parts = {
-            "parameters": chosen.parameters,
-            "gradients": chosen.gradients,
-            "optimizer": chosen.masters + chosen.moments,
-            "activations": chosen.activations,
-            "temporaries": chosen.temporaries,
-        }
+        parts = chosen.parts()
         largest = sorted(parts, key=lambda part: -parts[part])[:2]
         yield Problem(
             f"{stage.name}: a rank takes {binary(chosen.total)}; {binary(limit)} of its {binary(site.memory_bytes)} "

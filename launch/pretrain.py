@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from launch import launchers, preflight, slurm
+from launch import launchers, preflight, rank_memory, slurm, supervise
 from launch.compose import compose_config, differences, load_config, save_config, to_yaml
 from launch.config import LauncherKind, Resume, RunConfig
 from launch.lock import is_in_use, only_user
@@ -30,6 +30,9 @@ _MAY_CHANGE = (
     "logging.",
     "saving.",
     "divergence.",
+    "watchdog.",
+    "supervise",
+    "supervision.",
     "evaluation.",
     "engine.threads_per_rank",
     "engine.num_ranks",
@@ -118,12 +121,14 @@ def pretrain(config: RunConfig) -> int:
     folder = folder_of(config)
     with only_user(folder):
         make_ready(config, folder)
-        code = launchers.run_agents(config, folder)
+        code = supervise.run(lambda: launchers.run_agents(config, folder), folder, config)
     if code in STOPPED:
         log.info("the run was stopped (exit code %d); the same command goes on where it was", code)
-    elif code not in (0, _USER_ERROR):
+    elif code not in (0, _USER_ERROR) and not config.supervise:
         log.error(
-            "the run ended early (exit code %d); the same command goes on at its newest checkpoint", code
+            "the run ended early (exit code %d); the same command goes on at its newest checkpoint, and "
+            "supervise=true does so by itself",
+            code,
         )
     return code
 
@@ -146,6 +151,7 @@ def make_ready(config: RunConfig, folder: Path) -> None:
         ValueError: The folder holds a run of another configuration, or there is too little room.
     """
     preflight.check(config, folder, num_references=freeze(config, folder))
+    rank_memory.check(config)
 
 
 def freeze(config: RunConfig, folder: Path) -> int:

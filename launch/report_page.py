@@ -329,12 +329,12 @@ def _tiles(log: RunLog) -> Iterator[str]:
             f"{newest['bank_references']:,}",
             f"after {len(log.epochs)} refreshes; {newest['bank_compiled']:,} compiled in the last",
         )
-    survived = len(log.events) + len(log.skipped)
+    survived = len(log.resumes) + len(log.skipped)
     repeated = sum(event.get("steps_repeated", 0) for event in log.events)
     yield tile(
         "faults survived",
         str(survived),
-        f"{len(log.events)} resumes, {repeated} steps repeated; {len(log.skipped)} skipped updates",
+        f"{len(log.resumes)} resumes, {repeated} steps repeated; {len(log.skipped)} skipped updates",
     )
     yield "</section>\n"
 
@@ -366,7 +366,7 @@ def _runs(logs: Sequence[RunLog]) -> Iterator[str]:
         "attention": lambda log: _number((log.validation or {}).get("memory_attention"), ".1%"),
         "hours": lambda log: f"{log.hours():.2f}",
         "skipped": lambda log: str(len(log.skipped)),
-        "resumes": lambda log: str(len(log.events)),
+        "resumes": lambda log: str(len(log.resumes)),
     }
     rows = [[log.label, *(cell(log) for cell in columns.values())] for log in logs]
     yield '<section class="card" id="runs">\n<h2>The runs</h2>\n'
@@ -406,6 +406,8 @@ def _faults(logs: Sequence[RunLog]) -> Iterator[str]:
         for event in log.events:
             checkpoint = event.get("checkpoint")
             what = event["event"] + ("" if checkpoint is None else f" from {checkpoint}")
+            if event["event"] == "crashed":
+                what = f"crashed: {event['cause']}; {event['reason']}"
             repeated = event.get("steps_repeated")
             cost = "" if repeated is None else f"{repeated:,} steps repeated"
             rows.append((event["time"], [log.label, _when(event), _where(event), what, cost]))

@@ -90,6 +90,11 @@ class RunLog:
         return [line for line in self.lines if "event" in line]
 
     @property
+    def resumes(self) -> list[Line]:
+        """How often the run was started again."""
+        return [line for line in self.events if line["event"] != "crashed"]
+
+    @property
     def skipped(self) -> list[Line]:
         """The steps that were left out because a gradient was not finite."""
         return [line for line in self.lines if line.get("skipped")]

@@ -16,12 +16,13 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from data.files import write_atomic
-from launch import build
+from launch import build, rank_memory
 from launch.compose import load_config
 from launch.config import RunConfig
 from launch.lock import one_of_ranks
+from launch.watchdog import PULSES
 from train import distributed
-from train.checkpoint import Checkpoint, cannot_write
+from train.checkpoint import Checkpoint, Checkpoints, cannot_write
 from train.divergence import HopelessError
 from train.metrics import JsonLines, Metrics, Mirror, Sink, TensorBoard, Wandb, read_metrics
 from train.run import run_stage
@@ -84,7 +85,18 @@ def reported(work: Callable[[], int], *, say: Callable[[BaseException], None] | 
 
 def _run(run: Path, stop: Stop) -> None:
     config = load_config(run / "config.yaml")
-    ranks = distributed.start(threads=config.engine.threads_per_rank)
+    watchdog = config.watchdog
+    threads, timeout_seconds = config.engine.threads_per_rank, _timeout_seconds(config)
+    ranks = distributed.start(threads=threads, timeout_seconds=timeout_seconds)
+    if (pulses := os.environ.get(PULSES)) is not None:
+        ranks.pulse.show(
+            Path(pulses),
+            run / "stacks" / f"rank-{ranks.rank}.txt",
+            rank=ranks.rank,
+            batch_seconds=watchdog.batch_seconds,
+            phase_seconds=watchdog.phase_seconds,
+            has_gpu=ranks.device.type == "cuda",
+        )
     logging.basicConfig(format="%(message)s")
     logging.getLogger().setLevel(logging.INFO if ranks.is_first else logging.ERROR)
     try:
@@ -97,7 +109,8 @@ def _run(run: Path, stop: Stop) -> None:
 
 def _train(run: Path, config: RunConfig, ranks: distributed.Ranks, stop: Stop | None = None) -> None:
     context = build.context(config)
-    checkpoints = context.checkpoints(run, ranks=ranks)
+    aside = ranks.aside(timeout_seconds=_timeout_seconds(config)) if config.saving.asynchronous else None
+    checkpoints = context.checkpoints(run, ranks=ranks, aside=aside)
     newest = checkpoints.newest()
     if newest is None:
         _refuse_a_new_beginning(run)
@@ -114,34 +127,54 @@ def _train(run: Path, config: RunConfig, ranks: distributed.Ranks, stop: Stop | 
     position = _start(config, newest)
     with _metrics(run, config, newest, ranks) as metrics:
         for name in ("warmup", "continual"):
-            stage = getattr(config, name)
-            if stage is None or _is_behind(position, name):
+            if getattr(config, name) is None or _is_behind(position, name):
                 continue
-            resumed = newest if newest is not None and newest.state.stage == name else None
-            source = None
-            if resumed is None and name == "continual":
-                source = context.branch_point(run, config, ranks)
-                if ranks.is_first:
-                    log.info("continual stage branches from %s", source.folder)
-            parts = context.parts(
-                name,
-                stage,
-                run,
-                ranks=ranks,
-                checkpoints=checkpoints,
-                metrics=metrics,
-                weights=source,
-                stop=stop,
-            )
-            if resumed is not None:
-                parts.engine.load(resumed.folder)
-                state, history = resumed.state, resumed.history
-            elif source is not None:
-                state = RunState(stage=name, tokens=source.state.tokens)
-                history = History.of_read(source.read)
-            else:
-                state, history = RunState(stage=name), History.empty(context.prepared.shards.num_documents)
-            run_stage(parts, state, history)
+            with rank_memory.explained(config, name):
+                _train_stage(name, run, context, checkpoints, newest, metrics, ranks, stop)
+
+
+def _train_stage(
+    name: str,
+    run: Path,
+    context: build.Context,
+    checkpoints: Checkpoints,
+    newest: Checkpoint | None,
+    metrics: Metrics,
+    ranks: distributed.Ranks,
+    stop: Stop | None,
+) -> None:
+    config = context.config
+    resumed = newest if newest is not None and newest.state.stage == name else None
+    source = None
+    if resumed is None and name == "continual":
+        source = context.branch_point(run, config, ranks)
+        if ranks.is_first:
+            log.info("continual stage branches from %s", source.folder)
+    parts = context.parts(
+        name,
+        getattr(config, name),
+        run,
+        ranks=ranks,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        weights=source,
+        stop=stop,
+    )
+    if resumed is not None:
+        parts.engine.load(resumed.folder)
+        state, history = resumed.state, resumed.history
+    elif source is not None:
+        state = RunState(stage=name, tokens=source.state.tokens)
+        history = History.of_read(source.read)
+    else:
+        state, history = RunState(stage=name), History.empty(context.prepared.shards.num_documents)
+    run_stage(parts, state, history)
+
+
+def _timeout_seconds(config: RunConfig) -> int:
+    """How long a collective may wait: for the longest phase of another rank, which a watchdog names before."""
+    longest = max(config.watchdog.phase_seconds, config.watchdog.batch_seconds)
+    return round(3 * longest if PULSES in os.environ else longest)
 
 
 def _refuse_a_new_beginning(run: Path) -> None:

@@ -55,3 +55,12 @@ def test_no_machine_is_named_in_what_is_committed() -> None:
 
 def test_configuration_is_yaml_alone() -> None:
     assert {path.name for path in (ROOT / "conf").rglob("*.py")} == {"__init__.py"}
+
+
+def test_every_test_that_the_page_of_faults_names_exists() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    names = set(re.findall(r"`(?:tests/[\w/]+\.py::)?(test_\w+)", page))
+    assert len(names) > 30
+    assert [name for name in sorted(names) if f"def {name}(" not in source] == []
+    assert [path for path in re.findall(r"`(tests/[\w/]+\.py)", page) if not (ROOT / path).exists()] == []

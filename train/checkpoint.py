@@ -11,6 +11,9 @@
         config.yaml          the run's configuration
         origin.json          the code that wrote it, and the run's id at wandb
 
+Saving may be asynchronous: a copy of everything is taken in memory, and a thread on every rank writes, syncs, hashes
+and publishes it while training goes on, one checkpoint at a time.
+
 A folder without a whole manifest is damaged, one with another name is unfinished. Before anything is read every byte is
 hashed, by one rank for all; the newest checkpoint that passes wins, damaged ones are named and passed over, and a run
 that has only damaged ones, or none where its metrics tell of one, stops. Order is by stage and step, never by time.
@@ -24,11 +27,13 @@ import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +42,7 @@ from torch import Tensor
 
 from data.files import delete_artefact, hold, is_held, open_manifest, partial, publishing, verify
 from train.distributed import Ranks
-from train.engine import UNIVERSAL, Engine
+from train.engine import UNIVERSAL, Engine, Snapshot
 from train.state import History, RunState
 
 log = logging.getLogger(__name__)
@@ -200,6 +205,51 @@ def cannot_write(problem: BaseException) -> bool:
     return "PytorchStreamWriter" in str(problem)  # torch's own word for it
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that was published.
+
+    Attributes:
+        folder: Where it lies.
+        state: Where the run stood.
+        seconds_stalled: How long training stood still for it.
+        seconds: From the beginning of the save to the end of publication.
+    """
+
+    folder: Path
+    state: RunState
+    seconds_stalled: float
+    seconds: float
+
+
+class _Writing:
+    """A checkpoint that a thread writes."""
+
+    def __init__(self, write: Callable[[], Saved]) -> None:
+        self._write = write
+        self._outcome: Saved | BaseException | None = None
+        self._thread = Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_over(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> Saved:
+        """Wait for it; what it raised is raised here."""
+        self._thread.join()
+        assert self._outcome is not None
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
+
+    def _run(self) -> None:
+        try:
+            self._outcome = self._write()
+        except BaseException as problem:
+            self._outcome = problem
+
+
 class Checkpoints:
     """The checkpoints of one run folder.
 
@@ -209,6 +259,8 @@ class Checkpoints:
         retention: Which checkpoints stay.
         ranks: Of the training process; None for readers, who publish nothing.
         origin: The code that writes, by name of its parts.
+        aside: The same ranks in a group of their own, for a thread that writes while training goes on; None: saving
+            is over when `save` returns.
     """
 
     def __init__(
@@ -219,6 +271,7 @@ class Checkpoints:
         retention: Retention | None = None,
         ranks: Ranks | None = None,
         origin: Mapping[str, str] | None = None,
+        aside: Ranks | None = None,
     ) -> None:
         self._run = run
         self._folder = run / "checkpoints"
@@ -226,9 +279,12 @@ class Checkpoints:
         self._retention = retention or Retention()
         self._ranks = ranks
         self._origin = dict(origin or {})
+        self._aside = aside
+        self._writing: _Writing | None = None
+        self._saved: list[Saved] = []
 
-    def save(self, engine: Engine, state: RunState, history: History, read: Documents, *, keep: bool) -> Path:
-        """Publish a checkpoint; a collective.
+    def save(self, engine: Engine, state: RunState, history: History, read: Documents, *, keep: bool) -> None:
+        """Publish a checkpoint, or begin to; a collective. One that is being written is finished first.
 
         Args:
             engine: Weights and optimizer state.
@@ -238,28 +294,74 @@ class Checkpoints:
             keep: Protects the checkpoint from rotation.
 
         Raises:
-            ValueError: It could not be written; those before it are as they were.
+            ValueError: It, or the one before it, could not be written; those that are published are as they were.
         """
-        ranks = self._ranks
-        assert ranks is not None
+        assert self._ranks is not None
+        started = time.perf_counter()
+        self.finish()
+        snapshot = engine.snapshot(copy=self._aside is not None)
+        seconds_stalled = time.perf_counter() - started
+        ranks = self._aside or self._ranks
+
+        def write() -> Saved:
+            folder = self._write(snapshot, state, history, read, ranks, keep=keep)
+            seconds = time.perf_counter() - started
+            return Saved(folder, state, seconds if self._aside is None else seconds_stalled, seconds)
+
+        if self._aside is None:
+            self._saved.append(write())
+        else:
+            self._writing = _Writing(write)
+
+    def finish(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            ValueError: It could not be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._saved.append(writing.result())
+
+    def saved(self) -> list[Saved]:
+        """What was published and not told yet.
+
+        Raises:
+            ValueError: It could not be written.
+        """
+        if self._writing is not None and self._writing.is_over:
+            self.finish()
+        told, self._saved = self._saved, []
+        return told
+
+    def _write(
+        self,
+        snapshot: Snapshot,
+        state: RunState,
+        history: History,
+        read: Documents,
+        ranks: Ranks,
+        *,
+        keep: bool,
+    ) -> Path:
         folder = self._folder / f"{state.stage}-{state.step:08d}"
         settings = {"stage": state.stage, "step": state.step, "ranks": ranks.world_size, "keep": keep}
-        weights = engine.weights()
         try:
             with ExitStack() as stack:
                 work = partial(folder)
                 if ranks.is_first:
+                    delete_artefact(work)  # of a killed save, with files that libraries have not finished
                     publication = publishing(
                         folder, kind=KIND, version=VERSION, settings=settings, inputs=self._inputs
                     )
                     stack.enter_context(publication)
                 ranks.barrier()
-                engine.save(work)
+                snapshot.write(work)
                 if ranks.is_first:
                     (work / "state.json").write_text(json.dumps(state.to_json(), indent=1), encoding="utf-8")
                     history.save(work)
                     np.save(work / "read.npy", np.packbits(read))
-                    save_file(weights, work / WEIGHTS)
+                    save_file(dict(snapshot.weights), work / WEIGHTS)
                     self._describe(work)
                 ranks.barrier()
         except (OSError, RuntimeError) as problem:  # torch says RuntimeError when a file cannot be written

@@ -101,6 +101,8 @@ class SavingConfig:
 
     every_steps: int = 50
     """Steps between two checkpoints; both ends of a stage are always saved."""
+    asynchronous: bool = True
+    """Write checkpoints while training goes on, from a copy in the CPU's memory; false saves that memory."""
     keep_last: int = 2
     """Newest checkpoints kept per stage; the ends of stages and branch points always stay."""
     keep_every: int | None = None
@@ -129,6 +131,16 @@ class DivergenceConfig:
     """The learning rate of the rest of the stage is multiplied by this at every rollback; 1 leaves it."""
     max_rollbacks: int = 3
     """Rollbacks of a stage before the run ends with an error."""
+
+
+@dataclass(kw_only=True, slots=True)
+class WatchdogConfig:
+    """When a rank counts as hanging: its stacks and those of its peers are written, and the run ends."""
+
+    batch_seconds: float = 600.0
+    """A micro-batch of training, of a validation or of a compilation may take so long; or a rank that is stopped."""
+    phase_seconds: float = 7200.0
+    """What is no series of batches may take so long: the start, a search for neighbours, a checkpoint."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,13 +11,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.files import is_finished, open_manifest, publishing
+from data.files import Manifest, is_finished, open_manifest, publishing
 from data.references import References
 from memorybank import codecs, store
 from memorybank.bank import BankReader, Records
@@ -148,9 +150,9 @@ class BankEpochs:
         self._ranks.barrier()
         manifest = open_manifest(folder, kind=_KIND, version=_VERSION, inputs=self._inputs)
         return EpochNeighbours(
-            np.load(folder / "training.npy", allow_pickle=False),
-            np.load(folder / "scores.npy", allow_pickle=False),
-            np.load(folder / "validation.npy", allow_pickle=False),
+            _checked(manifest, "training.npy"),
+            _checked(manifest, "scores.npy"),
+            _checked(manifest, "validation.npy"),
             dict(manifest.extra),
         )
 
@@ -189,17 +191,18 @@ class BankEpochs:
             barrier=self._ranks.barrier,
             alone=self._ranks.alone,
         )
-        compile_generation(
-            engine.encode,
-            self._references,
-            ids,
-            codec,
-            bank / name,
-            settings=settings,
-            rank=self._ranks.rank,
-            world_size=self._ranks.world_size,
-            barrier=self._ranks.barrier,
-        )
+        with self._ranks.pulse.batches("the compilation of a bank"):
+            compile_generation(
+                engine.encode,
+                self._references,
+                ids,
+                codec,
+                bank / name,
+                settings=settings,
+                rank=self._ranks.rank,
+                world_size=self._ranks.world_size,
+                barrier=self._ranks.barrier,
+            )
         return Generation.open(bank / name, expect=asdict(settings) | {"codec": codec.name})
 
     def reader(self, generation: Generation, records: Records | None = None) -> BankReader:
@@ -264,3 +267,9 @@ class BankEpochs:
             np.save(work / "training.npy", training.ids_MCk[:, :, 0])
             np.save(work / "scores.npy", training.scores_MCk[:, :, 0])
             np.save(work / "validation.npy", found[1].ids_MCk[:, :, 0])
+
+
+def _checked(manifest: Manifest, name: str) -> NDArray[Any]:
+    """An array of an artefact, whose bytes are compared with their checksums."""
+    array: NDArray[Any] = np.load(BytesIO(manifest.mapped(name).read_all().data), allow_pickle=False)
+    return array

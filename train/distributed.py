@@ -6,7 +6,7 @@ Not here: what a launcher says of a process (`announced`), gradients and paramet
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from train.announced import Announced, announced
+from train.pulse import Pulse
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +27,16 @@ class Ranks:
         world_size: Number of processes.
         device: Where this process computes.
         local_size: Processes on this machine.
+        pulse: What this process shows of its life.
+        group: Processes whose collectives are meant; None is the group of all.
     """
 
     rank: int
     world_size: int
     device: torch.device
     local_size: int = 1
+    pulse: Pulse = field(default_factory=Pulse, compare=False)
+    group: Any = field(default=None, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -41,7 +46,17 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+    def aside(self, *, timeout_seconds: int = 1800) -> "Ranks":
+        """The same processes, for a thread beside the one that trains: its collectives mix with no others; CPU alone.
+
+        A collective.
+        """
+        if self.world_size == 1:
+            return replace(self, pulse=Pulse())
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        return replace(self, group=group, pulse=Pulse())
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -56,7 +71,7 @@ class Ranks:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add a small tensor over all ranks."""
         if self.world_size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def any(self, flag: bool) -> bool:
@@ -68,7 +83,7 @@ class Ranks:
         if self.world_size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
 

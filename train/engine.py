@@ -1,24 +1,28 @@
 """DeepSpeed behind a narrow protocol: the only module that knows it.
 
 One `train_step` is one optimizer update: accumulation, averaging over ranks, clipping and skipping happen inside.
-DeepSpeed's JSON is derived from our typed settings. Its checkpoint files are written into a folder that
-`train.checkpoint` publishes, and are read with pickles switched off, by any number of ranks.
+DeepSpeed's JSON is derived from our typed settings. What it would write as a checkpoint is caught as a snapshot, which
+is written into the folder that `train.checkpoint` publishes, at once or while training goes on, and is read with
+pickles switched off, by any number of ranks.
 Not here: which batch comes next (`loop`), the checkpoint's container (`checkpoint`).
 """
 
 import io
 import json
 import logging
+import operator
 import os
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from copy import copy as shallow_copy
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,6 +39,7 @@ from train.optim import parameter_groups
 UNIVERSAL = ".universal"
 """Ending of a folder that lies beside a checkpoint while another number of ranks reads it."""
 _TAG = "engine"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,19 @@ class StepResult:
     grad_norm: float | None
     skipped: bool
     seconds_update: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a checkpoint holds of an engine on this rank.
+
+    Attributes:
+        weights: All parameters by name, on rank 0; empty elsewhere.
+        write: Writes this rank's files into a folder; no collective.
+    """
+
+    weights: Mapping[str, Tensor]
+    write: Callable[[Path], None]
 
 
 class Inference(Protocol):
@@ -108,12 +126,17 @@ class Engine(Inference, Protocol):
         """All parameters by name, on rank 0 (empty elsewhere); a collective under ZeRO-3."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write parameters and optimizer state into a folder; a collective."""
+    def snapshot(self, *, copy: bool) -> Snapshot:
+        """Parameters, optimizer state and random numbers as they are now; a collective.
+
+        Args:
+            copy: Whether training may go on before it is written. The memory of one copy is kept and used again, so
+                that each must be written before the next is taken.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote; a collective."""
+        """Read what a snapshot wrote; a collective."""
         ...
 
 
@@ -145,6 +168,7 @@ class DeepSpeedEngine:
                 dist_init_required=False,
             )
         self._zero_stage = engine.zero_stage
+        self._copies = TensorCopies()
         if engine.zero_stage == 0 and engine.precision is Precision.bf16:
             # DeepSpeed makes AdamW's states by an update without gradient, which must not count in its bias correction.
             for moments in self._engine.optimizer.optimizer.state.values():
@@ -171,6 +195,7 @@ class DeepSpeedEngine:
             losses += torch.stack([loss.sum.detach().double(), loss.count.double()])
             computed = _mark(device)
             engine.step()
+            self._ranks.pulse.beat()
         updated = _mark(device)
         norm = engine.get_global_grad_norm()
         totals = torch.zeros(4, dtype=torch.float64)
@@ -189,6 +214,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def token_losses(self, inputs: ModelInput) -> Tensor:
         self._engine.eval()
+        self._ranks.pulse.beat()
         batch = _to(inputs, self._ranks.device)
         losses: Tensor = self._engine(
             batch.tokens_BT, targets_BT=batch.targets_BT, memory=batch.memory, per_token=True
@@ -197,6 +223,7 @@ class DeepSpeedEngine:
 
     def attention_shares(self, inputs: ModelInput) -> AttentionShares:
         self._engine.eval()
+        self._ranks.pulse.beat()
         batch = _to(inputs, self._ranks.device)
         shares: AttentionShares = self.module.attention_shares(batch.tokens_BT, batch.memory)
         return shares
@@ -210,6 +237,7 @@ class DeepSpeedEngine:
         places: Places | None = None,
     ) -> ExplicitMemory:
         self._engine.eval()
+        self._ranks.pulse.beat()
         device = self._ranks.device
         memory: ExplicitMemory = self.module.encode(
             tokens_NR.to(device),
@@ -231,12 +259,29 @@ class DeepSpeedEngine:
         weights = self.weights()
         return str(self._ranks.broadcast(hash_weights(weights) if self._ranks.is_first else None))
 
-    def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        save_file(_generators(self._ranks.device), folder / _TAG / self._generators_file)
-        if self._ranks.is_first:  # helper scripts, which nobody should have to run
-            for script in folder.glob("*.py"):
-                script.unlink()
+    def snapshot(self, *, copy: bool) -> Snapshot:
+        plain = self._engine.checkpoint_engine
+        caught = _Caught(plain)
+        with TemporaryDirectory(
+            prefix="memory3-"
+        ) as aside:  # for helper scripts, which nobody should have to run
+            try:
+                self._engine.checkpoint_engine = caught
+                self._engine.save_checkpoint(aside, tag=_TAG, save_latest=False)
+            finally:
+                self._engine.checkpoint_engine = plain
+            files = {str(Path(path).relative_to(aside)): state for path, state in caught.files.items()}
+        weights, generators = self.weights(), _generators(self._ranks.device)
+        if copy:
+            weights, files = self._copies.take((weights, files))
+
+        def write(folder: Path) -> None:
+            (folder / _TAG).mkdir(parents=True, exist_ok=True)
+            for name, state in files.items():
+                plain.save(state, str(folder / name))
+            save_file(generators, folder / _TAG / self._generators_file)
+
+        return Snapshot(weights, write)
 
     def load(self, folder: Path) -> None:
         _forbid_pickles()
@@ -280,6 +325,65 @@ class DeepSpeedEngine:
         batch = _to(inputs, self._ranks.device)
         loss: LossSum = self._engine(batch.tokens_BT, targets_BT=batch.targets_BT, memory=batch.memory)
         return loss
+
+
+class _Caught:
+    """Takes what DeepSpeed would have its checkpoint engine write; everything else is that engine's."""
+
+    def __init__(self, plain: Any) -> None:
+        self.files: dict[str, Any] = {}
+        self._plain = plain
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plain, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[path] = state_dict
+
+
+class TensorCopies:
+    """Copies nested values with all their tensors into the CPU's memory, which later copies use again.
+
+    Touching new memory takes longer than copying into it. Tensors that share a storage share its copy, so that what
+    is written of a copy are the same tensors, byte for byte.
+    """
+
+    def __init__(self) -> None:
+        self._storages: list[torch.UntypedStorage] = []
+
+    def take(self, value: T) -> T:
+        """A copy of dicts, lists and tuples, and of the tensors in them; it ends the one taken before."""
+        free: dict[int, list[torch.UntypedStorage]] = {}
+        for storage in self._storages:
+            free.setdefault(storage.nbytes(), []).append(storage)
+        copied: dict[tuple[int, int], torch.UntypedStorage] = {}
+        taken: T = _copy(value, copied, free)
+        self._storages = list(copied.values())
+        return taken
+
+
+def _copy(value: Any, copied: dict[Any, torch.UntypedStorage], free: dict[int, Any]) -> Any:
+    if isinstance(value, Tensor):
+        source = value.untyped_storage()
+        key = source.data_ptr(), source.nbytes()
+        if key not in copied:
+            size = source.nbytes()
+            used_before = free.get(size)
+            copied[key] = used_before.pop() if used_before else torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
+            copied[key].copy_(source, non_blocking=False)
+        view = torch.empty(0, dtype=value.dtype)
+        view.set_(copied[key], value.storage_offset(), value.shape, value.stride())
+        return view.requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        same = shallow_copy(value)
+        for key, item in value.items():
+            same[key] = _copy(item, copied, free)
+        return same
+    if type(value) in (list, tuple):
+        items = [_copy(item, copied, free) for item in value]
+        is_same = type(value) is tuple and all(map(operator.is_, items, value))
+        return value if is_same else type(value)(items)
+    return shallow_copy(value)
 
 
 class InferenceEngine:

@@ -40,6 +40,7 @@ class RankMemory:
         memories: The pool of memories that a micro-batch reads.
         temporaries: Of the loss and the backward pass, of communication and update, or of a validation.
         peak: The moment of the peak: "backward", "update", "validation".
+        copies: On a CPU, what an asynchronous save has copied, on the first rank; a GPU's lie in the host's memory.
     """
 
     parameters: int
@@ -50,12 +51,24 @@ class RankMemory:
     memories: int
     temporaries: int
     peak: str
+    copies: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        held = self.parameters + self.gradients + self.masters + self.moments
-        return held + self.activations + self.memories + self.temporaries
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """What it consists of, by name."""
+        return {
+            "parameters": self.parameters,
+            "gradients": self.gradients,
+            "optimizer": self.masters + self.moments,
+            "activations": self.activations,
+            "memories": self.memories,
+            "temporaries": self.temporaries,
+            "copies": self.copies,
+        }
 
 
 def number_bytes(precision: Precision) -> int:
@@ -72,6 +85,7 @@ def rank_memory(
     num_ranks: int,
     accumulate: int,
     cpu: bool = False,
+    asynchronous: bool = False,
 ) -> RankMemory:
     """Return what one rank holds.
 
@@ -84,6 +98,7 @@ def rank_memory(
         accumulate: Micro-batches of an update on each rank.
         cpu: Whether ranks compute on CPUs, where memory that is only reserved is not taken, and where the memories
             of all micro-batches of an update are there at once.
+        asynchronous: Whether checkpoints are written from a copy.
     """
     size = number_bytes(precision)
     mixed = size < _FLOAT32
@@ -125,7 +140,8 @@ def rank_memory(
         ("validation", 0, 0, micro_batch.validation),
     )
     peak, gradients, activations, temporaries = max(moments_of_run, key=lambda moment: sum(moment[1:]))
-    return RankMemory(weights, gradients, masters, moments, activations, memories, temporaries, peak)
+    copies = weights + masters + moments if cpu and asynchronous else 0
+    return RankMemory(weights, gradients, masters, moments, activations, memories, temporaries, peak, copies)
 
 
 def checkpoint_bytes(

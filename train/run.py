@@ -22,7 +22,7 @@ from memorybank.bank import OnlineReader
 from memorybank.cache import CachedRecords
 from memorybank.store import Generation
 from train.arms import Arm, Bank, Pattern, Reading, text_readings
-from train.checkpoint import Checkpoints, Documents
+from train.checkpoint import Checkpoints
 from train.config import DivergenceConfig, StageConfig
 from train.continual import BankEpochs, Rows
 from train.distributed import Ranks
@@ -143,7 +143,12 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
     def save(now: RunState) -> None:
         read = history.after(plan, now.cursor).finished
         keep = now.step in (parts.schedule.branch_step, parts.schedule.num_steps)
-        _publish(parts, now, history, read, keep=keep)
+        with ranks.pulse.phase("a checkpoint"):
+            parts.checkpoints.save(parts.engine, now, history, read, keep=keep)
+
+    def stopping() -> bool:
+        _tell_saved(parts)
+        return ranks.any(parts.stop.requested)
 
     def validate(now: RunState) -> dict[str, Any]:
         started = time.perf_counter()
@@ -175,6 +180,7 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
     ahead = InputsAhead(epoch.stage, batches, accumulate=accumulate, cache=epoch.cache)
     with ExitStack() as opened:
         opened.enter_context(parts.stop.deferred())
+        opened.enter_context(ranks.pulse.batches(f"an update of the {parts.name} stage"))
         opened.enter_context(batches)
         inputs: Iterator[StepInputs] = opened.enter_context(ahead)
         if parts.tracing is not None:
@@ -191,20 +197,32 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
             save=save,
             divergence=parts.divergence,
             peak=parts.peak,
-            stopping=lambda: ranks.any(parts.stop.requested),
+            stopping=stopping,
         )
+        _finish_saving(parts)
         if state.step < last_step:
             raise StoppedError(f"stopped after {state.step} steps of the {parts.name} stage")
     return state
 
 
-def _publish(parts: Parts, state: RunState, history: History, read: Documents, *, keep: bool) -> None:
-    started = time.perf_counter()
-    folder = parts.checkpoints.save(parts.engine, state, history, read, keep=keep)
-    if parts.epochs is not None:
+def _tell_saved(parts: Parts) -> None:
+    published = parts.checkpoints.saved()
+    if published and parts.epochs is not None:
         parts.epochs.sweep()
-    seconds = time.perf_counter() - started
-    parts.metrics.log(stage=state.stage, step=state.step, checkpoint=folder.name, seconds_checkpoint=seconds)
+    for saved in published:
+        parts.metrics.log(
+            stage=saved.state.stage,
+            step=saved.state.step,
+            checkpoint=saved.folder.name,
+            seconds_checkpoint=saved.seconds_stalled,
+            seconds_published=saved.seconds,
+        )
+
+
+def _finish_saving(parts: Parts) -> None:
+    with parts.ranks.pulse.phase("a checkpoint"):
+        parts.checkpoints.finish()
+    _tell_saved(parts)
 
 
 def _go_back(parts: Parts, problem: DivergedError) -> tuple[RunState, History]:
@@ -214,6 +232,7 @@ def _go_back(parts: Parts, problem: DivergedError) -> tuple[RunState, History]:
     """
     config, name = parts.divergence, parts.name
     remedy = f"lower {name}.peak_lr (now {parts.schedule.peak_lr:g}), or look into the rows of these updates"
+    _finish_saving(parts)
     first, last = problem.window(config)
     if problem.health.rollbacks >= config.max_rollbacks:
         raise HopelessError(
@@ -245,7 +264,8 @@ def _go_back(parts: Parts, problem: DivergedError) -> tuple[RunState, History]:
         passed_over_last=last,
         lr_factor=health.lr_factor,
     )
-    _publish(parts, state, checkpoint.history, checkpoint.read, keep=checkpoint.keep)
+    parts.checkpoints.save(parts.engine, state, checkpoint.history, checkpoint.read, keep=checkpoint.keep)
+    _finish_saving(parts)
     return state, checkpoint.history
 
 

@@ -214,6 +214,15 @@ def test_edited_manifest_is_refused(tmp_path: Path) -> None:
         open_manifest(tmp_path / "a", kind="thing", version=1)
 
 
+def test_manifest_that_is_flipped_anywhere_is_refused(tmp_path: Path) -> None:
+    """Facts that decide nothing are read all the same."""
+    publish(tmp_path / "a", {"x": b"1"}, extra={"documents": 123})
+    path = tmp_path / "a" / MANIFEST
+    path.write_text(path.read_text().replace("123", "122"))
+    with pytest.raises(ValueError, match="its checksum is not its content's"):
+        open_manifest(tmp_path / "a", kind="thing", version=1)
+
+
 def test_rows_are_copies_of_checked_spans(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).integers(0, 256, (5, BLOCK_BYTES // 2 + 3), np.uint8)
     length = rows.shape[1]

@@ -12,7 +12,7 @@ from launch.config import check
 from model.flops import count_parameters
 from model.transformer import Memory3LM
 
-DATA = {"jsonl": ["data.path=corpus.jsonl"]}
+DATA = {"jsonl": ["data.path=corpus.jsonl"], "hosts": ["launcher.hosts.file=hosts"]}
 
 
 def shipped() -> list[list[str]]:

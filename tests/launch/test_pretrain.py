@@ -3,9 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from threading import Barrier, Thread
+from time import sleep
 
 import pytest
 
+from launch import launchers, preflight, pretrain
+from launch.compose import compose_config
+from launch.config import RunConfig
 from launch.lock import one_of_ranks, only_user
 from tests.support.launch import Finished, corpus_settings, memory3, run_settings, topics, trained, within
 
@@ -74,6 +79,40 @@ def test_used_folder_is_refused_while_its_launcher_or_a_rank_lives(root: Path) -
     assert "is in use" in done.err
     with only_user(root / "m"):
         pass
+
+
+def test_of_two_jobs_launched_in_the_same_second_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 7: without a name both mean the same folder, and one of them has it."""
+    both, said = Barrier(2), []
+
+    def trains(config: RunConfig, folder: Path) -> int:
+        sleep(0.5)
+        return 0
+
+    monkeypatch.setattr(preflight, "write_rate", lambda folder: folder.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(preflight, "check", lambda *_, **__: None)
+    monkeypatch.setattr(pretrain, "freeze", lambda *_: 0)
+    monkeypatch.setattr(launchers, "run_agents", trains)
+    config = compose_config(["experiment=quick", "data=jsonl", "data.path=x", f"paths.root={tmp_path}"])
+
+    def launch() -> None:
+        both.wait()
+        try:
+            said.append(str(pretrain.pretrain(config)))
+        except ValueError as problem:
+            said.append(str(problem))
+
+    jobs = [Thread(target=launch) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    said.remove("0")  # it trained
+    (refused,) = said
+    assert refused.startswith(f"{tmp_path / config.run} is in use by a run that pid")
+    assert refused.endswith("wait for it, or set run=NAME")
 
 
 def test_rank_may_join_while_the_launcher_holds_the_folder(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from data.config import DataConfig, SourceConfig, SourceKind
 from data.factbook import load
-from data.files import fingerprint
+from data.files import CHECKSUM, fingerprint
 from data.prepare import Prepared, prepare
 from data.references import References
 from data.tokenizer import Tokenizer
@@ -177,8 +177,9 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def rewritten(manifest: Path, change: Callable[[dict[str, object]], None]) -> None:
-    """Change a manifest and give it the fingerprint that its content now has."""
+    """Change a manifest and give it the fingerprint that its content now has, as older ones without a checksum."""
     stored = json.loads(manifest.read_text())
+    stored.pop(CHECKSUM, None)
     change(stored)
     named = {key: stored[key] for key in ("kind", "version", "settings", "inputs")}
     stored["fingerprint"] = fingerprint(

@@ -24,7 +24,7 @@ from memorybank.config import EmbedderConfig, EmbedderKind, RetrievalConfig
 from model.config import ModelConfig
 from train import distributed
 from train.config import EngineConfig, LoggingConfig, MemoryConfig, SavingConfig, StageConfig
-from train.engine import Engine, ModelInput, StepResult
+from train.engine import Engine, ModelInput, Snapshot, StepResult
 from train.schedule import epoch_begins
 from train.state import RunState
 
@@ -197,9 +197,14 @@ class CountingEngine(Engine):
     def weights(self) -> dict[str, Tensor]:
         return {"updates": torch.tensor([self.updates])}
 
-    def save(self, folder: Path) -> None:
-        (folder / "engine").mkdir(exist_ok=True)
-        torch.save({"updates": torch.tensor([self.updates])}, folder / "engine" / "state.pt")
+    def snapshot(self, *, copy: bool) -> Snapshot:
+        updates = torch.tensor([self.updates])
+
+        def write(folder: Path) -> None:
+            (folder / "engine").mkdir(exist_ok=True)
+            torch.save({"updates": updates}, folder / "engine" / "state.pt")
+
+        return Snapshot({"updates": updates}, write)
 
     def load(self, folder: Path) -> None:
         self.updates = int(torch.load(folder / "engine" / "state.pt", weights_only=True)["updates"])

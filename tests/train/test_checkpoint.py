@@ -4,7 +4,9 @@ import errno
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
+from threading import Event, Timer
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from tests.support.train import Canary, CountingEngine, state
 from train import checkpoint
 from train.checkpoint import Checkpoint, Checkpoints, Retention, entries, reasons_to_keep
 from train.distributed import Ranks
+from train.engine import Snapshot
 from train.state import History
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -45,9 +48,10 @@ def save(
 ) -> Path:
     engine = CountingEngine()
     engine.updates = step
-    return checkpoints(run, keep_last=keep_last, retention=retention).save(
-        engine, state(step, stage=stage, validation=validation), HISTORY, READ, keep=keep
-    )
+    saving = checkpoints(run, keep_last=keep_last, retention=retention)
+    saving.save(engine, state(step, stage=stage, validation=validation), HISTORY, READ, keep=keep)
+    (saved,) = saving.saved()
+    return saved.folder
 
 
 def names(run: Path) -> list[str]:
@@ -95,6 +99,15 @@ def test_a_partial_folder_is_ignored_and_does_not_stop_the_next_save(tmp_path: P
     save(tmp_path, 10)
     assert newest(tmp_path).state.step == 10
     assert names(tmp_path) == ["warmup-00000005", "warmup-00000010"]
+
+
+def test_nothing_of_a_killed_save_gets_into_the_next_one(tmp_path: Path) -> None:
+    """Libraries have names of their own for files that they have not finished."""
+    folder = save(tmp_path, 5)
+    (folder / "engine" / ".tmpO98MOh").write_bytes(b"half")
+    folder.rename(folder.with_name(folder.name + ".partial"))
+    save(tmp_path, 5)
+    assert sorted(path.name for path in (folder / "engine").iterdir()) == ["state.pt"]
 
 
 def test_a_folder_without_manifest_does_not_exist(tmp_path: Path) -> None:
@@ -310,9 +323,11 @@ def test_a_disk_that_is_full_in_a_save_leaves_the_checkpoint_before_it(
     """Fault 2."""
 
     class Full(CountingEngine):
-        def save(self, folder: Path) -> None:
-            super().save(folder)
-            raise problem
+        def snapshot(self, *, copy: bool) -> Snapshot:
+            return Snapshot({}, fail)
+
+    def fail(folder: Path) -> None:
+        raise problem
 
     save(tmp_path, 5)
     with pytest.raises(
@@ -326,7 +341,7 @@ def test_a_disk_that_is_full_in_a_save_leaves_the_checkpoint_before_it(
 
 def test_another_error_in_a_save_stays_what_it_is(tmp_path: Path) -> None:
     class Broken(CountingEngine):
-        def save(self, folder: Path) -> None:
+        def snapshot(self, *, copy: bool) -> Snapshot:
             raise RuntimeError("lost a peer")
 
     with pytest.raises(RuntimeError, match="lost a peer"):
@@ -363,8 +378,9 @@ def test_a_checkpoint_says_where_it_comes_from(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("run: x\n")
     (tmp_path / "wandb-id").write_text("abc")
     written = Checkpoints(tmp_path, inputs=INPUTS, ranks=ALONE, origin={"torch": "2.0"})
-    folder = written.save(CountingEngine(), state(1), HISTORY, READ, keep=False)
-    assert (folder / "config.yaml").read_text() == "run: x\n"
+    written.save(CountingEngine(), state(1), HISTORY, READ, keep=False)
+    (saved,) = written.saved()
+    assert (saved.folder / "config.yaml").read_text() == "run: x\n"
     assert newest(tmp_path).origin() == {"torch": "2.0", "wandb": "abc"}
 
 
@@ -377,3 +393,80 @@ def test_a_stage_never_starts_from_a_damaged_checkpoint_or_from_another_corpus(t
     damage(folder / "model.safetensors")
     with pytest.raises(ValueError, match=rf"{folder} is damaged: model.safetensors"):
         checkpoints(tmp_path).last_of("warmup")
+
+
+class Gate:
+    """Lets a snapshot be written when the test says so."""
+
+    def __init__(self, step: int, *, problem: Exception | None = None) -> None:
+        self.open = Event()
+        self.engine = CountingEngine()
+        self.engine.updates = step
+        plain = self.engine.snapshot
+
+        def snapshot(*, copy: bool) -> Snapshot:
+            assert copy
+            taken = plain(copy=copy)
+
+            def write(folder: Path) -> None:
+                assert self.open.wait(30)
+                if problem is not None:
+                    raise problem
+                taken.write(folder)
+
+            return Snapshot(taken.weights, write)
+
+        self.engine.snapshot = snapshot  # type: ignore[method-assign]
+
+
+def aside(run: Path) -> Checkpoints:
+    return Checkpoints(run, inputs=INPUTS, ranks=ALONE, aside=ALONE.aside())
+
+
+def test_an_asynchronous_save_publishes_what_was_there_when_it_began(tmp_path: Path) -> None:
+    gate, saving = Gate(5), aside(tmp_path)
+    saving.save(gate.engine, state(5), HISTORY, READ, keep=False)
+    gate.engine.updates = 99  # training goes on
+    assert saving.saved() == []
+    assert checkpoints(tmp_path).newest() is None
+    gate.open.set()
+    saving.finish()
+    (saved,) = saving.saved()
+    assert saved.state == state(5)
+    assert saved.seconds > saved.seconds_stalled
+    assert newest(tmp_path).weights() == {"updates": torch.tensor([5])}
+    assert saving.saved() == []
+
+
+def test_one_checkpoint_is_written_at_a_time_and_in_order(tmp_path: Path) -> None:
+    first, second, saving = Gate(5), Gate(10), aside(tmp_path)
+    saving.save(first.engine, state(5), HISTORY, READ, keep=False)
+    Timer(0.2, first.open.set).start()
+    saving.save(second.engine, state(10), HISTORY, READ, keep=False)  # waits for the first
+    assert names(tmp_path)[0] == "warmup-00000005"
+    assert newest(tmp_path).state.step == 5
+    second.open.set()
+    saving.finish()
+    assert [saved.state.step for saved in saving.saved()] == [5, 10]
+
+
+@pytest.mark.parametrize("asked", ["the next save", "the next step", "the end"])
+def test_a_failed_asynchronous_save_fails_the_run_at_the_next_safe_point(asked: str, tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    gate, saving = Gate(10, problem=OSError(errno.ENOSPC, "No space left on device")), aside(tmp_path)
+    saving.save(gate.engine, state(10), HISTORY, READ, keep=False)
+    gate.open.set()
+
+    def go_on() -> None:
+        match asked:
+            case "the next save":
+                saving.save(CountingEngine(), state(15), HISTORY, READ, keep=False)
+            case "the end":
+                saving.finish()
+            case _:
+                while not saving.saved():
+                    time.sleep(0.01)
+
+    with pytest.raises(ValueError, match=r"warmup-00000010 could not be written: .*make room"):
+        go_on()
+    assert newest(tmp_path).state.step == 5

@@ -1,5 +1,6 @@
 """What the bank may hold, what rows find in it, and which generation an epoch accepts."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -207,6 +208,20 @@ def test_neighbours_are_searched_once(searched: tuple[Path, RowPlan, Rows, Epoch
     np.testing.assert_array_equal(again.scores_MC, found.scores_MC)
     np.testing.assert_array_equal(again.validation_MC, found.validation_MC)
     assert again.report == found.report
+
+
+@pytest.mark.parametrize("name", ["training", "scores", "validation"])
+def test_neighbours_that_are_damaged_are_refused(
+    name: str, searched: tuple[Path, RowPlan, Rows, EpochNeighbours], tmp_path: Path
+) -> None:
+    run, plan, held_out, _ = searched
+    copy = Path(shutil.copytree(run, tmp_path / run.name))
+    path = copy / "neighbours" / "continual-0000" / f"{name}.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}.npy: block 0 .* is damaged"):
+        epochs(copy, search=None).neighbours(0, read(*SECTIONS[:-3]), rows_of(plan), held_out)
 
 
 class CountingEmbedder(StaticEmbedder):

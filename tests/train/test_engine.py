@@ -117,8 +117,10 @@ def _resumed(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
     for step in range(6):
         straight.append(made.train_step(rows(ranks, step, micro_rows=2), lr=3e-3).loss)
         if step == 2:
-            made.save(folder / "saved")
+            saved = made.snapshot(copy=True)
             weights = {name: value.clone() for name, value in made.module.state_dict().items()}
+    saved.write(folder / "saved")  # long after it was taken
+    ranks.barrier()
     loaded = engine(ranks)
     loaded.load(folder / "saved")
     resumed = [loaded.train_step(rows(ranks, step, micro_rows=2), lr=3e-3).loss for step in range(3, 6)]
@@ -130,7 +132,7 @@ def _resumed(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
 
 def _load_with_pickle(ranks: Ranks, folder: Path) -> str:
     made = engine(ranks)
-    made.save(folder / "malicious")
+    made.snapshot(copy=False).write(folder / "malicious")
     ranks.barrier()
     if ranks.is_first:
         for file in (folder / "malicious").rglob("*.pt"):
@@ -213,7 +215,7 @@ def resumed_by_others(folder: Path, name: str) -> tuple[list[float], str]:
         loaded = engine(ranks)
         loaded.load(folder / name)
         assert not (folder / f"{name}.universal").exists() or not ranks.is_first
-        loaded.save(folder / f"{name}-{ranks.world_size}")
+        loaded.snapshot(copy=False).write(folder / f"{name}-{ranks.world_size}")
         losses = [loaded.train_step(rows(ranks, step, micro_rows=2), lr=3e-3).loss for step in range(3, 6)]
         return losses, _message(lambda: loaded.load(folder / "malicious")) if ranks.world_size == 1 else ""
 

@@ -112,7 +112,7 @@ def measure(folder: Path) -> dict[int, tuple[int, int]]:
             engine.train_step([ModelInput(tokens[:, :-1], tokens[:, 1:])], lr=1e-3)
             gc.collect()
             held = sum(size for place, size in _tensors().items() if place not in before)
-            engine.save(folder / str(zero_stage))
+            engine.snapshot(copy=False).write(folder / str(zero_stage))
             weights = engine.weights()
             if ranks.is_first:
                 save_file(weights, folder / str(zero_stage) / "model.safetensors")

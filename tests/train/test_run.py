@@ -79,7 +79,8 @@ def all_runs(root: Path) -> dict[str, str]:
         }
         for config in configs.values():
             train(config, ranks)
-        resume(warmup, "warmup-10", ranks)
+        at_once = replace(warmup.saving, asynchronous=False)  # ends with the bytes of the asynchronous one
+        resume(replace(warmup, saving=at_once), "warmup-10", ranks)
         for step in (4, 8):  # in the middle of an epoch; at the edge of one
             resume(configs["m"], f"continual-{step}", ranks)
         resume(replace(configs["m"], bank=BankConfig(cache_mib=0)), "continual-12", ranks)

@@ -1,0 +1,140 @@
+"""Starting a run again after a crash (`supervise=true`): with back-off, up to a limit, and not where it is of no use.
+
+A crash repeats when the same cause comes after the same update twice; a mistake of the user, training that diverged
+and a signal that asked for the end are final at once. Everything else is tried again from the newest whole checkpoint,
+`supervision.max_restarts` times in a row without a newer one. Every end and what follows from it is an event in the
+run's `metrics.jsonl`.
+
+Not here: how ranks are started (`launch.pretrain`), which checkpoint is taken (`train.checkpoint`), what torchrun
+could restart by itself: nothing, it is not asked to.
+"""
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from launch.config import RunConfig, SupervisionConfig
+from train.metrics import JsonLines, read_metrics
+from train.stopping import STOPPED
+
+log = logging.getLogger(__name__)
+
+FAILURE = "failure.json"
+"""Where the agent writes the first cause of a failure, in the run folder."""
+
+_FINAL = {
+    2: "it is a mistake, a lack of room or damage that the last line names: mend it first",
+    3: "training diverged more often than it may: look into it first",
+    **dict.fromkeys(STOPPED, "a signal asked for it"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How the ranks ended.
+
+    Attributes:
+        code: Exit code.
+        cause: The line that was said of it.
+        stage: Where the run was.
+        step: Its last reported update.
+        checkpoint: The newest published one.
+    """
+
+    code: int
+    cause: str
+    stage: str
+    step: int
+    checkpoint: str | None
+
+    def repeats(self, other: "End") -> bool:
+        """Whether it is the same crash at the same place; numbers (addresses, seconds, ports) may differ."""
+        return (self.stage, self.step, self.code, _plain(self.cause)) == (
+            other.stage, other.step, other.code, _plain(other.cause),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What follows.
+
+    Attributes:
+        wait_seconds: Pause before the ranks are started again; None: they are not.
+        reason: Why.
+    """
+
+    wait_seconds: float | None
+    reason: str
+
+
+def judge(ends: Sequence[End], config: SupervisionConfig) -> Verdict:
+    """Say what follows on the last of a run's ends, oldest first."""
+    last = ends[-1]
+    if last.code in _FINAL:
+        return Verdict(None, _FINAL[last.code])
+    if any(last.repeats(end) for end in ends[:-1]):
+        where = f"after update {last.step} of the {last.stage} stage"
+        return Verdict(None, f"the same crash {where} for the second time: it will repeat")
+    tries = sum(1 for _ in takewhile(lambda end: end.checkpoint == last.checkpoint, reversed(ends)))
+    if tries > config.max_restarts:
+        return Verdict(
+            None, f"{config.max_restarts} restarts (supervision.max_restarts) brought no newer checkpoint"
+        )
+    wait = min(config.backoff_seconds * 2 ** (tries - 1), config.max_backoff_seconds)
+    return Verdict(wait, f"restart {tries} of {config.max_restarts} without a newer checkpoint")
+
+
+def run(start: Callable[[], int], folder: Path, config: RunConfig) -> int:
+    """Start the ranks until they end well, or until it is of no use; the last exit code."""
+    ends: list[End] = []
+    while True:
+        (folder / FAILURE).unlink(missing_ok=True)
+        code = start()
+        if code == 0 or not config.supervise:
+            return code
+        ends.append(_end(folder, code))
+        verdict = judge(ends, config.supervision)
+        _record(folder, ends[-1], verdict)
+        if verdict.wait_seconds is None:
+            log.error("not started again: %s", verdict.reason)
+            return code
+        log.warning("starting again in %.0f s: %s", verdict.wait_seconds, verdict.reason)
+        time.sleep(verdict.wait_seconds)
+
+
+def _end(folder: Path, code: int) -> End:
+    from train.checkpoint import entries
+
+    path, failure = folder / "metrics.jsonl", folder / FAILURE
+    steps = [line for line in read_metrics(path) if "loss" in line] if path.exists() else []
+    stage, step = (steps[-1]["stage"], steps[-1]["step"]) if steps else ("warmup", 0)
+    said = json.loads(failure.read_text(encoding="utf-8"))["cause"] if failure.exists() else None
+    published = [entry.folder.name for entry in entries(folder) if entry.problem is None]
+    return End(code, said or f"exit code {code}", stage, step, published[-1] if published else None)
+
+
+def _record(folder: Path, end: End, verdict: Verdict) -> None:
+    line = {
+        "stage": end.stage,
+        "step": end.step,
+        "event": "crashed",
+        "code": end.code,
+        "cause": end.cause,
+        "checkpoint": end.checkpoint,
+        "restarted_after": verdict.wait_seconds,
+        "reason": verdict.reason,
+        "time": time.time(),
+    }
+    # Opened as a resumed run would: a line that a kill has torn goes, all others stay.
+    lines = JsonLines(folder / "metrics.jsonl", stage=end.stage, step=end.step)
+    lines.log(line)
+    lines.close()
+
+
+def _plain(cause: str) -> str:
+    return re.sub(r"0x[0-9a-f]+|\d+", "#", cause)

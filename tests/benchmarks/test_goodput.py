@@ -1,0 +1,30 @@
+"""What of a run's time counts."""
+
+import json
+from pathlib import Path
+
+from benchmarks.goodput import shares
+from launch.run_log import RunLog
+
+
+def test_what_counts_is_what_the_lines_tell_once(tmp_path: Path) -> None:
+    step = {"stage": "warmup", "loss": 2.0, "tokens": 10, "seconds_data": 0.5, "seconds_update": 1.5}
+    lines = [
+        {**step, "step": 1, "time": 10.0},
+        {
+            "stage": "warmup",
+            "step": 1,
+            "checkpoint": "warmup-00000001",
+            "seconds_checkpoint": 1.0,
+            "time": 11.0,
+        },
+        {"stage": "warmup", "step": 1, "event": "crashed", "time": 15.0},
+        {"stage": "warmup", "step": 1, "event": "resumed", "steps_repeated": 3, "time": 30.0},
+        {**step, "step": 2, "time": 40.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = shares(RunLog.read(tmp_path), 50.0)
+    assert found["useful_seconds"] == 5.0
+    assert found["useful"] == {"data": 1.0, "update": 3.0, "checkpoint": 1.0}
+    assert (found["steps"], found["steps_repeated"]) == (2, 3)
+    assert found["goodput"] == 0.1
