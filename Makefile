@@ -42,8 +42,8 @@ gate: $(STAMP) ## Ratios that a change must not worsen (half a minute)
 checks: $(STAMP) ## Formatting, lint, types, import contract
 	cd $(ROOT) && $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
 
-docs: $(STAMP) ## Write docs/config.md from the configuration's schema
-	cd $(ROOT) && $(BIN)/python -m launch.config_page
+docs: $(STAMP) ## Write docs/config.md and docs/formats.md from the sources
+	cd $(ROOT) && $(BIN)/python -m launch.config_page && $(BIN)/python -m launch.formats_page
 
 format: $(STAMP) ## Format and fix what can be fixed
 	cd $(ROOT) && $(BIN)/ruff format . && $(BIN)/ruff check --fix .

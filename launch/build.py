@@ -39,6 +39,7 @@ from train.rows import held_out_rows
 from train.run import Parts
 from train.schedule import schedule_of
 from train.stopping import Stop
+from train.tracing import Tracing
 
 
 @dataclass(slots=True)
@@ -211,6 +212,14 @@ class Context:
             cache_bytes=config.bank.cache_mib << 20,
             seed=config.seed,
             divergence=config.divergence,
+            tracing=Tracing(
+                run / "profile",
+                name,
+                steps=config.logging.profile_steps,
+                snapshot=config.logging.memory_snapshot,
+            )
+            if config.logging.profile_steps and ranks.is_first
+            else None,
             stop=stop or Stop(),
         )
 

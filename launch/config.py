@@ -169,6 +169,12 @@ def check(config: RunConfig) -> None:
     _at_least(0, "saving", config.saving, "keep_best")
     _check_divergence(config.divergence)
     _at_least(1, "logging", config.logging, "validate_every", "validation_rows", "line_every")
+    _at_least(0, "logging", config.logging, "profile_steps")
+    if config.logging.memory_snapshot and not config.logging.profile_steps:
+        raise ValueError(
+            "logging.memory_snapshot=true records the steps that are traced, and logging.profile_steps=0; set "
+            "logging.profile_steps=3, or debug=profile"
+        )
     if config.logging.peak_tflops is not None and not config.logging.peak_tflops > 0:
         raise ValueError(
             f"logging.peak_tflops={config.logging.peak_tflops} is not above 0; set that of one device, or null"

@@ -69,30 +69,41 @@ def run(arguments: argparse.Namespace) -> int:
     """Make all checks, print each as soon as it is made; 1 when one of them makes runs impossible."""
     findings = []
     console = Console(width=max(Console().width, 100))
-    for check in (_python, _packages, _faiss, _processor, _gpus, _collectives, _folder, _limits, _wandb):
-        for finding in check(Path(arguments.root)):
+    for title, checks in (
+        ("software", (_python, _packages, _faiss)),
+        ("machine", (_processor, _gpus, _collectives, _limits)),
+        ("folder of runs", (_folder,)),
+        ("network", (_wandb,)),
+    ):
+        if not arguments.json:
+            console.print(title, style="dim", highlight=False)
+        for finding in (finding for check in checks for finding in check(Path(arguments.root))):
             findings.append(finding)
             if not arguments.json:
                 console.print(_line(finding), highlight=False)
-    failed = any(finding.state is State.fail for finding in findings)
+    failed = [finding.name for finding in findings if finding.state is State.fail]
+    noted = [finding.name for finding in findings if finding.state is State.note]
     if arguments.json:
         print(json.dumps([asdict(finding) | {"state": finding.state.name} for finding in findings]))
     else:
-        notes = sum(finding.state is State.note for finding in findings)
         end = "this machine cannot train yet" if failed else "this machine can train"
-        console.print(f"{end}{f'; {notes} to look at' if notes else ''}", style="bold", highlight=False)
-    return int(failed)
+        look = f"; look at: {', '.join([*failed, *noted])}" if failed or noted else ""
+        style = "bold red" if failed else "bold yellow" if noted else "bold green"
+        console.print(f"\n{end}{look}", style=style, highlight=False)
+    return int(bool(failed))
 
 
 def _line(finding: Finding) -> Table:
     style = {State.ok: "green", State.note: "yellow", State.fail: "bold red"}[finding.state]
     line = Table.grid(padding=(0, 2))
+    line.add_column(width=0)
     line.add_column(width=4)
-    line.add_column(width=14)
-    line.add_column(overflow="fold")
-    line.add_row(Text(finding.state.name, style=style), finding.name, Text(finding.says))
+    line.add_column(width=11)
+    line.add_column()
+    name = Text(finding.name, style="" if finding.state is State.ok else "bold")
+    line.add_row("", Text(finding.state.name, style=style), name, Text(finding.says))
     if finding.remedy is not None:
-        line.add_row("", "", Text(f"-> {finding.remedy}", style=style))
+        line.add_row("", "", "", Text(f"-> {finding.remedy}", style=style))
     return line
 
 
@@ -125,7 +136,7 @@ def _packages(_: Path) -> Iterator[Finding]:
             )
             continue
         if requirement.specifier.contains(version, prereleases=True):
-            fitting.append(f"{requirement.name} {version}")
+            fitting.append(f"{requirement.name}=={version}")
         else:
             says = f"{version} is outside {requirement.specifier}"
             yield Finding(requirement.name, State.fail, says, f"pip install '{requirement}'")
@@ -157,7 +168,8 @@ def _faiss(_: Path) -> Iterator[Finding]:
     except ImportError as problem:
         yield Finding("faiss", State.fail, f"{name} {version} cannot be loaded: {problem}", remedy)
         return
-    yield Finding("faiss", State.ok, f"{name} {version}, compiled for {compile_options()}")
+    sets = [word for word in compile_options().split() if word not in ("OPTIMIZE", "DD", "GENERIC")]
+    yield Finding("faiss", State.ok, f"{name} {version}, compiled for {', '.join(sets) or 'any processor'}")
 
 
 def _processor(_: Path) -> Iterator[Finding]:
@@ -427,7 +439,9 @@ def _wandb(_: Path) -> Iterator[Finding]:
     try:
         socket.create_connection(_WANDB, timeout=_WANDB_SECONDS).close()
     except OSError as problem:
-        says = f"{_WANDB[0]} does not answer ({problem}): logging.wandb=true writes offline"
+        says = (
+            f"{_WANDB[0]} does not answer ({problem.strerror or problem}): logging.wandb=true writes offline"
+        )
         yield Finding("wandb", State.ok, says)
         return
     says = f"{_WANDB[0]} answers, {'a key is set' if key else 'no key is set: logging.wandb=true writes offline'}"

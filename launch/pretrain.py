@@ -63,10 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         signal.signal(signal.SIGUSR1, _end_of_time)
         code = _prepare_and_train(arguments, config)
-    except _EndOfTimeError:
+    except _EndOfTime:
         code = 128 + signal.SIGUSR1
     if slurm.asks_for_requeue(code, config):
-        log.info("the time of this job is over: it is queued again")
         slurm.requeue()
     return code
 
@@ -79,12 +78,12 @@ def _prepare_and_train(arguments: argparse.Namespace, config: RunConfig) -> int:
     return pretrain(config)
 
 
-class _EndOfTimeError(Exception):
+class _EndOfTime(BaseException):  # nothing on the way may catch it
     """SIGUSR1 came before there were ranks to hand it to."""
 
 
 def _end_of_time(signal_number: int, frame: FrameType | None) -> NoReturn:
-    raise _EndOfTimeError
+    raise _EndOfTime
 
 
 def submit(config: RunConfig, arguments: argparse.Namespace) -> int:

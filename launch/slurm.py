@@ -8,6 +8,7 @@ Not here: what the command does (`launch.pretrain`, `launch.trial`).
 """
 
 import getpass
+import logging
 import os
 import shlex
 import signal
@@ -18,6 +19,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from launch.config import RunConfig
+
+log = logging.getLogger(__name__)
 
 _QUEUE_SECONDS = 10.0
 """A list of jobs is as old as this at most: `squeue` asks a service that all users of a cluster share."""
@@ -112,7 +115,11 @@ def submit(folder: Path, text: str, *, tasks: Sequence[int] | None = None) -> st
 
 def requeue() -> None:
     """Have SLURM queue the job again that this process lives in; it then ends this process."""
-    _ask("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+    log.info("the time of this job is over: it is queued again")
+    try:
+        _ask("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+    except ValueError as problem:  # of an allocation that is no batch job
+        log.warning("it could not be queued again: %s", problem)
 
 
 def asks_for_requeue(code: int, config: RunConfig) -> bool:

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Loss:
 
 
 @dataclass(slots=True)
-class TrialRun:
+class TrialRun(ABC):
     """The files of a trial.
 
     Attributes:
@@ -70,13 +71,13 @@ class TrialRun:
     _read: int = field(default=0, kw_only=True)
     _file: int | None = field(default=None, kw_only=True)
 
+    @abstractmethod
     def is_alive(self) -> bool:
         """Whether it waits or trains, whoever started it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self) -> None:
-        """End it."""
-        raise NotImplementedError
+        """End all of its processes."""
 
     def exit_code(self) -> int | None:
         """The exit code of a trial that has ended; None when it could not say one, being killed."""

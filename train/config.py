@@ -151,6 +151,10 @@ class LoggingConfig:
     """Steps between two validations inside the loop; the ends of stages are always validated."""
     validation_rows: int = 16
     """Held-out rows read by a validation inside the loop."""
+    profile_steps: int = 0
+    """Steps of each stage that are traced with torch's profiler, into `<run>/profile`; 0 traces none."""
+    memory_snapshot: bool = False
+    """Write what CUDA's allocator held at the end of these steps, too."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,7 +9,8 @@ Not here: a single epoch's loop (`loop`), assembling the parts from a configurat
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from train.distributed import Ranks
 from train.divergence import DivergedError, HopelessError
 from train.engine import Engine
 from train.evaluate import Setting, TextSet, memory_attention, validation_losses
-from train.inputs import InputsAhead
+from train.inputs import InputsAhead, StepInputs
 from train.loop import PeakSpeed, train_epoch
 from train.metrics import Metrics
 from train.rows import plan_epoch
@@ -36,6 +37,7 @@ from train.schedule import Schedule, epoch_begins
 from train.stages import MemoryStage, PlainStage, Reader, Stage, encodes_online, reads_bank
 from train.state import History, RunState
 from train.stopping import Stop, StoppedError
+from train.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class Parts:
     cache_bytes: int
     seed: int
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    tracing: Tracing | None = None
     stop: Stop = field(default_factory=Stop)
 
 
@@ -170,7 +173,12 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
     )
     accumulate = config.rows_per_step // (config.micro_rows * ranks.world_size)
     ahead = InputsAhead(epoch.stage, batches, accumulate=accumulate, cache=epoch.cache)
-    with parts.stop.deferred(), batches, ahead as inputs:
+    with ExitStack() as opened:
+        opened.enter_context(parts.stop.deferred())
+        opened.enter_context(batches)
+        inputs: Iterator[StepInputs] = opened.enter_context(ahead)
+        if parts.tracing is not None:
+            inputs = opened.enter_context(closing(parts.tracing.around(inputs)))
         state = train_epoch(
             parts.engine,
             epoch.stage,

@@ -182,7 +182,7 @@ def slurm_config(*more: str) -> list[str]:
 def test_the_script_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = compose_config(
-        slurm_config("launcher.slurm.options=[--partition=gpu]", "launcher.slurm.setup=[module load cuda]")
+        slurm_config('launcher.slurm.options=["--partition=gpu"]', "launcher.slurm.setup=[module load cuda]")
     )
     folder = tmp_path / "runs" / "mine"
     assert script(config, folder, "memory3 pretrain") == (

@@ -85,7 +85,7 @@ def test_memory_adds_what_its_source_costs() -> None:
 
 
 def test_disk_that_is_too_small_is_answered_by_a_codec_and_fewer_checkpoints() -> None:
-    config = compose_config(["experiment=quick"])
+    config = compose_config(["experiment=quick", "saving.every_steps=10"])
     config.continual.epoch_steps = "1"  # type: ignore[union-attr]
     site = Site(device=DEVICES["h100"], mfu=0.4)
     needed = plan(config, site)
@@ -93,7 +93,12 @@ def test_disk_that_is_too_small_is_answered_by_a_codec_and_fewer_checkpoints() -
     small = plan(config, Site(device=DEVICES["h100"], mfu=0.4, free_disk=needed.disk.written * 3 // 4))
     [problem] = small.problems
     assert problem.remedy.startswith("saving.keep_last=1")
-    smaller = plan(config, Site(device=DEVICES["h100"], mfu=0.4, free_disk=needed.disk.checkpoint * 8))
+    fewest = compose_config(
+        ["experiment=quick", "saving.every_steps=10", "saving.keep_last=1", "saving.keep_generations=1"]
+    )
+    fewest.continual.epoch_steps = "1"  # type: ignore[union-attr]
+    least = plan(fewest, site).disk.written
+    smaller = plan(config, Site(device=DEVICES["h100"], mfu=0.4, free_disk=least - 1))
     assert "codec.kind=" in smaller.problems[0].remedy
     hopeless = plan(config, Site(device=DEVICES["h100"], mfu=0.4, free_disk=1000))
     assert hopeless.problems[0].remedy.startswith("free ")

@@ -97,10 +97,11 @@ def scontrol(folder: Path, arguments: list[str]) -> str:
 
 
 def srun(folder: Path, arguments: list[str]) -> str:
-    options = [argument for argument in arguments if argument.startswith("--")]
+    nodes = 0
     while arguments[0].startswith("--"):
+        name, _, value = arguments[0].partition("=")
+        nodes = int(value) if name == "--nodes" else nodes
         arguments = arguments[1:]
-    [nodes] = [int(option.partition("=")[2]) for option in options if option.startswith("--nodes=")]
     tasks = [
         subprocess.Popen(arguments, env={**os.environ, "SLURM_NODEID": str(node)}, close_fds=False)
         for node in range(nodes)
@@ -110,7 +111,7 @@ def srun(folder: Path, arguments: list[str]) -> str:
     sys.exit(max(task.wait() for task in tasks))
 
 
-def wait_for(job: Path, timeout_seconds: float = 200) -> int:
+def wait_for(job: Path, timeout_seconds: float = 500) -> int:
     """The exit code of a job, once it is done."""
     deadline = time.monotonic() + timeout_seconds
     while not (job / "code").exists():

@@ -1,0 +1,72 @@
+"""Every command of the README and of docs/ is executed, as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from launch import doctor, formats_page
+from tests.support.launch import topics
+from tests.support.pages import ROOT, Block, Reader, blocks
+
+PAGES = ("README.md", "docs/tutorial.md", "docs/operations.md", "docs/bank.md")
+MAKE = "make demo     # a model is pretrained"
+
+
+def walk(folder: Path, monkeypatch: pytest.MonkeyPatch, *, slow: bool) -> list[Block]:
+    """Type what all pages say, from the first to the last; what was typed."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(doctor, "_WRITTEN_BYTES", 2 << 20)
+    monkeypatch.setattr(doctor, "_WANDB", ("127.0.0.1", 9))
+    topics(folder / "corpus.jsonl")
+    kept = (folder / "corpus.jsonl").read_bytes()
+    reader, typed = Reader(folder), []
+    for page in PAGES:
+        for block in blocks(page):
+            if block.mark == "elsewhere" or (block.mark == "slow" and not slow):
+                continue
+            failed = reader.types(block.text)
+            assert not failed, f"{block.page}, line {block.line}: {failed}"
+            (folder / "corpus.jsonl").write_bytes(kept)  # the tutorial makes a greater one
+            typed.append(block)
+    return typed
+
+
+def test_what_the_pages_say_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = walk(tmp_path / "here", monkeypatch, slow=False)
+    assert {block.page for block in typed} == set(PAGES)
+    assert sum(block.text.count("memory3 ") for block in typed) > 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_what_takes_longer_can_be_typed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert any(block.mark == "slow" for block in walk(tmp_path / "here", monkeypatch, slow=True))
+
+
+def test_no_command_hides_from_the_tests() -> None:
+    """Blocks are fenced and marked; what is left are the two commands of make."""
+    for page in [Path("README.md"), *sorted(Path("docs").glob("*.md"), key=str)]:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        fences = re.findall(r"^```(\S*.*)$", text, re.M)[::2]
+        assert set(fences) <= {"", "sh", "sh slow", "sh elsewhere", "text"}, page
+        bare = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+        assert not re.findall(r"^    (?:memory3|make|python) .*$", bare, re.M), page
+    unfenced = re.findall(r"^```\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert [text.startswith(MAKE) for text in unfenced] == [True]
+    pages = [*PAGES, "docs/inspect.md", "docs/report.md"]  # the last two say how their pictures were made
+    assert sum(block.mark == "elsewhere" for page in pages for block in blocks(page)) <= 7
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_page_of_formats_is_up_to_date() -> None:
+    page = (ROOT / formats_page.PAGE).read_text(encoding="utf-8")
+    assert page == formats_page.render(ROOT), "run `make docs`"
