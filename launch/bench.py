@@ -138,7 +138,7 @@ def _cells(figure: Figure) -> tuple[str, str, str, str, str]:
         figure.what,
         f"{figure.value:,.4g}{unit}",
         f"{low:,.4g} to {high:,.4g}",
-        "" if figure.cpu is None else f"{figure.cpu:.4g}",
+        "" if figure.cpu is None else f"{figure.cpu:,.4g}",
         target,
     )
 

@@ -12,6 +12,7 @@ import torch
 
 from data.files import publishing, verify, write_atomic
 from data.loader import Loader
+from data.packing import RowPlan, pack
 from data.references import References
 from launch.bench_step import Loop, Scene, loops, memory_stage, scene
 from launch.build import training_dtype
@@ -26,6 +27,7 @@ DEFAULTS = ["model=small", "model.prefix_ids=[1,2,3,4]", "warmup.rows_per_step=4
 
 _ROWS_SHARE, _MEMORY_SHARE = 0.01, 0.02
 _TOKENS_PER_SECOND, _VERIFIED_GB = 20e6, 1.0
+_TOKENS = 4 << 20
 _FILES, _FILE_BYTES = 4, 16 << 20
 _WARM = 1
 
@@ -36,16 +38,17 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
         threads = torch.get_num_threads()
         now = held.enter_context(scene(config, steps=conditions.rounds + _WARM + 1, threads=threads))
         continual = loops(now, held)["continual, bank"]
+        many = _many_rows(now)
         sides: dict[str, Side] = {
             "continual step": continual,
-            "rows of all steps": _rows(now),
+            "rows": _rows(now, many),
             "rows and memories of a step": _memories(now),
             "verifying files": _verifying(now),
         }
         times = interleaved(sides, conditions, warm=_WARM)
         stalled = _stalls(continual)[_WARM:]
     step, rows, memories, verifying = times.values()
-    tokens = now.plan.num_rows * config.model.row_tokens
+    tokens = many.num_rows * config.model.row_tokens
     return Bench(
         shape={
             "T": config.model.row_tokens,
@@ -59,7 +62,7 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
                 "loading a step's rows / step, CPU time",
                 rows,
                 step,
-                scale=now.stage.rows_per_step / now.plan.num_rows,
+                scale=now.stage.rows_per_step / many.num_rows,
                 by_cpu=True,
                 target=_ROWS_SHARE,
             ),
@@ -90,13 +93,21 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
     )
 
 
-def _rows(scene: Scene) -> Side:
+def _many_rows(scene: Scene) -> RowPlan:
+    """A plan of some million tokens: the documents, again and again."""
+    shards = scene.references.shards
+    documents = np.arange(shards.num_documents)
+    times = -(-_TOKENS // int(shards.lengths().sum()))
+    return pack(np.tile(documents, times), shards.lengths(), scene.plan.row_tokens, seed=0)
+
+
+def _rows(scene: Scene, plan: RowPlan) -> Side:
     settings = scene.stage
 
     def run() -> None:
         shards = References.open(scene.folder / "references").shards
         with Loader(
-            shards, scene.plan, rows_per_step=settings.rows_per_step, micro_rows=settings.micro_rows
+            shards, plan, rows_per_step=settings.rows_per_step, micro_rows=settings.micro_rows
         ) as rows:
             for _ in rows:
                 pass

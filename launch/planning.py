@@ -24,8 +24,7 @@ from model.flops import ParameterCount, TokenFlops, count_parameters, step_flops
 from model.footprint import micro_batch_bytes
 from train.config import MemorySource, StageConfig
 from train.footprint import RankMemory, checkpoint_bytes, number_bytes, rank_memory
-from train.generations import most_at_once
-from train.schedule import epoch_begins, schedule_of
+from train.schedule import epoch_begins, most_generations, schedule_of
 
 USABLE = 0.92
 """Share of a device's memory that a plan may fill: CUDA's context, workspaces and gaps take the rest."""
@@ -303,7 +302,7 @@ def _bank(config: RunConfig, site: Site) -> BankPlan | None:
     begins = [0, *itertools.accumulate(epochs[:-1])]
     return BankPlan(
         epochs=len(epochs),
-        generations=most_at_once(begins, stage, config.saving),
+        generations=most_generations(begins, stage, config.saving),
         references=references,
         generation_bytes=generation_bytes(config.model, references, vector_bytes=vector_bytes(config)),
         index=None if not site.references else _index(config, site.references),

@@ -21,8 +21,7 @@ from memorybank.config import CodecKind
 from memorybank.cost import memory_bytes, position_bytes
 from model.flops import count_parameters
 from train.config import Precision, StageConfig
-from train.generations import most_at_once
-from train.schedule import epoch_begins
+from train.schedule import epoch_begins, most_generations
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +134,7 @@ def _memories(config: RunConfig, stage: StageConfig, num_references: int) -> int
     else:
         record = memory_bytes(config.model, codec) + position_bytes(config.model)
     begins = epoch_begins(stage) or [0]
-    num_generations = most_at_once(begins, stage, config.saving)
+    num_generations = most_generations(begins, stage, config.saving)
     longest = max(end - begin for begin, end in pairwise([*begins, stage.steps]))
     chunks = config.model.row_tokens // config.model.chunk_tokens
     rows = longest * stage.rows_per_step + config.logging.validation_rows

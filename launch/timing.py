@@ -78,7 +78,7 @@ class Figure:
         unit: Empty for a ratio.
         target: What is to be reached; None: it is told, not judged.
         at_least: Whether more is better.
-        cpu: The same ratio, by CPU time.
+        cpu: The same, by CPU time.
         note: How it is counted.
     """
 
@@ -191,13 +191,14 @@ def rate(
     target: float | None = None,
     note: str = "",
 ) -> Figure:
-    """Return how much of something a side does in a second."""
+    """Return how much of something a side does in a second; by CPU time, in a second of one core."""
     return Figure(
         what,
         tuple(amount / seconds for seconds in times.wall),
         unit=unit,
         target=target,
         at_least=True,
+        cpu=amount / median(times.cpu),
         note=note,
     )
 

@@ -1,4 +1,4 @@
-"""Search vectors in, nearest references out: exact inner product, with faiss.
+"""Search vectors in, nearest references out: exact inner product.
 
 Invariants: ids are the references' own numbers, never positions; a place without result holds -1 and -inf;
 equal scores are ordered by id; a search over blocks holds one block in memory, however many there are.
@@ -35,6 +35,9 @@ Found = tuple[Vectors, Ids]
 
 SPAN_BYTES = 32 << 20
 """Vectors that a search over blocks compares at a time."""
+
+SCORES = 1 << 23
+"""Scores that it holds at a time."""
 
 
 class SearchIndex(Protocol):
@@ -218,7 +221,6 @@ def search_spans(
         k: results per query.
         removed: ids that are not found.
     """
-    share_threads()
     queries = np.ascontiguousarray(queries, np.float32)
     best = nothing(len(queries), k)
     for span_ids, span_vectors in spans:
@@ -275,6 +277,15 @@ def _nearest(queries: Vectors, vectors: Vectors, k: int) -> Found:
         index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(vectors.shape[1]))
         index.add(vectors)
         scores, places = index.search(queries, k)
-    else:
-        scores, places = faiss.knn(queries, vectors, k, faiss.METRIC_INNER_PRODUCT)
+        return scores, places
+    scores, places = nothing(len(queries), k)
+    compared, tile, most = _tensor(vectors).T, max(1, SCORES // len(vectors)), min(k, len(vectors))
+    for begin in range(0, len(queries), tile):
+        best = (_tensor(queries[begin : begin + tile]) @ compared).topk(most)
+        scores[begin : begin + tile, :most], places[begin : begin + tile, :most] = best
     return scores, places
+
+
+def _tensor(array: Vectors) -> torch.Tensor:
+    """Return the array as a tensor; only what may not be written, which torch refuses, is copied."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -11,7 +11,6 @@ Not here: which checkpoints stay (`checkpoint`), compiling (`continual`).
 
 import logging
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from data.files import MANIFEST, Manifest, delete_artefact, is_held, open_manife
 from memorybank import quantizer, store
 from memorybank.cold import ColdRecords, stores
 from train.checkpoint import STAGES, entries
-from train.config import SavingConfig, StageConfig
 
 log = logging.getLogger(__name__)
 
@@ -66,34 +64,6 @@ def sweep(run: Path, *, last: int) -> list[Path]:
     for path in [*gone, *doomed]:
         delete_artefact(path)
     return [*gone, *doomed]
-
-
-def most_at_once(begins: Sequence[int], stage: StageConfig, saving: SavingConfig) -> int:
-    """Return how many generations of a stage lie on disk at a time, at most, the one being compiled included.
-
-    Args:
-        begins: The steps at which its bank epochs begin.
-        stage: Its length.
-        saving: When checkpoints are published, and what stays.
-    """
-    branch = stage.steps - stage.decay_steps
-    saved = sorted(
-        {*range(saving.every_steps, stage.steps + 1, saving.every_steps), branch, stage.steps} - {0}
-    )
-    epochs = [bisect_left(begins, step) - 1 for step in saved]
-    for_good: set[int] = set()
-    most = seen = 0
-    for epoch, begin in enumerate([*begins, stage.steps]):
-        published = bisect_right(saved, begin)
-        for place in range(seen, published):
-            if saved[place] == branch or (saving.keep_every and saved[place] % saving.keep_every == 0):
-                for_good.add(epochs[place])
-        seen = published
-        last = epochs[max(0, published - saving.keep_last) : published]
-        newest = range(max(0, epoch - saving.keep_generations), epoch)
-        there = min(epoch, len(for_good.union(last, newest)) + saving.keep_best)
-        most = max(most, there + (epoch < len(begins)))
-    return most
 
 
 def _quantisers_of(run: Path, doomed: Sequence[Path]) -> list[Path]:

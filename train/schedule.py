@@ -1,4 +1,5 @@
-"""What happens at which step of a stage: learning rate, validation, saving, and where bank epochs end. Pure.
+"""What happens at which step of a stage: learning rate, validation, saving, where bank epochs end, and how many
+generations lie there at a time. Pure.
 
 Steps count finished optimizer updates: `learning_rate(step)` is the rate of the update that follows `step`
 finished ones, `saves(step)` asks after `step` finished ones.
@@ -8,9 +9,11 @@ finished ones, `saves(step)` asks after `step` finished ones.
 """
 
 import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from train.config import StageConfig
+from train.config import SavingConfig, StageConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,3 +147,31 @@ def epoch_begins(stage: StageConfig) -> list[int]:
     while (end := epoch_end(stage, begins[-1])) is not None and end < stage.steps:
         begins.append(end)
     return [] if end is None else begins
+
+
+def most_generations(begins: Sequence[int], stage: StageConfig, saving: SavingConfig) -> int:
+    """Return how many generations of a stage lie on disk at a time, at most, the one being compiled included.
+
+    Args:
+        begins: The steps at which its bank epochs begin.
+        stage: Its length.
+        saving: When checkpoints are published, and what stays.
+    """
+    branch = stage.steps - stage.decay_steps
+    saved = sorted(
+        {*range(saving.every_steps, stage.steps + 1, saving.every_steps), branch, stage.steps} - {0}
+    )
+    epochs = [bisect_left(begins, step) - 1 for step in saved]
+    for_good: set[int] = set()
+    most = seen = 0
+    for epoch, begin in enumerate([*begins, stage.steps]):
+        published = bisect_right(saved, begin)
+        for place in range(seen, published):
+            if saved[place] == branch or (saving.keep_every and saved[place] % saving.keep_every == 0):
+                for_good.add(epochs[place])
+        seen = published
+        last = epochs[max(0, published - saving.keep_last) : published]
+        newest = range(max(0, epoch - saving.keep_generations), epoch)
+        there = min(epoch, len(for_good.union(last, newest)) + saving.keep_best)
+        most = max(most, there + (epoch < len(begins)))
+    return most

@@ -64,7 +64,7 @@ def test_every_command_has_a_module_with_run() -> None:
         (["pretrian"], "invalid choice: 'pretrian'"),
         (["bank", "erase", "x"], "invalid choice: 'erase'"),
         (["evaluate"], "the following arguments are required: run"),
-        (["generate", "x"], "the following arguments are required: --prompt"),
+        (["bank", "search", "x"], "the following arguments are required: text"),
         (["evaluate", "x", "--split", "train"], "invalid choice: 'train'"),
         (["pretrain", "--cfgg"], "unrecognized arguments: --cfgg"),
     ],

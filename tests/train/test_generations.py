@@ -17,7 +17,8 @@ from tests.support.train import CountingEngine, stage_config, state
 from train.checkpoint import Checkpoints, Entry, Retention, reasons_to_keep
 from train.config import SavingConfig
 from train.distributed import Ranks
-from train.generations import most_at_once, outdated, sweep
+from train.generations import outdated, sweep
+from train.schedule import most_generations
 from train.state import History
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -162,5 +163,5 @@ def test_plans_count_what_a_run_holds(saving: SavingConfig, epoch_steps: int, tm
             there = [n for n in there if n in named or n in there[-saving.keep_generations :]]
             there.append(step // epoch_steps)
             most = max(most, len(there))
-    counted = most_at_once(begins, stage, saving)
+    counted = most_generations(begins, stage, saving)
     assert most == counted if saving.keep_best == 0 else most <= counted <= most + saving.keep_best
