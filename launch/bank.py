@@ -122,9 +122,11 @@ def remove(arguments: argparse.Namespace) -> int:
                     raise ValueError(f"bank {folder} holds no document {document_id!r}; nothing was removed")
         num_references = len(library.of_documents(numbers))
     Editor(folder=folder).remove(numbers)
+    where = f" --root {arguments.root}" * (arguments.root != "runs")
+    where += f" --bank {arguments.bank}" * (arguments.bank is not None)
     print(
         f"removed {len(numbers):,} documents of {num_references:,} references: no search finds them from now on\n"
-        f"their bytes are deleted by `memory3 bank compact {arguments.run}`; what the model learnt from them in "
+        f"their bytes are deleted by `memory3 bank compact {arguments.run}{where}`; what the model learnt from them in "
         "training, and the prepared corpus, are not the bank's"
     )
     return 0

@@ -117,6 +117,7 @@ def test_add_search_replace_remove_compact(folder: Path, tmp_path: Path) -> None
     assert "Fluorspar" in found
     out = said(bank("remove", "mine", folder=folder))
     assert "removed 1 documents of 1 references" in out
+    assert f"`memory3 bank compact m --root {trained().root} --bank {folder}`" in out
     assert "what the model learnt from them in training, and the prepared corpus, are not the bank's" in out
     assert "Fluorspar" not in said(bank("search", "The word is Fluorspar.", folder=folder))
     there = bank("verify", "--absent", "mine", "--text", "Fluorspar", folder=folder)
