@@ -25,6 +25,19 @@ def test_finds_the_largest_inner_products_under_the_given_ids() -> None:
     assert len(index) == 300
 
 
+def test_equals_the_flat_index_of_faiss() -> None:
+    import faiss
+
+    rng = np.random.default_rng(1)
+    vectors, queries = unit(rng, 2000, 64), unit(rng, 70, 64)
+    flat, ours = faiss.IndexFlatIP(64), ExactIndex(64)
+    flat.add(vectors)
+    ours.add(np.arange(2000), vectors)
+    expected, found = flat.search(queries, 20), ours.search(queries, 20)
+    assert (found[1] == expected[1]).all()
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
+
+
 def test_fewer_references_than_asked_for() -> None:
     index = ExactIndex(4)
     scores, found = index.search(np.ones((1, 4), np.float32), 3)

@@ -164,6 +164,19 @@ def test_float32_and_bfloat16_stay_near_float64_for_any_shape(
 
 
 @FAST
+def test_float32_and_bfloat16_stay_near_float64(fast: AttentionFunction) -> None:
+    shape = {"tokens": 128, "chunk": 64, "head_size": 64}
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        rough = Problem(**shape, dtype=dtype)
+        exact = Problem(**shape)
+        with torch.no_grad():  # the same, rounded, inputs
+            for target, source in zip(exact.tensors, rough.tensors, strict=True):
+                target.copy_(source)
+        for ours, theirs in zip(rough.solve(fast), exact.solve(reference_attention), strict=True):
+            assert (ours.double() - theirs).norm() / theirs.norm() < tolerance
+
+
+@FAST
 def test_inputs_are_left_as_they_were(fast: AttentionFunction) -> None:
     problem = Problem(kv_heads=1, heads=1, rows=1)
     before = [x.detach().clone() for x in problem.context]
