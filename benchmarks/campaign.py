@@ -5,7 +5,7 @@
     python benchmarks/campaign.py --short                       # seconds; what continuous integration runs
 
 Runs are those of `debug=smoke` on the Python documentation, warmup and continual stage apart, on one rank and on two.
-They are forked from a parent that has imported everything and used nothing, so that a trial takes seconds.
+They are forked from a parent that has imported everything and used nothing, so that a trial takes a second or two.
 
     operations   SIGKILL to all ranks when one of them is about to create, write, sync, rename or delete a file of the
                  stage's last checkpoint (rotation included) or of its second bank generation: each such operation once;
@@ -23,7 +23,9 @@ silent when anything was read that differs. The exit code is 0 when everything w
 
 import argparse
 import builtins
+import gc
 import hashlib
+import importlib
 import io
 import json
 import logging
@@ -78,6 +80,7 @@ CHAIN = 5
 """Kills of one run, at random times, before it may end."""
 STAGES = ("warmup", "continual")
 WORLDS = (1, 2)
+_LATE = ("torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer")
 _PATIENCE_SECONDS = 1800.0
 
 
@@ -527,6 +530,15 @@ def corrupt(path: Path, files: Sequence[Path], rng: random.Random) -> str:
         return f"{kind} {path.name}{with_what}"
 
 
+def warm_up() -> None:
+    """Import what ranks import, late imports of DeepSpeed included, and spare them the collection of all that."""
+    _import_deepspeed(distributed.Ranks(0, 1, torch.device("cpu")))
+    for name in _LATE:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+
+
 def forked(work: Callable[[], object], log: Path) -> None:
     """Do something in a process of its own, so that this one stays fit to be forked.
 
@@ -672,7 +684,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.short:
         arguments.kills, arguments.corruptions, arguments.every = 2, 24, 70
-    _import_deepspeed(distributed.Ranks(0, 1, torch.device("cpu")))
+    warm_up()
     campaign = Campaign(arguments.work.resolve(), seed=arguments.seed)
     if arguments.short:
         campaign.scenarios, campaign.chain = [Scenario("warmup", 1), Scenario("continual", 1)], 2
