@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.campaign import DAMAGES, Operations, Trial, corrupt, render
+from benchmarks.campaign import Operations, Trial, render
+from benchmarks.corruptions import DAMAGES, corrupt
 from benchmarks.kill_and_resume import REPOSITORY
 
 
