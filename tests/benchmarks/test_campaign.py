@@ -25,7 +25,7 @@ def test_a_short_campaign_loses_nothing(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "campaign.json").read_text())
     assert result["lost"] == []
     rows = {kind: [row for row in result["rows"] if row["kind"] == kind] for kind in ("operations", "times")}
-    assert {row["what"] for row in rows["operations"]} == {"warmup-1", "continual-1"}
+    assert {row["what"] for row in rows["operations"]} == {"warmup-1", "continual-1", "bank compact"}
     assert all(row["kills"] == row["trials"] for row in rows["operations"])
     assert sum(row["kills"] for row in rows["times"]) >= 2
     found = [row for row in result["rows"] if row["kind"] == "corruptions"]
