@@ -25,7 +25,7 @@ from torch.distributed.run import run as torchrun
 from data.files import write_json_atomic
 from launch import rank_memory
 from launch.supervise import FAILURE
-from launch.watchdog import PULSES, Watchdog
+from launch.watchdog import PULSES, Watchdog, stacks_in
 from train.stopping import STOPPED
 
 HUNG = 4
@@ -100,7 +100,7 @@ def main(*argv: str) -> int:
 
 def _failure(run: Path | None, failed: ChildFailedError, watchdog: Watchdog, killed_before: int) -> Failure:
     if run is not None and watchdog.found is not None:
-        return Failure(HUNG, None, f"{watchdog.found.says}; the stacks of all ranks are in {run / 'stacks'}")
+        return Failure(HUNG, None, f"{watchdog.found.says}; {stacks_in(run)}")
     rank, first = failed.get_first_failure()
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
