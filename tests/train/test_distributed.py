@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
@@ -14,12 +13,12 @@ WORLD_SIZE = 3
 
 
 @pytest.fixture
-def meetings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Meeting]]:
+def meetings(monkeypatch: pytest.MonkeyPatch) -> list[Meeting]:
     """Meetings of ranks, in turn: 0, 1, 2, 0, 1, 2, ...; in a store that the launcher keeps."""
     store = dist.HashStore()
     announced = ((store, number % WORLD_SIZE, WORLD_SIZE) for number in range(3 * WORLD_SIZE))
     monkeypatch.setattr(distributed, "rendezvous", lambda url, timeout: announced)
-    yield [Meeting() for _ in range(3 * WORLD_SIZE)]
+    return [Meeting() for _ in range(3 * WORLD_SIZE)]
 
 
 def meet(meetings: list[Meeting], text: str) -> list[str]:
