@@ -10,6 +10,7 @@ import pytest
 
 from launch import agent
 from launch.compose import compose_config, save_config
+from tests.support.spawn import HANG_SECONDS
 
 RANK = """
 import os, sys, time
@@ -67,7 +68,7 @@ def test_first_cause_is_said_once(
     done = subprocess.run(
         [sys.executable, "-m", "launch.agent", str(tmp_path), "2", f"--worker={program.stem}"],
         cwd=root, env={**os.environ, "PYTHONPATH": f"{root}:{program.parent}", "TMPDIR": str(temporary)},
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, text=True, check=False, timeout=HANG_SECONDS,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert list(temporary.iterdir()) == []  # torchrun's own log folder would stay

@@ -16,6 +16,7 @@ from launch import agent, launchers, pretrain
 from launch.compose import compose_config
 from launch.config import RunConfig
 from tests.support.launch import run_settings, trained
+from tests.support.spawn import HANG_SECONDS
 from train.metrics import read_metrics
 
 FAULTY = """
@@ -116,7 +117,7 @@ def test_torchrun_starts_its_ranks_again_where_the_run_was(root: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *command],
         cwd=here, env={**os.environ, "PYTHONPATH": str(here)},
-        capture_output=True, text=True, check=False, timeout=600,
+        capture_output=True, text=True, check=False, timeout=HANG_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert events(root, "resumed")[-1]["checkpoint"] == "continual-00000002"

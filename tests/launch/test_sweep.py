@@ -23,6 +23,7 @@ from launch.sweep_report import objective
 from launch.trial import TrialProcess
 from tests.support import slurm
 from tests.support.launch import memory3, prepared_root, trained_corpus, within
+from tests.support.spawn import HANG_SECONDS
 from tests.support.sweep import RATES, SPACE, control, losses, starts
 
 REPOSITORY = Path(__file__).parents[2]
@@ -365,6 +366,6 @@ def test_real_trials_are_trained_once_whatever_is_killed(trials: int, kills: int
 
 
 def _wait_for(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while not reached() and time.monotonic() < deadline:
         time.sleep(0.005)

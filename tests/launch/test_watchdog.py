@@ -11,9 +11,8 @@ import pytest
 
 from launch import agent
 from launch.watchdog import Sign, judge
+from tests.support.spawn import HANG_SECONDS
 
-HANG_SECONDS = 300
-"""Only so that a test ends."""
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
@@ -27,9 +26,9 @@ if PULSES not in os.environ:
     joined.watched(run, announced(), os.environ["MASTER_PORT"])
 ranks = distributed.start(threads=1)
 stacks = run / "stacks" / f"rank-{ranks.rank}.txt"
-ranks.pulse.show(Path(os.environ[PULSES]), stacks, rank=ranks.rank, batch_seconds=3, phase_seconds=600)
+ranks.pulse.show(Path(os.environ[PULSES]), stacks, rank=ranks.rank, batch_seconds=5, phase_seconds=600)
 with ranks.pulse.phase("a search"):
-    time.sleep(5 * (1 - ranks.rank))
+    time.sleep(7 * (1 - ranks.rank))
     ranks.barrier()
 with ranks.pulse.batches("an update"):
     for _ in range(4):

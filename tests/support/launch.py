@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.documentation import corpus_settings, topics
 from launch import cli
+from tests.support.spawn import HANG_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Trained:
         return self.root / "c"
 
 
-def memory3(*arguments: str, timeout_seconds: float = 300) -> Finished:
+def memory3(*arguments: str, timeout_seconds: float = HANG_SECONDS) -> Finished:
     """Run `memory3` as a user does, in a process of its own."""
     here = Path(__file__).resolve().parents[2]
     done = subprocess.run(

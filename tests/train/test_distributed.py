@@ -6,6 +6,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from tests.support.spawn import HANG_SECONDS
 from train import distributed
 from train.distributed import Meeting
 
@@ -34,7 +35,7 @@ def meet(meetings: list[Meeting], text: str) -> list[str]:
     time.sleep(0.2)
     meetings[0].say(text)
     for other in others:
-        other.join(60)
+        other.join(HANG_SECONDS)
     return heard[1:]
 
 
