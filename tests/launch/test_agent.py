@@ -79,6 +79,7 @@ def test_first_cause_is_said_once(
         assert "for want of memory" in said
         assert "optimizer" in said
         assert "set continual.micro_rows=" in said or "set warmup.micro_rows=" in said
-    assert json.loads((tmp_path / agent.FAILURE).read_text())["code"] == code
+    failure = json.loads((tmp_path / agent.FAILURE).read_text())
+    assert (failure["code"], failure["from_outside"]) == (code, code == 137)
     assert ("Traceback" in done.stderr) is traceback
     assert sum(line.startswith("memory3 pretrain") for line in done.stderr.splitlines()) == 1

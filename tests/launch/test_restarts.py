@@ -82,6 +82,7 @@ def test_a_rank_that_was_killed_is_started_again_and_the_run_ends_with_the_same_
     (crash,) = events(root, "crashed")
     assert crash["code"] == 137
     assert str(crash["cause"]).startswith("rank 1 was ended by SIGKILL")
+    assert not (root / "m/failure.json").exists()  # it goes with the next start
     assert (crash["checkpoint"], crash["restarted_after"]) == ("continual-00000002", 0.1)
     assert events(root, "resumed")[-1]["checkpoint"] == "continual-00000002"
     assert_undisturbed(root)
