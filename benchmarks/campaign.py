@@ -61,6 +61,7 @@ from benchmarks.kill_and_resume import _commit, _cpu, differences, newest_checkp
 from launch import prepare, worker  # noqa: E402
 from launch.compose import compose_config  # noqa: E402
 from launch.config import RunConfig  # noqa: E402
+from launch.lock import only_user  # noqa: E402
 from launch.pretrain import freeze  # noqa: E402
 from train import checkpoint, distributed, engine  # noqa: E402
 from train.checkpoint import entries  # noqa: E402
@@ -545,6 +546,13 @@ def _free_port() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what is left of a campaign, or a slice of it, and write what was found so far."""
     arguments = _parser().parse_args(argv)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    with only_user(arguments.work, other="give another --work"):
+        return run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it, in a folder that nobody else uses; the exit code."""
     if arguments.short:
         arguments.kills, arguments.corruptions, arguments.every = 2, 24, 70
     warm_up()
@@ -684,4 +692,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    worker.leave(main())
