@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.documentation import topics
 from launch import doctor, formats_page
-from tests.support.launch import topics
 from tests.support.pages import ROOT, Block, Reader, blocks
 
 PAGES = ("README.md", "docs/tutorial.md", "docs/operations.md", "docs/bank.md")
