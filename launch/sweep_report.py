@@ -26,16 +26,19 @@ def write_report(sweep: "Sweep", config: RunConfig, study: Study, folder: Path) 
     text = render(sweep, config, rows, importances)
     write_atomic(folder / "report.md", text.encode())
     if any(row.state == "finished" for row in rows):
-        draw(rows, sweep.space.swept, importances, folder / "report.png", title=objective(config))
+        draw(rows, sweep.space.swept, importances, folder / "report.png", title=objective(sweep, config))
         text += f"\npicture: {folder / 'report.png'}"
     return text
 
 
-def objective(config: RunConfig) -> str:
+def objective(sweep: "Sweep", config: RunConfig) -> str:
     """What the loss of a trial covers, in words."""
     stage = config.continual or config.warmup
     assert stage is not None
     memory = "without memory"
+    if sweep.objective.name == "facts":
+        memory = memory if stage.memory is None else "with memory"
+        return f"fact probes, validation half, {memory}, nats per answer token, of the trained run"
     if stage.memory is not None:
         memory = f"with memory (query {stage.memory.query.name}, training pattern)"
     rows = config.logging.validation_rows
@@ -52,9 +55,14 @@ def render(sweep: "Sweep", config: RunConfig, rows: Sequence[Row], importances: 
     lines = [
         f"# Sweep {sweep.name}: {len(rows)} of {sweep.trials} trials ({said or 'none begun'})",
         "",
-        f"Loss: {objective(config)}. One seed; the test half was not read.",
+        f"Loss: {objective(sweep, config)}. One seed; the test half was not read.",
     ]
-    if _QUERY in sweep.space.swept:
+    if any("text, no memory" in row.beside for row in rows):
+        lines += [
+            "",
+            "Text: held out, nats per token; memory is read by query `previous`, five references a chunk.",
+        ]
+    if _QUERY in sweep.space.swept and sweep.objective.name == "text":
         lines += [
             "",
             f"Losses of different `{_QUERY}` do not compare: with `own` a chunk's search has seen what is predicted.",
@@ -154,12 +162,12 @@ _ORDER = ("finished", "pruned", "failed", "running")
 
 def _table(sweep: "Sweep", rows: Sequence[Row]) -> list[str]:
     keys = list(sweep.space.swept)
-    lines = [
-        f"| trial | loss | {' | '.join(f'`{key}`' for key in keys)} | |",
-        "|" + "---|" * (len(keys) + 3),
-    ]
+    names = list(dict.fromkeys(name for row in rows for name in row.beside))
+    heads = ["trial", "loss", *names, *(f"`{key}`" for key in keys), ""]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in sorted(rows, key=lambda row: (_ORDER.index(row.state), _loss(row), row.number)):
-        cells = [_shown(row.values[key]) for key in keys]
+        cells = [f"{row.beside[name]:.4f}" if name in row.beside else "" for name in names]
+        cells += [_shown(row.values[key]) for key in keys]
         note = " ".join(f"{row.state}{': ' if row.note else ''}{row.note}".split()).replace("|", "/")
         loss = "" if row.loss is None else f"{row.loss:.4f}"
         lines.append(f"| {row.number} | {loss} | {' | '.join(cells)} | {note} |")

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,12 @@ from launch.space import Numbers, Value, read_space
 from launch.study import Row, Study
 from launch.sweep_report import objective
 from launch.trial import TrialProcess
+from memorybank.config import QueryMode
 from tests.support import slurm
 from tests.support.launch import corpus_settings, memory3, prepared_root, trained_corpus, within
-from tests.support.sweep import RATES, SPACE, control, losses, starts
+from tests.support.sweep import RATES, SPACE, control, facts_loss, losses, starts
+from train.arms import Arm, Pattern
+from train.evaluate import ArmResult, ProbeItem, TextItem, to_json
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -68,6 +73,79 @@ def test_a_sweep_trains_prunes_and_reports(tmp_path: Path, capsys: pytest.Captur
     assert control(tmp_path, 10) == 0  # and it can be made longer
     assert rows(tmp_path)[:9] == ended
     assert len(rows(tmp_path)) == 10
+
+
+def test_a_sweep_of_facts_evaluates_every_trial_and_prunes_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices = "warmup.peak_lr=choice(1e-4, 1e-3, 1e-2)"
+    assert control(tmp_path, 9, choices, objective="facts") == 0
+    said = capsys.readouterr().out
+    ended = rows(tmp_path, like=choices)
+    assert [row.state for row in ended] == ["finished"] * 9
+    assert [row.loss for row in ended] == [facts_loss(rate(row.values)) for row in ended]
+    assert [row.beside for row in ended] == [{"text": 1.5}] * 9  # of those that repeat another as well
+    lines = said.splitlines()
+    assert (
+        "Loss: fact probes, validation half, without memory, nats per answer token, of the trained run."
+        in said
+    )
+    assert lines[4] == "| trial | loss | text | `warmup.peak_lr` |  |"
+    best = max((1e-4, 1e-3, 1e-2), key=lambda rate: losses(rate)[-1])
+    number = min(row.number for row in ended if rate(row.values) == best)
+    assert (
+        lines[6]
+        == f"| {number} | {facts_loss(best):.4f} | 1.5000 | {ended[number].values['warmup.peak_lr']} | finished |"
+    )
+
+
+def test_the_objective_of_facts_is_their_loss_with_memory_where_memory_is_read(tmp_path: Path) -> None:
+    fact = ProbeItem("p", "g", "r", 2.0, 1, exact=False, hit1=False, hit5=False, majority=False)
+
+    def result(
+        arm: Arm, loss: float, query: QueryMode | None = None, pattern: Pattern | None = None
+    ) -> ArmResult:
+        item = replace(fact, loss=loss) if query is None and loss < 5 else TextItem("d", loss, 1)
+        return ArmResult(
+            arm=arm, model="M", query=query, pattern=pattern, overlap_limit=None, age_steps=None, filled=None,
+            note="", items=(item,),
+        )  # fmt: skip
+
+    results = [
+        result(Arm.none, 9.0),
+        result(Arm.none, 3.0),
+        result(Arm.memory, 1.0),
+        result(Arm.shuffled, 2.0),
+    ]
+    for number, (query, pattern) in enumerate(product(QueryMode, Pattern)):
+        results.append(result(Arm.memory, 5.0 + number, query, pattern))
+    (tmp_path / "evaluation-validation.json").write_text(json.dumps(to_json(results)))
+    text = 5.0 + list(product(QueryMode, Pattern)).index((QueryMode.previous, Pattern.inference))
+    assert TrialProcess(tmp_path, compose_config(SPACE), []).evaluation() == {
+        "facts": 1.0,
+        "facts, shuffled": 2.0,
+        "facts, no memory": 3.0,
+        "text": text,
+        "text, no memory": 9.0,
+    }
+
+
+def test_a_corpus_without_facts_is_no_objective(tmp_path: Path) -> None:
+    run = TrialProcess(tmp_path, compose_config(["experiment=quick", "debug=smoke"]), [])
+    text = TextItem("d", 6.0, 4)
+    shared = {
+        "query": None,
+        "pattern": None,
+        "overlap_limit": None,
+        "age_steps": None,
+        "filled": None,
+        "note": "",
+    }
+    (tmp_path / "evaluation-validation.json").write_text(
+        json.dumps(to_json([ArmResult(arm=Arm.none, model="C", items=(text,), **shared)]))
+    )
+    with pytest.raises(ValueError, match="its corpus has no fact probes; choose --objective text"):
+        run.evaluation()
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +284,8 @@ def test_other_sweeps_runs_and_users_are_refused(tmp_path: Path) -> None:
         ValueError, match=r"holds a sweep of other settings:\n  seed: 0 -> 1\nchoose another --name"
     ):
         control(tmp_path, 1, seed=1)
+    with pytest.raises(ValueError, match=r"holds a sweep of other settings:\n  objective: text -> facts\n"):
+        control(tmp_path, 1, objective="facts")
     with pytest.raises(
         ValueError, match=r"  swept: .*'interval.1,2.'.*\nchoose another --name, or give the old"
     ):
@@ -294,8 +374,9 @@ def test_shipped_sweeps_compose(name: str) -> None:
     assert (plan.name, plan.trials) == (name, 3)
     for corner in plan.space.corners():
         config = compose_config(corner)
-    assert objective(config).endswith("continual stage" if name == "memory" else "warmup stage")
-    assert ("with memory" in objective(config)) == (name == "memory")
+    facts = "fact probes, validation half, with memory, nats per answer token, of the trained run"
+    text = "held-out text, validation half, 8,192 tokens, without memory, nats per token, at the end of the warmup"
+    assert objective(plan, config) == {"memory": facts, "learning_rate": f"{text} stage"}[name]
 
 
 def test_the_objective_is_the_last_validation_with_memory_where_memory_is_read(tmp_path: Path) -> None:
