@@ -29,6 +29,7 @@ from train.config import (
     EngineConfig,
     EvaluationConfig,
     LoggingConfig,
+    MemoryConfig,
     MemorySource,
     OptimConfig,
     SavingConfig,
@@ -168,6 +169,12 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The final table."""
 
+    @property
+    def memory(self) -> MemoryConfig | None:
+        """How the trained run reads memory: as its last stage did."""
+        last = self.continual or self.warmup
+        return None if last is None else last.memory
+
 
 def check(config: RunConfig) -> None:
     """Apply every rule that one field alone cannot state.
@@ -214,8 +221,6 @@ def check(config: RunConfig) -> None:
     for name, stage in (("warmup", config.warmup), ("continual", config.continual)):
         if stage is not None:
             _check_stage(name, stage, config)
-    if config.warmup is not None and config.warmup.memory is not None:
-        raise ValueError("warmup.memory is set, but warmup reads no memory; set warmup.memory=null")
     if config.warmup is not None and config.warmup.branch_from is not None:
         raise ValueError("warmup.branch_from is set, but only the continual stage branches; set it to null")
     if config.warmup is None and config.continual is not None and config.continual.branch_from is None:
