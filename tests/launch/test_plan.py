@@ -166,7 +166,7 @@ def test_tables_are_as_wide_as_a_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     done = within("plan", "experiment=demo", "--config-only", "--price", "2")
     assert done.code == 0, done.err
     assert max(map(len, done.out.splitlines())) <= 100
-    for said in ("Parameters, exact", "ZeRO-1 (chosen)", "price, 2 an hour", "bank's generations"):
+    for said in ("Parameters, exact", "ZeRO-1 (chosen)", "price, 2 a rank and hour", "bank's generations"):
         assert said in done.out
 
 
