@@ -63,7 +63,7 @@ class HostsConfig:
     shell: str = "ssh"
     """Command that runs a line on a host: it is given the host and the line."""
     port: int = 29400
-    """Port of the first host, or node, where the machines meet."""
+    """Port of the first host where the machines meet; of a job's nodes, this and the job's number modulo 1000."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -276,9 +276,9 @@ def _check_engine(engine: EngineConfig) -> None:
 def _check_launcher(launcher: LauncherConfig, engine: EngineConfig) -> None:
     if launcher.kind is LauncherKind.hosts and launcher.hosts.file is None:
         raise ValueError("launcher.hosts.file=null names no hosts; set it to a file of lines 'NAME slots=8'")
-    if not 1024 <= launcher.hosts.port < 65536:
+    if not 1024 <= launcher.hosts.port < 64536:
         raise ValueError(
-            f"launcher.hosts.port={launcher.hosts.port} is no port that users may open; set 1024 to 65535"
+            f"launcher.hosts.port={launcher.hosts.port} is no port that users may open; set 1024 to 64535"
         )
     _at_least(1, "launcher.slurm", launcher.slurm, "nodes", "array_tasks")
     _at_least(0, "launcher.slurm", launcher.slurm, "signal_seconds")

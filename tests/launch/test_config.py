@@ -23,7 +23,7 @@ RULES = {
     "engine.num_ranks=0": "engine.num_ranks=0 is below 1; set 1 or more",
     "engine.threads_per_rank=0": "engine.threads_per_rank=0 is below 1; set 1 or more",
     "launcher=hosts": "launcher.hosts.file=null names no hosts; set it to a file of lines 'NAME slots=8'",
-    "launcher.hosts.port=80": "launcher.hosts.port=80 is no port that users may open; set 1024 to 65535",
+    "launcher.hosts.port=80": "launcher.hosts.port=80 is no port that users may open; set 1024 to 64535",
     "launcher.slurm.nodes=0": "launcher.slurm.nodes=0 is below 1; set 1 or more",
     "launcher.slurm.array_tasks=0": "launcher.slurm.array_tasks=0 is below 1; set 1 or more",
     "launcher.slurm.signal_seconds=-1": "launcher.slurm.signal_seconds=-1 is below 0; set 0 or more",
