@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from launch.sweep import Sweep
 
 _QUERY = "continual.memory.query"
+_MOST_TICKS = 8
 
 
 def write_report(sweep: "Sweep", config: RunConfig, study: Study, folder: Path) -> str:
@@ -123,9 +124,7 @@ def draw(
     for number, key in enumerate(keys):
         left.axvline(number, color="0.3", lw=0.8, zorder=0)
         ticks = (
-            _ticks(dimensions[key])
-            if key in dimensions
-            else [(f"{loss:.3f}", loss) for loss in _ends(losses)]
+            _ticks(dimensions[key]) if key in dimensions else [(f"{loss:.3f}", loss) for loss in losses[:1]]
         )
         for text, at in ticks:
             place = at if key in dimensions else _between(at, min(losses), max(losses))
@@ -137,19 +136,24 @@ def draw(
                 va="center",
                 bbox={"fc": "white", "ec": "none", "pad": 0.5},
             )
+    best = f"{losses[-1]:.3f}, trial {finished[-1].number}"
+    left.text(len(keys) - 0.97, 0, best, fontsize=8, weight="bold", va="center")
     left.set(xticks=range(len(keys)), yticks=[], ylim=(-0.06, 1.06), xlim=(-0.1, len(keys) - 0.6))
     left.set_xticklabels([key.replace(".", ".\n", key.count(".")) for key in keys], fontsize=8)
     left.set_title(
         f"{len(finished)} finished trials (thick: the best), {len(pruned)} pruned (grey)", fontsize=9
     )
     shown = sorted(importances.items(), key=lambda item: item[1])
-    right.barh(
-        [key.rpartition(".")[2] for key, _ in shown], [share for _, share in shown], color="C0", height=0.5
+    bars = right.barh(
+        [key.rpartition(".")[2] for key, _ in shown], [share for _, share in shown], color="0.45", height=0.5
     )
-    right.set(xlim=(0, 1), xlabel="importance (PED-ANOVA)")
+    right.bar_label(bars, [f"{share:.0%}" for _, share in shown], fontsize=8, padding=3)
+    right.tick_params(labelsize=8, length=0)
+    right.set(xlim=(0, 1.15), xticks=[])
+    right.set_xlabel("importance: what sets the best\nquarter apart (PED-ANOVA)", fontsize=8)
     right.set_title("" if shown else "importance: four finished\ntrials are needed", fontsize=9)
     left.spines[:].set_visible(False)
-    right.spines[["top", "right"]].set_visible(False)
+    right.spines[["top", "right", "bottom"]].set_visible(False)
     right.set_ylim(-0.6, max(len(shown), 3) - 0.4)
     figure.suptitle(f"loss: {title}", fontsize=8)
     figure.tight_layout()
@@ -200,9 +204,21 @@ def _between(value: float, low: float, high: float) -> float:
     return (value - low) / (high - low) if high > low else 0.5
 
 
-def _ends(values: Sequence[float]) -> list[float]:
-    return sorted({min(values), max(values)})
-
-
 def _ticks(dimension: Dimension) -> list[tuple[str, float]]:
-    return [(_shown(value), _place(value, dimension)) for value in dimension.ends]
+    return [(_shown(value), _place(value, dimension)) for value in _marked(dimension)]
+
+
+def _marked(dimension: Dimension) -> Sequence[Value]:
+    """The values that an axis names: all choices, or the ends and some round ones in between."""
+    if isinstance(dimension, Choice):
+        return dimension.options
+    low, high = dimension.low, dimension.high
+    if dimension.log:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        between = [digit * 10.0**decade for decade in decades for digit in (1, 3)]
+        inner: list[float] = [value for value in between if low * 1.5 < value < high / 1.5]
+    else:
+        step = dimension.step or (1 if dimension.whole else (high - low) / 4)
+        step *= math.ceil((high - low) / step / _MOST_TICKS)
+        inner = [low + place * step for place in range(1, math.ceil((high - low) / step - 0.5))]
+    return [int(value) if dimension.whole else value for value in (low, *inner, high)]
