@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from launch import slurm as launch_slurm
-from launch import sweep
+from launch import sweep, trial
 from launch.compose import CONF, compose_config
 from launch.space import Numbers, Value, read_space
 from launch.study import Row, Study
@@ -97,6 +97,27 @@ def test_a_sweep_of_facts_evaluates_every_trial_and_prunes_none(
         lines[6]
         == f"| {number} | {facts_loss(best):.4f} | 1.5000 | {ended[number].values['warmup.peak_lr']} | finished |"
     )
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_trial_is_evaluated_once_it_is_trained(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def answer(arguments: list[str]) -> int:
+        asked.append(arguments)
+        return code
+
+    monkeypatch.setattr(trial.cli, "main", answer)
+    run = tmp_path / "s-000"
+    run.mkdir()
+    with (run / "trial.lock").open("wb") as lock:
+        assert trial.main(str(run), str(lock.fileno()), trial.EVALUATE, "seed=3") == code
+    assert asked[0] == ["pretrain", "--no-prepare", "seed=3"]
+    assert asked[1:] == ([] if code else [["evaluate", str(run), "--root", str(tmp_path)]])
+    assert (run / "trial-exit").read_text() == f"{code}\n"
+    assert (run / "trial.lock").read_text() == f"{os.getpid()}\n"
 
 
 def test_the_objective_of_facts_is_their_loss_with_memory_where_memory_is_read(tmp_path: Path) -> None:
