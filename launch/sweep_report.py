@@ -76,7 +76,7 @@ def render(sweep: "Sweep", config: RunConfig, rows: Sequence[Row], importances: 
     if best is not None:
         lines += [
             "",
-            f"Best: trial {best.number}, loss {_loss(best):.4f}.",
+            f"Best: trial {best.number}, loss {_loss(best):.4f}; its run is `{sweep.run_name(best.number)}`.",
             "",
             f"    memory3 pretrain {' '.join(map(_quoted, sweep.settings(best.number, best.values)))}",
         ]
