@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,9 +30,7 @@ from model.attention import (
     AttentionFunction,
     MemoryKeys,
     PrefixKeys,
-    blocked_attention,
     fast_attention,
-    merged_attention,
 )
 from model.config import ModelConfig
 
@@ -44,7 +43,7 @@ _AGAINST_MASK = 2.5
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Random queries, keys, values and memories of one row; all of them want their gradients."""
+    """Random queries, keys, values and memories of some rows; all of them want their gradients."""
 
     q_BTHE: Tensor
     k_BTGE: Tensor
@@ -58,9 +57,19 @@ class Problem:
 
     @classmethod
     def random(
-        cls, config: ModelConfig, *, places: int, dtype: torch.dtype, device: torch.device
+        cls,
+        config: ModelConfig,
+        *,
+        places: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: int | None = None,
     ) -> "Problem":
-        """Make the tensors for a model's shape and `places` slots a chunk."""
+        """Make the tensors for a model's shape and `places` slots a chunk.
+
+        Of one row, on a GPU of eight: less would measure how fast a CPU asks for kernels.
+        """
+        rows = rows or (1 if device.type == "cpu" else 8)
         generator = torch.Generator(device).manual_seed(0)
 
         def leaf(*shape: int) -> Tensor:
@@ -70,21 +79,23 @@ class Problem:
         H, G, E, T = config.num_heads, config.num_kv_heads, config.head_size, config.row_tokens
         chunks = T // config.chunk_tokens
 
-        def memory(count: int, slots_BCK: Tensor) -> MemoryKeys:
-            kept = torch.ones(count, G, config.tokens_kept, dtype=torch.bool, device=device)
-            k, v = (leaf(count, G, config.tokens_kept, E) for _ in range(2))
+        def memory(count: int, slots_1CK: Tensor) -> MemoryKeys:
+            kept = torch.ones(rows * count, G, config.tokens_kept, dtype=torch.bool, device=device)
+            k, v = (leaf(rows * count, G, config.tokens_kept, E) for _ in range(2))
+            own_BCK = slots_1CK + count * torch.arange(rows)[:, None, None]
+            slots_BCK = torch.where(slots_1CK < 0, -1, own_BCK)
             return MemoryKeys(k, v, kept, slots_BCK.to(device), config.chunk_tokens)
 
         found = window_slots(torch.arange(chunks)[None].numpy(), QueryMode.own, window=places)
         prefix = PrefixKeys(*(leaf(config.num_prefix, G, E) for _ in range(2))) if config.num_prefix else None
         return cls(
-            leaf(1, T, H, E),
-            leaf(1, T, G, E),
-            leaf(1, T, G, E),
+            leaf(rows, T, H, E),
+            leaf(rows, T, G, E),
+            leaf(rows, T, G, E),
             prefix,
             memory(chunks, torch.from_numpy(found)),
             memory(chunks * places, torch.arange(chunks * places).view(1, chunks, places)),
-            leaf(1, T, H, E).detach(),
+            leaf(rows, T, H, E).detach(),
         )
 
     def side(self, attention: AttentionFunction, memory: MemoryKeys | None) -> Side:
@@ -98,9 +109,16 @@ class Problem:
         )
 
     def kernel(self) -> Side:
-        """Forward and backward of the library's kernel over the context alone."""
+        """Forward and backward of the library's kernel over the context alone: on a GPU the fastest that it has."""
         context = [self.q_BTHE, self.k_BTGE, self.v_BTGE]
-        return partial(self._both, lambda: _sdpa(*context, is_causal=True), context)
+
+        def attend() -> Tensor:
+            if context[0].device.type == "cpu":
+                return _sdpa(*context, is_causal=True)
+            with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+                return _sdpa(*context, is_causal=True)
+
+        return partial(self._both, attend, context)
 
     def dense(self, memory: MemoryKeys) -> Side:
         """Forward and backward of the library's kernel over prefix, all memories and context, with a mask."""
@@ -131,10 +149,10 @@ class Problem:
         return self._over_all(memory, kernel)
 
     def mask(self, memory: MemoryKeys) -> Tensor:
-        """Return what each token may read of prefix, pool (token by token) and context, bool (T, J)."""
+        """Return what each token of a row may read of prefix, its memories and context, bool (T, J)."""
         prefix = 0 if self.prefix is None else len(self.prefix.k_PGE)
         T, device = self.q_BTHE.shape[1], self.q_BTHE.device
-        N, _, S, _ = memory.k_NGSE.shape
+        N, S = len(memory.k_NGSE) // len(self.q_BTHE), memory.k_NGSE.shape[2]
         reads_CN = torch.zeros(memory.slots_BCK.shape[1], N + 1, dtype=torch.bool, device=device)
         reads_CN.scatter_(
             1, memory.slots_BCK[0] % (N + 1), True
@@ -145,13 +163,21 @@ class Problem:
         return torch.cat([everything, reads_TN.repeat_interleave(S, dim=1), causal], dim=1)
 
     def _over_all(self, memory: MemoryKeys, kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Side:
-        """A kernel over one sequence of keys: the prefix, every memory of the row, the context."""
+        """A kernel over one sequence of keys a row: the prefix, every memory of the row, the context."""
+        rows = len(self.q_BTHE)
         before = self.prefix or PrefixKeys(self.k_BTGE[0, :0], self.v_BTGE[0, :0])
         pools = (memory.k_NGSE, memory.v_NGSE)
 
         def attend() -> Tensor:
             k, v = (
-                torch.cat([prefix[None], pool.transpose(1, 2).flatten(0, 1)[None], own], dim=1)
+                torch.cat(
+                    [
+                        prefix.expand(rows, -1, -1, -1),
+                        pool.unflatten(0, (rows, -1)).transpose(2, 3).flatten(1, 2),
+                        own,
+                    ],
+                    dim=1,
+                )
                 for prefix, pool, own in zip(before, pools, (self.k_BTGE, self.v_BTGE), strict=True)
             )
             return kernel(self.q_BTHE, k, v)
@@ -181,8 +207,6 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
             "kernel without memory": problem.kernel(),
             "ours without memory": problem.side(fast_attention, None),
             "ours": problem.side(fast_attention, problem.window),
-            "blocked": problem.side(blocked_attention, problem.window),
-            "merged": problem.side(merged_attention, problem.window),
             "dense mask": problem.dense(problem.window),
             "ours, fresh memories": problem.side(fast_attention, problem.fresh),
             "dense mask, fresh memories": problem.dense(problem.fresh),
@@ -192,13 +216,13 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
     )
     kernel, ours = times["kernel without memory"], times["ours"]
     fresh, masked = times["ours, fresh memories"], times["dense mask, fresh memories"]
-    distinct = len(problem.fresh.k_NGSE)
+    distinct = len(problem.fresh.k_NGSE) // len(problem.q_BTHE)
     read = (model.row_tokens + 1) / 2 + model.num_prefix + places * model.tokens_kept
     in_mask = model.row_tokens + model.num_prefix + distinct * model.tokens_kept
     other, other_times = _paper_heads(model, places, dtype, conditions)
     return Bench(
         shape={
-            "T": model.row_tokens,
+            "rows": f"{len(problem.q_BTHE)} of {model.row_tokens} tokens",
             "heads": f"{model.num_heads}/{model.num_kv_heads} of {model.head_size}",
             "read by a chunk": f"{places} x {model.tokens_kept} tokens and a prefix of {model.num_prefix}",
             "type": str(dtype).removeprefix("torch."),
@@ -225,8 +249,6 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
             *_room(problem, half),
             *(ratio(f"{name} / ours", times[name], fresh) for name in flex),
             ratio("dense mask / ours, a reference per chunk", times["dense mask"], ours),
-            ratio("blocked with memory / library's kernel without", times["blocked"], kernel),
-            ratio("merged with memory / library's kernel without", times["merged"], kernel),
             *other,
         ],
         charts=[_over_lengths(model, places, dtype, conditions)],
@@ -302,24 +324,19 @@ def _room(problem: Problem, half: Problem) -> list[Figure]:
 def _paper_heads(
     model: ModelConfig, places: int, dtype: torch.dtype, conditions: Conditions
 ) -> tuple[list[Figure], list[Times]]:
-    """The candidates at the paper's head size."""
+    """Ours at the paper's head size."""
     heads = f"heads of {PAPER_HEAD_SIZE}"
     problem = Problem.random(
         replace(model, head_size=PAPER_HEAD_SIZE), places=places, dtype=dtype, device=conditions.device
     )
-    kernel, blocked, merged = interleaved(
+    kernel, ours = interleaved(
         {
             f"kernel without memory, {heads}": problem.kernel(),
-            f"blocked, {heads}": problem.side(blocked_attention, problem.window),
-            f"merged, {heads}": problem.side(merged_attention, problem.window),
+            f"ours, {heads}": problem.side(fast_attention, problem.window),
         },
         conditions,
     ).values()
-    figures = [
-        ratio(f"blocked with memory / library's kernel without, {heads}", blocked, kernel),
-        ratio(f"merged with memory / library's kernel without, {heads}", merged, kernel),
-    ]
-    return figures, [kernel, blocked, merged]
+    return [ratio(f"ours with memory / library's kernel without, {heads}", ours, kernel)], [kernel, ours]
 
 
 def _over_lengths(model: ModelConfig, places: int, dtype: torch.dtype, conditions: Conditions) -> Chart:

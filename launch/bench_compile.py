@@ -22,7 +22,7 @@ from memorybank import codecs
 from memorybank.codec import Codec
 from memorybank.config import CodecKind
 from memorybank.record import MemoryShape
-from memorybank.writer import BATCH, Encode, compile_generation, encode_records
+from memorybank.writer import Encode, batch_for, compile_generation, encode_records
 from model.config import ModelConfig
 from model.flops import reference_encode_flops
 from model.memory import ExplicitMemory
@@ -38,24 +38,27 @@ _REFERENCES = 256
 def measure(config: RunConfig, conditions: Conditions) -> Bench:
     """Time compilation, its parts, and the forward pass."""
     model_config, device, dtype = config.model, conditions.device, training_dtype(config)
+    count, batch = _REFERENCES * (1 if device.type == "cpu" else 8), batch_for(device)
     torch.manual_seed(0)
     model = Memory3LM(model_config).to(dtype).to(device).eval()
     codec = codecs.of_kind(CodecKind.model, MemoryShape.of(model_config), dtype)
     with TemporaryDirectory(prefix="memory3-bench-") as name:
-        references = write_corpus(Path(name), model_config, documents=_REFERENCES // 2)
+        references = write_corpus(Path(name), model_config, documents=count // 2)
         encode = encoder(model, device)
         sides = {
-            "compiling": _compiling(encode, references, codec, model_config, Path(name)),
-            "encoding, no files": _encoding(encode, references, codec),
-            "forward pass": forward_of_memory_layers(model, references, device),
+            "compiling": _compiling(
+                encode, references, codec, model_config, Path(name), count=count, batch=batch
+            ),
+            "encoding, no files": _encoding(encode, references, codec, count=count, batch=batch),
+            "forward pass": forward_of_memory_layers(model, references, device, count=count),
         }
         times = interleaved(sides, conditions)
-        profiles = [where_time_goes(f"{name} {_REFERENCES} references", run) for name, run in sides.items()]
+        profiles = [where_time_goes(f"{name} {count} references", run) for name, run in sides.items()]
     compiling, encoding, forward = times.values()
-    flops = reference_encode_flops(model_config) * _REFERENCES
+    flops = reference_encode_flops(model_config) * count
     return Bench(
         shape={
-            "references": f"{_REFERENCES} of {model_config.reference_tokens} tokens, {BATCH} at a time",
+            "references": f"{count} of {model_config.reference_tokens} tokens, {batch} at a time",
             "memory layers": f"{model_config.num_memory_layers} of width {model_config.width}",
             "codec": codec.name,
             "record": f"{codec.record_bytes:,} bytes",
@@ -71,9 +74,9 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
                 note="throughput of compiling / throughput of the same layers without writing",
             ),
             ratio("forward pass / encoding without files", forward, encoding),
-            rate("compiled", compiling, amount=_REFERENCES, unit="references/s"),
+            rate("compiled", compiling, amount=count, unit="references/s"),
             rate("compiled", compiling, amount=flops / 1e9, unit="GFLOP/s"),
-            rate("written", compiling, amount=_REFERENCES * codec.record_bytes / 1e6, unit="MB/s"),
+            rate("written", compiling, amount=count * codec.record_bytes / 1e6, unit="MB/s"),
         ],
         findings=profiles,
     )
@@ -90,7 +93,14 @@ def encoder(model: Memory3LM, device: torch.device) -> Encode:
 
 
 def _compiling(
-    encode: Encode, references: References, codec: Codec, model: ModelConfig, folder: Path
+    encode: Encode,
+    references: References,
+    codec: Codec,
+    model: ModelConfig,
+    folder: Path,
+    *,
+    count: int,
+    batch: int,
 ) -> Side:
     number = iter(range(1 << 30))
 
@@ -99,17 +109,18 @@ def _compiling(
         compile_generation(
             encode,
             references,
-            np.arange(_REFERENCES) + made % 2 * _REFERENCES,
+            np.arange(count) + made % 2 * count,
             codec,
             folder / f"generation-{made}",
             settings=generation_settings(model, references),
+            batch=batch,
         )
 
     return run
 
 
-def _encoding(encode: Encode, references: References, codec: Codec) -> Side:
-    return lambda: encode_records(encode, references, np.arange(_REFERENCES), codec, batch=BATCH)
+def _encoding(encode: Encode, references: References, codec: Codec, *, count: int, batch: int) -> Side:
+    return lambda: encode_records(encode, references, np.arange(count), codec, batch=batch)
 
 
 def forward_of_memory_layers(
@@ -123,11 +134,11 @@ def forward_of_memory_layers(
 
     @torch.no_grad()
     def run() -> None:
-        for some in torch.split(tokens_NR, BATCH):
-            prefix = model.encode_prefix(config.num_memory_layers)
+        for some in torch.split(tokens_NR, batch_for(device)):
+            prefix = model.encode_prefix()
             hidden_BTD = model.embedding(some)
-            for block, read in zip(before, prefix, strict=False):
-                hidden_BTD, _, _ = block(hidden_BTD, turn, attention=model.attention, prefix=read)
+            for layer, block in enumerate(before):
+                hidden_BTD, _, _ = block(hidden_BTD, turn, attention=model.attention, prefix=prefix[layer])
             last.project(hidden_BTD)
 
     return run

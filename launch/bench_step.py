@@ -1,5 +1,7 @@
 """A step of either stage, as the loop makes it, beside what its operations would allow.
 
+With `model.num_memory_layers=0` the warmup stage alone, for models that leave no room for more.
+
 The sides are `train.loop` itself, with the loader, the reading ahead, the engine and the metrics of a run: warmup, the
 continual stage from the bank, and online. Beside them: the matrix products of the model's own shapes alone, a training
 loop of a few lines without anything of ours around the model, and compiling the references that a step reads. Rows and
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 
 from data.loader import Loader
 from data.packing import RowPlan, pack
@@ -29,7 +31,7 @@ from launch.bench_corpus import write_corpus
 from launch.build import training_dtype
 from launch.config import RunConfig
 from launch.silence import silent_stderr
-from launch.timing import Bench, Conditions, Figure, Side, interleaved, rate, ratio
+from launch.timing import Bench, Conditions, Figure, Side, Times, interleaved, rate, ratio
 from memorybank import codecs
 from memorybank.bank import BankReader, OnlineReader
 from memorybank.cache import CachedRecords
@@ -38,7 +40,7 @@ from memorybank.config import CodecKind, QueryMode
 from memorybank.pool import window_slots
 from memorybank.record import MemoryShape
 from memorybank.store import Generation, GenerationSettings
-from memorybank.writer import BATCH, compile_generation
+from memorybank.writer import batch_for, compile_generation
 from model.config import ModelConfig
 from model.flops import count_parameters, step_flops, text_token_flops
 from model.loss import TOKENS_AT_A_TIME
@@ -60,6 +62,8 @@ DEFAULTS = ["model=small", "model.prefix_ids=[1,2,3,4]", "warmup.rows_per_step=4
 _FROM_BANK, _WITH_COMPILING, _ONLINE = 1.10, 1.15, 1.15
 _OF_PEAK, _OF_BARE_LOOP = 0.60, 1.05
 _WARM = 1
+_BYTES_OF_ANOTHER = 24
+"""Of a parameter: itself and its gradient, master, the master's gradient, two moments; and some for activations."""
 _NEVER = 1 << 30
 _GROUPS = {
     "aten::mm": "matrix products",
@@ -80,7 +84,7 @@ class Scene:
         stage: Rows of a step and of a micro-batch.
         plan: The rows, for every side the same.
         found_MC: The reference that each of their chunks found.
-        generation: Memories of all of them.
+        generation: Memories of all of them; None for a model without memory layers.
     """
 
     config: RunConfig
@@ -89,7 +93,7 @@ class Scene:
     references: References
     plan: RowPlan
     found_MC: np.ndarray[Any, np.dtype[np.int64]]
-    generation: Generation
+    generation: Generation | None
     codec: Codec
     engine: DeepSpeedEngine
     ranks: Ranks
@@ -115,11 +119,9 @@ class Scene:
 @contextmanager
 def scene(config: RunConfig, *, steps: int, threads: int) -> Iterator[Scene]:
     """Write corpus and bank, and start an engine of one rank."""
-    stage, model = config.warmup, config.model
-    if stage is None or not model.num_memory_layers:
-        raise ValueError(
-            "warmup=null or model.num_memory_layers=0: nothing to compare; leave both as they are"
-        )
+    stage = config.warmup
+    if stage is None:
+        raise ValueError("warmup=null: its rows are those of every side; leave it as it is")
     ranks = distributed.start(threads=threads)
     try:
         with TemporaryDirectory(prefix="memory3-bench-") as name:
@@ -138,8 +140,10 @@ def _scene(config: RunConfig, stage: StageConfig, folder: Path, ranks: Ranks, *,
     plan = pack(np.arange(shards.num_documents), shards.lengths(), model.row_tokens, seed=0, num_rows=rows)
     found_MC = np.random.default_rng(0).permutation(rows * chunks).reshape(rows, chunks)
     torch.manual_seed(0)
+    with ranks.device:
+        language_model = Memory3LM(model)
     engine = DeepSpeedEngine(
-        Memory3LM(model),
+        language_model,
         optim=config.optim,
         engine=config.engine,
         rows_per_step=stage.rows_per_step,
@@ -147,12 +151,20 @@ def _scene(config: RunConfig, stage: StageConfig, folder: Path, ranks: Ranks, *,
         ranks=ranks,
     )
     codec = codecs.of_kind(CodecKind.model, MemoryShape.of(model), training_dtype(config))
-    settings = generation_settings(model, references)
-    ids_N = np.unique(found_MC)
-    compile_generation(
-        engine.encode, references, ids_N, codec, folder / "generation-bench", settings=settings
-    )
-    generation = Generation.open(folder / "generation-bench")
+    generation = None
+    if model.num_memory_layers:
+        settings = generation_settings(model, references)
+        ids_N = np.unique(found_MC)
+        compile_generation(
+            engine.encode,
+            references,
+            ids_N,
+            codec,
+            folder / "generation-bench",
+            settings=settings,
+            batch=batch_for(ranks.device),
+        )
+        generation = Generation.open(folder / "generation-bench")
     return Scene(config, folder, stage, references, plan, found_MC, generation, codec, engine, ranks)
 
 
@@ -187,7 +199,9 @@ class Loop:
             micro_rows=settings.micro_rows,
         )
         accumulate = settings.rows_per_step // settings.micro_rows
-        self._inputs = InputsAhead(stage, self._rows, accumulate=accumulate, cache=cache)
+        self._inputs = InputsAhead(
+            stage, self._rows, accumulate=accumulate, cache=cache, device=scene.ranks.device
+        )
 
     def __call__(self) -> None:
         """Make one step."""
@@ -213,7 +227,9 @@ class Loop:
 
 
 def loops(scene: Scene, held: ExitStack) -> dict[str, Loop]:
-    """The three ways to train."""
+    """The three ways to train, or the first of them."""
+    if scene.generation is None:
+        return {"warmup": held.enter_context(Loop(scene, "warmup", PlainStage(), None))}
     cache = CachedRecords(scene.generation, max_bytes=scene.config.bank.cache_mib << 20)
     stages: dict[str, tuple[Stage, CachedRecords | None]] = {
         "warmup": (PlainStage(), None),
@@ -257,6 +273,7 @@ def compiling(scene: Scene, *, count: int) -> Side:
             scene.codec,
             scene.folder / f"generation-{made}",
             settings=generation_settings(scene.config.model, scene.references),
+            batch=batch_for(scene.ranks.device),
         )
 
     return run
@@ -266,6 +283,9 @@ def bare_loop(scene: Scene) -> Side:
     """A training loop of a few lines around the same model: rows in memory, masters in float32, fused AdamW."""
     device = scene.ranks.device
     model = deepcopy(scene.engine.module).to(device).train()
+    if scene.config.model.compile:
+        for block in model.blocks:
+            block.compile()  # a copy forgets it
     parameters = list(model.parameters())
     masters = [nn.Parameter(p.detach().float()) for p in parameters]
     optimizer = _adamw(model, dict(zip(parameters, masters, strict=True)), scene.config.optim)
@@ -359,13 +379,13 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
             dtype=training_dtype(config),
             device=device,
         )
-        count = min(len(now.references), -(-now.num_read // BATCH) * BATCH)  # whole batches, as in an epoch
-        sides: dict[str, Side] = {
-            **trained,
-            "compiling": compiling(now, count=count),
-            "bare loop": bare_loop(now),
-            "matrix products": multiplied.run,
-        }
+        batch = batch_for(device)
+        count = min(len(now.references), -(-now.num_read // batch) * batch)  # whole batches, as in an epoch
+        sides: dict[str, Side] = {**trained, "matrix products": multiplied.run}
+        if len(trained) > 1:
+            sides["compiling"] = compiling(now, count=count)
+        if has_room_for_another(now):
+            sides["bare loop"] = bare_loop(now)
         gc.collect()
         gc.freeze()  # each side begins with a collection, which a run has once an epoch
         try:
@@ -373,16 +393,48 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
         finally:
             gc.unfreeze()
         profiles = [where_time_goes(name, loop) for name, loop in trained.items()]
-        rows, filled, read = stage.rows_per_step, now.filled, now.num_read
-        plain = step_flops(model, rows=rows)
-        from_bank = step_flops(model, rows=rows, slots_filled=filled, references_encoded=read)
-        live = step_flops(
-            model, rows=rows, slots_filled=filled, references_encoded=read, encode_gradient=True
-        )
-    warmup, bank, online = (times[name] for name in trained)
-    ideals = [what.total / plain.total for what in (from_bank, live)]
+        filled, read = now.filled, now.num_read
+    rows, warmup = stage.rows_per_step, times["warmup"]
+    plain = step_flops(model, rows=rows)
     tokens = rows * model.row_tokens
     palm, peak = text_token_flops(model).palm * tokens, config.logging.peak_tflops
+    figures = (
+        _reading(model, times, rows=rows, filled=filled, read=read, compiled=count)
+        if "compiling" in times
+        else []
+    )
+    figures.append(
+        ratio(
+            "warmup step's FLOP/s / matrix products' FLOP/s",
+            times["matrix products"],
+            warmup,
+            scale=plain.total / multiplied.flops,
+            target=_OF_PEAK,
+            at_least=True,
+            note=f"causal count, {plain.total / tokens / 1e6:.1f} MFLOP a token (PaLM: {palm / tokens / 1e6:.1f}); "
+            "products of the model's own shapes, forward and backward",
+        )
+    )
+    if "bare loop" in times:
+        figures.append(
+            ratio(
+                "warmup step / bare loop's step",
+                warmup,
+                times["bare loop"],
+                target=_OF_BARE_LOOP,
+                note="loader, engine, metrics and all beside a loop of a few lines with the same model and optimizer",
+            )
+        )
+    if peak is not None:
+        figures += [
+            Figure(
+                f"MFU, {name}",
+                tuple(palm / seconds / (peak * 1e12) for seconds in times[name].wall),
+                note=f"6 * (non-embedding + head) + 12 * L * d * T FLOP a token of text, of {peak:g} TFLOP/s; by "
+                f"the causal count {plain.total / times[name].seconds / (peak * 1e12):.1%}",
+            )
+            for name in trained
+        ]
     return Bench(
         shape={
             "parameters": f"{count_parameters(model).non_embedding / 1e6:.1f}M + vocabulary {model.vocab_size:,}",
@@ -393,56 +445,7 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
         },
         times=list(times.values()),
         figures=[
-            ratio(
-                "continual step from the bank / warmup step",
-                bank,
-                warmup,
-                target=_FROM_BANK,
-                note="the same rows; records are read and decoded one micro-batch ahead",
-            ),
-            ratio(
-                "(continual step + compiling what it reads) / warmup step / ideal",
-                bank.plus(times["compiling"], share=read / count),
-                warmup,
-                scale=1 / ideals[0],
-                target=_WITH_COMPILING,
-                note=f"by operations alone {ideals[0]:.3f}: every chunk has its own reference, read in one epoch only",
-            ),
-            ratio(
-                "online step / warmup step / ideal",
-                online,
-                warmup,
-                scale=1 / ideals[1],
-                target=_ONLINE,
-                note=f"by operations alone {ideals[1]:.3f}",
-            ),
-            ratio(
-                "warmup step's FLOP/s / matrix products' FLOP/s",
-                times["matrix products"],
-                warmup,
-                scale=plain.total / multiplied.flops,
-                target=_OF_PEAK,
-                at_least=True,
-                note=f"causal count, {plain.total / tokens / 1e6:.1f} MFLOP a token (PaLM: {palm / tokens / 1e6:.1f}); "
-                "products of the model's own shapes, forward and backward",
-            ),
-            ratio(
-                "warmup step / bare loop's step",
-                warmup,
-                times["bare loop"],
-                target=_OF_BARE_LOOP,
-                note="loader, engine, metrics and all beside a loop of a few lines with the same model and optimizer",
-            ),
-            *(
-                Figure(
-                    f"MFU, {name}",
-                    tuple(palm / seconds / (peak * 1e12) for seconds in times[name].wall),
-                    note=f"6 * (non-embedding + head) + 12 * L * d * T FLOP a token of text, of {peak:g} TFLOP/s; by "
-                    f"the causal count {plain.total / times[name].seconds / (peak * 1e12):.1%}",
-                )
-                for name in trained
-                if peak is not None
-            ),
+            *figures,
             rate("matrix products", times["matrix products"], amount=multiplied.flops / 1e9, unit="GFLOP/s"),
             rate("warmup", warmup, amount=tokens, unit="tokens/s"),
         ],
@@ -450,13 +453,64 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
     )
 
 
+def _reading(
+    model: ModelConfig, times: dict[str, Times], *, rows: int, filled: int, read: int, compiled: int
+) -> list[Figure]:
+    """What memory costs: from the bank, with compiling, online."""
+    warmup, bank, online = (times[name] for name in ("warmup", "continual, bank", "continual, online"))
+    plain = step_flops(model, rows=rows)
+    from_bank = step_flops(model, rows=rows, slots_filled=filled, references_encoded=read)
+    live = step_flops(model, rows=rows, slots_filled=filled, references_encoded=read, encode_gradient=True)
+    ideals = [what.total / plain.total for what in (from_bank, live)]
+    return [
+        ratio(
+            "continual step from the bank / warmup step",
+            bank,
+            warmup,
+            target=_FROM_BANK,
+            note="the same rows; records are read and decoded one micro-batch ahead",
+        ),
+        ratio(
+            "(continual step + compiling what it reads) / warmup step / ideal",
+            bank.plus(times["compiling"], share=read / compiled),
+            warmup,
+            scale=1 / ideals[0],
+            target=_WITH_COMPILING,
+            note=f"by operations alone {ideals[0]:.3f}: every chunk has its own reference, read in one epoch only",
+        ),
+        ratio(
+            "online step / warmup step / ideal",
+            online,
+            warmup,
+            scale=1 / ideals[1],
+            target=_ONLINE,
+            note=f"by operations alone {ideals[1]:.3f}",
+        ),
+    ]
+
+
+def has_room_for_another(scene: Scene) -> bool:
+    """Whether a second model with its optimizer fits beside the engine's; on a CPU, always."""
+    device = scene.ranks.device
+    if device.type != "cuda":
+        return True
+    parameters = sum(parameter.numel() for parameter in scene.engine.module.parameters())
+    return parameters * _BYTES_OF_ANOTHER < torch.cuda.mem_get_info(device)[0]
+
+
 def where_time_goes(name: str, step: Callable[[], object]) -> str:
-    """Return one line that shares a step's time out, operator by operator."""
-    with silent_stderr(), profile() as traced:
+    """Return one line that shares a step's time out, operator by operator; on a GPU kernel by kernel."""
+    on_gpu = torch.cuda.is_available()
+    with (
+        silent_stderr(),
+        profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as traced,
+    ):
         step()
     spent: Counter[str] = Counter()
     for event in traced.key_averages():
-        spent[_GROUPS.get(event.key, event.key)] += event.self_cpu_time_total + event.self_device_time_total
+        spent[_GROUPS.get(event.key, event.key)] += (
+            event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        )
     total = sum(spent.values())
     parts = [f"{what} {share / total:.1%}" for what, share in spent.most_common(12)]
     return f"Where the time of a step goes, {name}: {', '.join(parts)}."

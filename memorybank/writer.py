@@ -36,10 +36,18 @@ Ids = NDArray[np.int64]
 Item = TypeVar("Item")
 
 BATCH = 64
-"""References encoded at once, unless another number is asked for."""
+"""References encoded at once on a CPU, unless another number is asked for."""
+
+BATCH_BESIDE = 256
+"""The same on any other device, which fewer would not keep busy: a shard of records."""
 
 Encode = Callable[..., ExplicitMemory]
 """`Memory3LM.encode` or its like: its arguments (`windows.EncodeBatch`) on the CPU to memories on any device."""
+
+
+def batch_for(device: torch.device) -> int:
+    """Return how many references are encoded at once on a device."""
+    return BATCH if device.type == "cpu" else BATCH_BESIDE
 
 
 def compile_generation(

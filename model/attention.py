@@ -7,9 +7,8 @@ Three functions of one signature compute it:
 - ``blocked_attention``: a block of queries at a time, one softmax over all its keys. Made of batched matrix
   products, it takes 0.55 (T = 512) to 0.8 (T = 2048) of the time of the library's flash kernel on a core with
   AVX512-BF16, forward and backward.
-- ``merged_attention``: context by the library's flash kernel, the rest by a small batched product, merged
-  exactly through their log-sum-exps. The gradient of a softmax needs only the merged output and
-  log-sum-exp, so the library's backward serves as it is.
+- ``merged_attention`` (``model/attention_cuda.py``): context by the library's kernel, the rest by a Triton kernel,
+  merged exactly through their log-sum-exps.
 
 ``fast_attention`` takes the best one for the device. None of the fast ones holds anything of the size
 T x (T + memories). Empty slots and missing tokens are masked and never read; slot -1 is not "the last one".
@@ -98,8 +97,12 @@ def fast_attention(
     documents_BT: Tensor | None = None,
 ) -> Tensor:
     """Attend by the fastest function there is: merged for half precision on CUDA, blocked otherwise."""
-    flash = q_BTHE.device.type == "cuda" and q_BTHE.dtype in (torch.bfloat16, torch.float16)
-    attend = merged_attention if flash else blocked_attention
+    if q_BTHE.device.type == "cuda" and q_BTHE.dtype in (torch.bfloat16, torch.float16):
+        from model.attention_cuda import (
+            merged_attention as attend,
+        )  # Triton comes with PyTorch for CUDA alone
+    else:
+        attend = blocked_attention
     return attend(q_BTHE, k_BTGE, v_BTGE, prefix=prefix, memory=memory, documents_BT=documents_BT)
 
 
@@ -123,23 +126,6 @@ def blocked_attention(
             for shared, own in zip(prefix, (k_BTGE, v_BTGE), strict=True)
         )
     return _attend(_BlockedAttention, (q_BTHE, k_BTGE, v_BTGE), None, memory)
-
-
-def merged_attention(
-    q_BTHE: Tensor,
-    k_BTGE: Tensor,
-    v_BTGE: Tensor,
-    *,
-    prefix: PrefixKeys | None = None,
-    memory: MemoryKeys | None = None,
-    documents_BT: Tensor | None = None,
-) -> Tensor:
-    """Attend by the library's flash kernel, merged with prefix and memories by log-sum-exp."""
-    if documents_BT is not None:
-        return reference_attention(
-            q_BTHE, k_BTGE, v_BTGE, prefix=prefix, memory=memory, documents_BT=documents_BT
-        )
-    return _attend(_MergedAttention, (q_BTHE, k_BTGE, v_BTGE), prefix, memory)
 
 
 def reference_attention(
@@ -411,78 +397,3 @@ def _blocks(tokens: int, q_rows: Tensor, k: Tensor) -> Iterator[_Block]:
         end = min(start + size, tokens)
         rows = slice(start * group, end * group)
         yield _Block(rows, before + end, future[: (end - start) * group, : end - start])
-
-
-class _MergedAttention(torch.autograd.Function):
-    """Saves the merged output and log-sum-exp, from which the gradients of both parts follow exactly."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q_BTHE: Tensor,
-        k_BTGE: Tensor,
-        v_BTGE: Tensor,
-        k_BGCJE: Tensor | None,
-        v_BGCJE: Tensor | None,
-        bias_BGCJ: Tensor | None,
-    ) -> Tensor:
-        B, T, H, E = q_BTHE.shape
-        G = k_BTGE.shape[2]
-        out_BHTE, lse_BHT, *ctx.flash_state = _flash(*(x.transpose(1, 2) for x in (q_BTHE, k_BTGE, v_BTGE)))
-        out_BTHE = out_BHTE.transpose(1, 2)
-        if v_BGCJE is not None:
-            scores = _extra_scores(_grouped_rows(q_BTHE, G), k_BGCJE, bias_BGCJ).to(lse_BHT.dtype) * E**-0.5
-            context_lse = lse_BHT.view(B, G, H // G, T).transpose(2, 3).reshape(B * G, -1, 1)
-            lse = torch.logaddexp(context_lse, scores.logsumexp(-1, keepdim=True))
-            v = v_BGCJE.flatten(0, 2)
-            on_extra = (scores - lse).exp_().to(v.dtype).view(len(v), -1, v.shape[1])
-            out = _grouped_rows(out_BTHE, G) * (context_lse - lse).exp_().to(v.dtype)
-            out.view(len(v), -1, E).baddbmm_(on_extra, v)
-            out_BTHE = _ungrouped(out, q_BTHE.shape, G)
-            lse_BHT = lse.view(B, G, T, H // G).transpose(2, 3).reshape(B, H, T)
-        ctx.save_for_backward(q_BTHE, k_BTGE, v_BTGE, k_BGCJE, v_BGCJE, bias_BGCJ, out_BTHE, lse_BHT)
-        return out_BTHE  # type: ignore[no-any-return]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BTHE: Tensor) -> tuple[Tensor | None, ...]:
-        q_BTHE, k_BTGE, v_BTGE, k_BGCJE, v_BGCJE, bias_BGCJ, out_BTHE, lse_BHT = ctx.saved_tensors
-        B, T, H, E = q_BTHE.shape
-        G = k_BTGE.shape[2]
-        heads_first = [x.transpose(1, 2) for x in (grad_BTHE, q_BTHE, k_BTGE, v_BTGE, out_BTHE)]
-        grad_q, grad_k, grad_v = _flash_backward(heads_first, lse_BHT, ctx.flash_state)
-        if k_BGCJE is None:
-            return grad_q, grad_k, grad_v, None, None, None
-        q, grad = _grouped_rows(q_BTHE, G), _grouped_rows(grad_BTHE, G)
-        scores = _extra_scores(q, k_BGCJE, bias_BGCJ).to(lse_BHT.dtype) * E**-0.5
-        lse = lse_BHT.view(B, G, H // G, T).transpose(2, 3).reshape(B * G, -1, 1)
-        weights = (scores - lse).exp_()
-        through_output = (grad * _grouped_rows(out_BTHE, G)).sum(-1, keepdim=True, dtype=lse.dtype)
-        grad_scores = (_extra_scores(grad, v_BGCJE, None) - through_output).mul_(weights).mul_(E**-0.5)
-        k = k_BGCJE.flatten(0, 2)
-        weights, grad_scores = (x.to(k.dtype).view(len(k), -1, k.shape[1]) for x in (weights, grad_scores))
-        grad_q = grad_q + _ungrouped(torch.bmm(grad_scores, k), q_BTHE.shape, G)
-        grad_k_extra = torch.bmm(grad_scores.transpose(1, 2), q.view(len(k), -1, E)).view_as(k_BGCJE)
-        grad_v_extra = torch.bmm(weights.transpose(1, 2), grad.view(len(k), -1, E)).view_as(k_BGCJE)
-        return grad_q, grad_k, grad_v, grad_k_extra, grad_v_extra, None
-
-
-def _flash(q_BHTE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> tuple[Any, ...]:
-    """Return output, log-sum-exp (B, H, T), and whatever else the backward kernel asks for."""
-    if q_BHTE.device.type == "cpu":
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return tuple(kernel(q_BHTE, k_BGTE, v_BGTE, 0.0, True))
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention
-    return tuple(kernel(q_BHTE, k_BGTE, v_BGTE, 0.0, True, False))[:-1]
-
-
-def _flash_backward(tensors: list[Tensor], lse_BHT: Tensor, state: list[Any]) -> Iterator[Tensor]:
-    """Return the gradients of q, k, v, (B, T, heads, E), from the output's gradient, q, k, v and output."""
-    if tensors[0].device.type == "cpu":
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        grads = kernel(*tensors, lse_BHT, 0.0, True)
-    else:
-        cum_q, cum_k, max_q, max_k, *random_state = state
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
-        grads = kernel(*tensors, lse_BHT, cum_q, cum_k, max_q, max_k, 0.0, True, *random_state)
-    return (grad.transpose(1, 2) for grad in grads)

@@ -2,11 +2,14 @@
 
 ``chunked_next_token_loss`` computes the gradients of hidden states and head along with the loss: the
 logits of a few hundred tokens exist at a time and are never computed twice. Tokens whose target is
-``IGNORE`` are left out before the head is applied. Softmax statistics are float32.
+``IGNORE`` are left out before the head is applied. Softmax statistics are float32. On a GPU softmax and gradient are
+two fused passes over the logits, and ignored tokens are computed with the others and masked: to count them, the CPU
+would have to wait for the device.
 Not here: the mean over tokens, which is the caller's, since it spans micro-batches and ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +20,10 @@ IGNORE = -100
 """Target of a token that carries no loss."""
 
 TOKENS_AT_A_TIME = 512
-"""Tokens whose logits exist at once, in the model's dtype."""
+"""Tokens whose logits exist at once on a CPU, in the model's dtype."""
+
+TOKENS_AT_A_TIME_BESIDE = 4096
+"""The same on any other device, where each further piece reads and writes the head's gradient in float32."""
 
 LOGITS_IN_CACHE = 1 << 18
 """Of them, logits that are float32 at once on a CPU: 1 MiB, which stays in a core's own cache."""
@@ -36,7 +42,7 @@ def chunked_next_token_loss(hidden_BTD: Tensor, head_VD: Tensor, targets_BT: Ten
     """Return the summed negative log-likelihood of `targets_BT` under ``hidden_BTD @ head_VD.T``."""
     hidden, targets, _ = _counted(hidden_BTD, targets_BT)
     total: Tensor = _SummedLoss.apply(hidden, head_VD, targets)  # type: ignore[no-untyped-call]
-    return LossSum(total, torch.tensor(targets.numel(), device=targets.device))
+    return LossSum(total, (targets != IGNORE).sum())
 
 
 @torch.no_grad()
@@ -60,7 +66,7 @@ class _SummedLoss(torch.autograd.Function):
         stats = torch.promote_types(head_VD.dtype, torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grads_hidden: list[Tensor] = []
-        grad_head = torch.zeros_like(head_VD, dtype=stats) if wants_head else None
+        grad_head: Tensor | None = None
         for some_hidden, some_targets in _pieces(hidden, targets):
             logits = some_hidden @ head_VD.T
             gradient = wants_hidden or wants_head
@@ -68,8 +74,14 @@ class _SummedLoss(torch.autograd.Function):
             total += nll.sum(dtype=torch.float64)
             if wants_hidden:
                 grads_hidden.append(logits @ head_VD)
-            if grad_head is not None:
-                grad_head += logits.T @ some_hidden
+            if wants_head:
+                product = logits.T @ some_hidden
+                if len(hidden) > len(some_hidden):
+                    grad_head = torch.zeros_like(head_VD, dtype=stats) if grad_head is None else grad_head
+                    product = grad_head.add_(product)
+                grad_head = product
+        if grad_head is None and wants_head:
+            grad_head = torch.zeros_like(head_VD)
         ctx.save_for_backward(
             torch.cat([hidden[:0], *grads_hidden]) if wants_hidden else None,
             None if grad_head is None else grad_head.to(head_VD.dtype),
@@ -86,6 +98,8 @@ class _SummedLoss(torch.autograd.Function):
 def _counted(hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return hidden states and targets of the tokens that carry loss, flat, and where they stood."""
     hidden, targets = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1)
+    if hidden.device.type != "cpu":
+        return hidden, targets, None
     counted = (targets != IGNORE).nonzero().squeeze(1)
     if len(counted) == len(targets):
         return hidden, targets, None
@@ -93,15 +107,18 @@ def _counted(hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _pieces(hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(targets), TOKENS_AT_A_TIME):
-        piece = slice(start, start + TOKENS_AT_A_TIME)
+    at_a_time = TOKENS_AT_A_TIME if targets.device.type == "cpu" else TOKENS_AT_A_TIME_BESIDE
+    for start in range(0, len(targets), at_a_time):
+        piece = slice(start, start + at_a_time)
         yield hidden[piece], targets[piece]
 
 
 def _negative_log_likelihood(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
     """Return each target's nats, at least float32; if `gradient`, overwrite the logits with it."""
+    if logits.device.type != "cpu":
+        return _fused()(logits, targets, gradient=gradient)
     stats = torch.promote_types(logits.dtype, torch.float32)
-    rows = max(1, LOGITS_IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    rows = max(1, LOGITS_IN_CACHE // logits.shape[1])
     losses = []
     for start in range(0, len(logits), rows):
         some_logits = logits[start : start + rows]
@@ -115,3 +132,22 @@ def _negative_log_likelihood(logits: Tensor, targets: Tensor, *, gradient: bool)
             probabilities.scatter_add_(1, some_targets, probabilities.new_full(some_targets.shape, -1.0))
             some_logits.copy_(probabilities)
     return torch.cat(losses).squeeze(1)
+
+
+def nll_and_gradient(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
+    """Return what `_negative_log_likelihood` returns, with zeros for ignored targets; made to be fused."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counted = targets != IGNORE
+    target = targets.clamp(min=0)[:, None]
+    log_normaliser = exact.logsumexp(-1, keepdim=True)
+    nll = torch.where(counted, (log_normaliser - exact.gather(1, target)).squeeze(1), 0.0)
+    if gradient:
+        chosen = torch.arange(logits.shape[1], device=logits.device) == target
+        probabilities = (exact - log_normaliser).exp()
+        logits.copy_(torch.where(counted[:, None], probabilities - chosen.to(exact.dtype), 0.0))
+    return nll
+
+
+@cache
+def _fused() -> Callable[..., Tensor]:
+    return torch.compile(nll_and_gradient)

@@ -9,6 +9,8 @@ same references encoded before give the same bits.
 Not here: which references a chunk reads (``memorybank``), decoding (``model/generate.py``).
 """
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -29,6 +31,15 @@ from model.layers import FeedForward, RMSNorm
 from model.loss import LossSum, chunked_next_token_loss, token_losses
 from model.memory import ExplicitMemory, MemoryBatch, Places, ReferenceBatch, select_tokens
 from model.rope import Rotation, rotate, rotation
+
+
+KEPT = 0.8
+"""Of what a compiled block keeps for its backward pass, the share that it may: what goes is computed again, and consists
+of passes over one token's numbers (norms, gates), no products: 8 instead of 11 times a token's width."""
+
+
+VARIANTS = 32
+"""How often a block may be compiled: prefix and rows, with memory and without, with gradient and without, sizes."""
 
 
 class Block(nn.Module):
@@ -132,6 +143,22 @@ class OutputHead(nn.Linear):
         return chunked_next_token_loss(hidden_BTD, self.weight, targets_BT)
 
 
+class EncodedPrefix:
+    """The prefix's keys and values, each layer's computed when it is first asked for.
+
+    So few tokens keep no GPU busy: computed between the rows' layers, they are queued while it works on the rows.
+    """
+
+    def __init__(self, layers: Iterator[PrefixKeys | None]) -> None:
+        self._layers = layers
+        self._known: list[PrefixKeys | None] = []
+
+    def __getitem__(self, layer: int) -> PrefixKeys | None:
+        while len(self._known) <= layer:
+            self._known.append(next(self._layers))
+        return self._known[layer]
+
+
 class Memory3LM(nn.Module):
     """A causal language model that reads explicit memories (paper section 3)."""
 
@@ -144,8 +171,14 @@ class Memory3LM(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = OutputHead(config.width, config.vocab_size)
+        self.register_buffer(
+            "prefix_1P", torch.tensor([config.prefix_ids], dtype=torch.int64), persistent=False
+        )
         initialise(self, config)
+        self._write = torch.compile(Block.write) if config.compile else Block.write
         if config.compile:
+            torch._functorch.config.activation_memory_budget = KEPT
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
             for block in self.blocks:
                 block.compile()
 
@@ -196,21 +229,18 @@ class Memory3LM(nn.Module):
             titles_N: Tokens of each title line, needed when `select_title` is off, and with `places`.
             places: Where the references stand in the rows; None = a row is a reference.
         """
-        prefix = self.encode_prefix(self.config.num_memory_layers)
-        return self._encode(tokens_NR, lengths_N, titles_N, prefix, places)
+        return self._encode(tokens_NR, lengths_N, titles_N, self.encode_prefix(), places)
 
-    def encode_prefix(self, num_layers: int) -> list[PrefixKeys | None]:
-        """Return the prefix's keys and values at the first `num_layers` layers; without a prefix, None."""
-        if not self.config.prefix_ids:
-            return [None] * num_layers
-        tokens_1P = torch.tensor([self.config.prefix_ids], device=self.embedding.weight.device)
-        hidden = self.embedding(tokens_1P)
+    def encode_prefix(self) -> "EncodedPrefix":
+        """Return the prefix's keys and values at every layer; without a prefix, None."""
+        return EncodedPrefix(self._prefix_layers() if self.config.prefix_ids else repeat(None))
+
+    def _prefix_layers(self) -> Iterator[PrefixKeys]:
+        hidden = self.embedding(self.prefix_1P)
         turn = self.rotation(0, self.config.num_prefix)
-        keys: list[PrefixKeys | None] = []
-        for block in self.blocks[:num_layers]:
+        for block in self.blocks:
             hidden, k, v = block(hidden, turn, attention=self.attention)
-            keys.append(PrefixKeys(k[0], v[0]))
-        return keys
+            yield PrefixKeys(k[0], v[0])
 
     @torch.no_grad()
     def attention_shares(
@@ -241,7 +271,7 @@ class Memory3LM(nn.Module):
         )
 
     def memory_keys(
-        self, memory: MemoryBatch | ReferenceBatch | None, tokens: int, prefix: list[PrefixKeys | None]
+        self, memory: MemoryBatch | ReferenceBatch | None, tokens: int, prefix: "EncodedPrefix"
     ) -> list[MemoryKeys | None]:
         """Return what rows read at every layer; None at layers without memory."""
         nothing: list[MemoryKeys | None] = [None] * self.config.num_layers
@@ -275,17 +305,17 @@ class Memory3LM(nn.Module):
         attention: AttentionFunction,
     ) -> Tensor:
         """Return the hidden states of rows after the last block."""
-        prefix = self.encode_prefix(self.config.num_layers)
+        prefix = self.encode_prefix()
         reads = self.memory_keys(memory, tokens_BT.shape[1], prefix)
         hidden_BTD = self.embedding(tokens_BT)
         turn = self.rotation(self.config.context_start, tokens_BT.shape[1])
-        for block, shared, read in zip(self.blocks, prefix, reads, strict=True):
+        for layer, (block, read) in enumerate(zip(self.blocks, reads, strict=True)):
             hidden_BTD, _, _ = self._run(
                 block,
                 hidden_BTD,
                 turn,
                 attention=attention,
-                prefix=shared,
+                prefix=prefix[layer],
                 memory=read,
                 documents_BT=documents_BT,
             )
@@ -296,7 +326,7 @@ class Memory3LM(nn.Module):
         tokens_BT: Tensor,
         lengths_N: Tensor,
         titles_N: Tensor | None,
-        prefix: list[PrefixKeys | None],
+        prefix: "EncodedPrefix",
         places: Places | None = None,
     ) -> ExplicitMemory:
         config = self.config
@@ -321,7 +351,8 @@ class Memory3LM(nn.Module):
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
         for layer in range(config.num_memory_layers):
             hidden_BTD, k, v, index = self._run(
-                self.blocks[layer].write,
+                self._write,
+                self.blocks[layer],
                 hidden_BTD,
                 turn,
                 token_NR,

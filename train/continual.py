@@ -27,7 +27,7 @@ from memorybank.config import BankConfig, CodecConfig, RetrievalConfig
 from memorybank.record import MemoryShape
 from memorybank.search import RowSearch
 from memorybank.store import Generation, GenerationSettings
-from memorybank.writer import compile_generation
+from memorybank.writer import batch_for, compile_generation
 from model.config import ModelConfig
 from train.distributed import Ranks
 from train.engine import Engine
@@ -204,6 +204,7 @@ class BankEpochs:
                 rank=self._ranks.rank,
                 world_size=self._ranks.world_size,
                 barrier=self._ranks.barrier,
+                batch=batch_for(self._ranks.device),
             )
         return Generation.open(bank / name, expect=asdict(settings) | {"codec": codec.name})
 

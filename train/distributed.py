@@ -101,6 +101,8 @@ def start(*, threads: int, timeout_seconds: int = 1800) -> Ranks:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", given.local_rank) if cuda else torch.device("cpu")
     if cuda:
+        # Activations, a bank's compilation and validation ask for blocks of other sizes in turn.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())

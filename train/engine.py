@@ -56,6 +56,14 @@ class ModelInput:
     targets_BT: Tensor
     memory: MemoryBatch | ReferenceBatch | None = None
 
+    def to(self, device: torch.device | str) -> "ModelInput":
+        """The same inputs on another device."""
+        return ModelInput(
+            self.tokens_BT.to(device, non_blocking=True),
+            self.targets_BT.to(device, non_blocking=True),
+            None if self.memory is None else self.memory.to(device),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -169,6 +177,8 @@ class DeepSpeedEngine:
             )
         self._zero_stage = engine.zero_stage
         self._copies = TensorCopies()
+        if engine.zero_stage == 1 and engine.precision is Precision.bf16:
+            _add_up_in_one_pass(self._engine.optimizer)
         if engine.zero_stage == 0 and engine.precision is Precision.bf16:
             # DeepSpeed makes AdamW's states by an update without gradient, which must not count in its bias correction.
             for moments in self._engine.optimizer.optimizer.state.values():
@@ -215,7 +225,7 @@ class DeepSpeedEngine:
     def token_losses(self, inputs: ModelInput) -> Tensor:
         self._engine.eval()
         self._ranks.pulse.beat()
-        batch = _to(inputs, self._ranks.device)
+        batch = inputs.to(self._ranks.device)
         losses: Tensor = self._engine(
             batch.tokens_BT, targets_BT=batch.targets_BT, memory=batch.memory, per_token=True
         )
@@ -224,7 +234,7 @@ class DeepSpeedEngine:
     def attention_shares(self, inputs: ModelInput) -> AttentionShares:
         self._engine.eval()
         self._ranks.pulse.beat()
-        batch = _to(inputs, self._ranks.device)
+        batch = inputs.to(self._ranks.device)
         shares: AttentionShares = self.module.attention_shares(batch.tokens_BT, batch.memory)
         return shares
 
@@ -322,7 +332,7 @@ class DeepSpeedEngine:
         return f"generators_rank_{self._ranks.rank}.safetensors"
 
     def _forward(self, inputs: ModelInput) -> LossSum:
-        batch = _to(inputs, self._ranks.device)
+        batch = inputs.to(self._ranks.device)
         loss: LossSum = self._engine(batch.tokens_BT, targets_BT=batch.targets_BT, memory=batch.memory)
         return loss
 
@@ -395,13 +405,13 @@ class InferenceEngine:
 
     @torch.no_grad()
     def token_losses(self, inputs: ModelInput) -> Tensor:
-        batch = _to(inputs, self.device)
+        batch = inputs.to(self.device)
         losses = self.model(batch.tokens_BT, targets_BT=batch.targets_BT, memory=batch.memory, per_token=True)
         assert isinstance(losses, Tensor)
         return losses
 
     def attention_shares(self, inputs: ModelInput) -> AttentionShares:
-        batch = _to(inputs, self.device)
+        batch = inputs.to(self.device)
         return self.model.attention_shares(batch.tokens_BT, batch.memory)
 
     @torch.no_grad()
@@ -456,6 +466,8 @@ def deepspeed_settings(
     if engine.precision is Precision.bf16 and engine.zero_stage > 0:
         # Otherwise micro-batch gradients add up in bf16; with ZeRO-0 DeepSpeed refuses this setting.
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Each gradient goes where they add up as soon as it is there, and is freed, instead of all of them at the end.
+        settings["bf16"]["immediate_grad_update"] = True
     return settings
 
 
@@ -500,15 +512,21 @@ def _set_generators(states: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _to(inputs: ModelInput, device: torch.device) -> ModelInput:
-    if inputs.tokens_BT.device == device:
-        return inputs
-    memory = None if inputs.memory is None else inputs.memory.to(device)
-    return ModelInput(
-        inputs.tokens_BT.to(device, non_blocking=True),
-        inputs.targets_BT.to(device, non_blocking=True),
-        memory,
-    )
+def _add_up_in_one_pass(optimizer: Any) -> None:
+    """Let a micro-batch's gradients be added to the float32 sums as they are.
+
+    DeepSpeed makes a float32 copy of each first: twice the traffic, 4 % of a step of the paper's model on an H100. The
+    sums are the same bits.
+    """
+
+    def add(parameter: Tensor, group: int, number: int, clear_lp_grads: bool) -> None:
+        assert not clear_lp_grads  # the hook that calls this frees the gradient itself
+        total = optimizer.fp32_groups_gradients[group][number]
+        total.add_(parameter.grad.view(total.shape))  # type: ignore[union-attr]
+        parameter._hp_grad = total  # type: ignore[attr-defined]
+        optimizer.fp32_groups_has_gradients[group][number] = True
+
+    optimizer._update_hp_grad = add
 
 
 def _import_deepspeed(ranks: Ranks) -> Any:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+import torch
+
 from data.ahead import ReadAhead
 from data.loader import Loader
 from memorybank.cache import CachedRecords, ReadCounts
@@ -67,7 +69,14 @@ class InputsAhead:
     """Iterates over steps; a context manager that ends its thread, to be left before the loader's."""
 
     def __init__(
-        self, stage: Stage, batches: Loader, *, accumulate: int, cache: CachedRecords | None, depth: int = 1
+        self,
+        stage: Stage,
+        batches: Loader,
+        *,
+        accumulate: int,
+        cache: CachedRecords | None,
+        depth: int = 1,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Starts making inputs.
 
@@ -77,10 +86,12 @@ class InputsAhead:
             accumulate: Micro-batches of a step.
             cache: What the stage reads the bank through; None when it reads none.
             depth: Micro-batches that are ready, at most, beside the one in the making.
+            device: Where they are put.
         """
         self._stage = stage
         self._batches = batches
         self._accumulate = accumulate
+        self._device = device
         self._cache = cache
         self._counted = ReadCounts()
         self._ahead = ReadAhead(self._make(), depth=depth, name="memories")
@@ -115,7 +126,7 @@ class InputsAhead:
     def _make(self) -> Iterator[_Made]:
         for batch in self._batches:
             begun = time.perf_counter()
-            inputs = self._stage.model_input(batch)
+            inputs = self._stage.model_input(batch).to(self._device)
             yield _Made(
                 inputs, self._batches.cursor, begun, None if self._cache is None else self._cache.counts
             )

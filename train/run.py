@@ -177,7 +177,7 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
         cursor=state.cursor,
     )
     accumulate = config.rows_per_step // (config.micro_rows * ranks.world_size)
-    ahead = InputsAhead(epoch.stage, batches, accumulate=accumulate, cache=epoch.cache)
+    ahead = InputsAhead(epoch.stage, batches, accumulate=accumulate, cache=epoch.cache, device=ranks.device)
     with ExitStack() as opened:
         opened.enter_context(parts.stop.deferred())
         opened.enter_context(ranks.pulse.batches(f"an update of the {parts.name} stage"))

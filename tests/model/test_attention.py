@@ -14,9 +14,9 @@ from model.attention import (
     PrefixKeys,
     attention_shares,
     blocked_attention,
-    merged_attention,
     reference_attention,
 )
+from tests.support.merged import merged_attention
 
 FAST = pytest.mark.parametrize("fast", [blocked_attention, merged_attention])
 
@@ -109,21 +109,21 @@ def test_fast_attention_and_its_gradients_equal_the_reference(
     assert_equal(*solutions, tolerance=1e-11)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    fast=st.sampled_from([blocked_attention, merged_attention]),
-    rows=st.integers(1, 2),
-    tokens=st.integers(1, 21),
-    group=st.integers(1, 3),
-    kv_heads=st.integers(1, 2),
-    chunk=st.integers(1, 9),
-    places=st.integers(1, 3),
-    kept=st.integers(1, 3),
-    prefix=st.integers(0, 3),
-    pool=st.integers(1, 4),
-    seed=st.integers(0, 1000),
-)
-def test_fast_attention_equals_the_reference_for_any_shape(
+ANY_SHAPE = {
+    "rows": st.integers(1, 2),
+    "tokens": st.integers(1, 21),
+    "group": st.integers(1, 3),
+    "kv_heads": st.integers(1, 2),
+    "chunk": st.integers(1, 9),
+    "places": st.integers(1, 3),
+    "kept": st.integers(1, 3),
+    "prefix": st.integers(0, 3),
+    "pool": st.integers(1, 4),
+    "seed": st.integers(0, 1000),
+}
+
+
+def assert_equals_the_reference(
     fast: AttentionFunction, group: int, kv_heads: int, seed: int, **shape: int
 ) -> None:
     problem = Problem(heads=group * kv_heads, kv_heads=kv_heads, head_size=4, seed=seed, **shape)
@@ -131,8 +131,19 @@ def test_fast_attention_equals_the_reference_for_any_shape(
 
 
 @settings(max_examples=30, deadline=None)
+@given(**ANY_SHAPE)
+def test_blocked_attention_equals_the_reference_for_any_shape(**shape: int) -> None:
+    assert_equals_the_reference(blocked_attention, **shape)
+
+
+@settings(max_examples=12, deadline=None)
+@given(**ANY_SHAPE)
+def test_merged_attention_equals_the_reference_for_any_shape(**shape: int) -> None:
+    assert_equals_the_reference(merged_attention, **shape)
+
+
+@settings(max_examples=30, deadline=None)
 @given(
-    fast=st.sampled_from([blocked_attention, merged_attention]),
     precision=st.sampled_from([(torch.float32, 1e-5), (torch.bfloat16, 3e-2)]),
     tokens=st.integers(1, 100),
     group=st.integers(1, 3),
@@ -143,7 +154,6 @@ def test_fast_attention_equals_the_reference_for_any_shape(
     seed=st.integers(0, 1000),
 )
 def test_float32_and_bfloat16_stay_near_float64_for_any_shape(
-    fast: AttentionFunction,
     precision: tuple[torch.dtype, float],
     group: int,
     kv_heads: int,
@@ -157,23 +167,31 @@ def test_float32_and_bfloat16_stay_near_float64_for_any_shape(
     with torch.no_grad():  # the same, rounded, inputs
         for target, source in zip(exact.tensors, rough.tensors, strict=True):
             target.copy_(source)
-    for ours, theirs in zip(rough.solve(fast), exact.solve(reference_attention), strict=True):
+    for ours, theirs in zip(rough.solve(blocked_attention), exact.solve(reference_attention), strict=True):
         # What a softmax over one key lets through is 0, up to the rounding of what cancels.
         scale = max(theirs.norm().item(), theirs.numel() ** 0.5)
         assert (ours.double() - theirs).norm() <= tolerance * scale
 
 
-@FAST
-def test_float32_and_bfloat16_stay_near_float64(fast: AttentionFunction) -> None:
+@pytest.mark.parametrize(
+    ("fast", "dtype", "tolerance"),
+    [
+        (blocked_attention, torch.float32, 1e-5),
+        (blocked_attention, torch.bfloat16, 3e-2),
+        (merged_attention, torch.float32, 1e-5),
+        (merged_attention, torch.float16, 3e-3),
+    ],
+)
+def test_less_precise_numbers_stay_near_float64(
+    fast: AttentionFunction, dtype: torch.dtype, tolerance: float
+) -> None:
     shape = {"tokens": 128, "chunk": 64, "head_size": 64}
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-        rough = Problem(**shape, dtype=dtype)
-        exact = Problem(**shape)
-        with torch.no_grad():  # the same, rounded, inputs
-            for target, source in zip(exact.tensors, rough.tensors, strict=True):
-                target.copy_(source)
-        for ours, theirs in zip(rough.solve(fast), exact.solve(reference_attention), strict=True):
-            assert (ours.double() - theirs).norm() / theirs.norm() < tolerance
+    rough, exact = Problem(**shape, dtype=dtype), Problem(**shape)  # type: ignore[arg-type]
+    with torch.no_grad():  # the same, rounded, inputs
+        for target, source in zip(exact.tensors, rough.tensors, strict=True):
+            target.copy_(source)
+    for ours, theirs in zip(rough.solve(fast), exact.solve(reference_attention), strict=True):
+        assert (ours.double() - theirs).norm() / theirs.norm() < tolerance
 
 
 @FAST

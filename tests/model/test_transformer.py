@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import AttentionFunction, blocked_attention, merged_attention, reference_attention
+from model.attention import AttentionFunction, blocked_attention, reference_attention
 from model.memory import ExplicitMemory, MemoryBatch, ReferenceBatch
 from model.transformer import Memory3LM
+from tests.support.merged import merged_attention
 from tests.support.model import random_references, random_tokens, tiny_model
 
 EACH_ATTENTION = pytest.mark.parametrize(
@@ -24,8 +25,15 @@ def emptied(references: ReferenceBatch) -> ReferenceBatch:
     return replace(references, slots_BCK=torch.full_like(references.slots_BCK, -1))
 
 
-@EACH_ATTENTION
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [
+        (blocked_attention, torch.float32),
+        (blocked_attention, torch.bfloat16),
+        (merged_attention, torch.float32),
+        (reference_attention, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("tokens", [32, 27, 5])
 def test_live_memory_equals_stored_memory_bitwise(
     attention: AttentionFunction, dtype: torch.dtype, tokens: int

@@ -295,7 +295,7 @@ def test_the_settings_of_deepspeed_are_derived() -> None:
     assert settings["gradient_accumulation_steps"] == 4
     assert settings["gradient_clipping"] == 0.5
     assert settings["zero_optimization"] == {"stage": 2}
-    assert settings["bf16"] == {"enabled": True}
+    assert settings["bf16"] == {"enabled": True, "immediate_grad_update": True}
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
     assert settings["optimizer"]["params"]["betas"] == [0.9, 0.9]
 
