@@ -4,6 +4,7 @@ Not here: running it (`launch.sweep`), the importances themselves (`launch.study
 """
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,9 +141,8 @@ def draw(
     left.text(len(keys) - 0.97, 0, best, fontsize=8, weight="bold", va="center")
     left.set(xticks=range(len(keys)), yticks=[], ylim=(-0.06, 1.06), xlim=(-0.1, len(keys) - 0.6))
     left.set_xticklabels([key.replace(".", ".\n", key.count(".")) for key in keys], fontsize=8)
-    left.set_title(
-        f"{len(finished)} finished trials (thick: the best), {len(pruned)} pruned (grey)", fontsize=9
-    )
+    counted = f"{len(finished)} finished trials (thick: the best)"
+    left.set_title(f"{counted}, {len(pruned)} pruned (grey)" if pruned else counted, fontsize=9)
     shown = sorted(importances.items(), key=lambda item: item[1])
     bars = right.barh(
         [key.rpartition(".")[2] for key, _ in shown], [share for _, share in shown], color="0.45", height=0.5
@@ -187,7 +187,10 @@ def _shown(value: Value) -> str:
 
 
 def _quoted(setting: str) -> str:
-    return f"'{setting}'" if set(setting) & set(" ${}[]()*|&;<>'\"") else setting
+    """A setting as a shell takes it."""
+    if "'" in setting and not set(setting) & set('$`"\\'):
+        return f'"{setting}"'
+    return shlex.quote(setting)
 
 
 def _place(value: Value, dimension: Dimension) -> float:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from launch import slurm as launch_slurm
-from launch import sweep, trial
+from launch import sweep, sweep_report, trial
 from launch.compose import CONF, compose_config
 from launch.space import Numbers, Value, read_space
 from launch.study import Row, Study
@@ -273,6 +274,19 @@ def test_values_that_were_tried_are_not_trained_again(tmp_path: Path) -> None:
     assert len(trained) <= 2
     journal = (tmp_path / "s/report.md").read_text()
     assert journal.count("finished: like trial ") == 4 - len(trained)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["a=1", "continual.epoch_steps='50'", "model.ffn_width=${model.width}", 'a=["b","c d"]', "a='$b'"],
+)
+def test_the_best_command_can_be_given_to_a_shell(setting: str) -> None:
+    plan = sweep.Sweep("s", read_space([RATES, "seed=1"]), 1, 0)
+    plan = replace(plan, space=replace(plan.space, fixed=(setting,)))
+    row = Row(0, "finished", 1.0, {"warmup.peak_lr": 1e-3})
+    said = sweep_report.render(plan, compose_config(SPACE), [row], {})
+    [command] = [line for line in said.splitlines() if line.startswith("    memory3 pretrain ")]
+    assert shlex.split(command) == ["memory3", "pretrain", *plan.settings(0, row.values)]
 
 
 def test_draws_follow_from_seed_and_history(tmp_path: Path) -> None:
