@@ -3,10 +3,11 @@
     MALLOC_MMAP_THRESHOLD_=65536 python -m benchmarks.plan --out benchmarks/results/plan.md --run RUN_FOLDER
 
 Memory: every case starts its ranks. Each becomes an idle process first: libraries are loaded, and a model of the same
-shapes, but of two layers, has taken a step, so that kernels are compiled, and was let go. Then the engine of the case
-is built and takes `STEPS` steps; the growth is the largest resident set from there on (VmHWM, reset through
-clear_refs) over the idle one, of the rank that grew most. The threshold makes glibc give freed blocks back to the
-kernel: without it the resident set also holds the heap's gaps.
+shapes, but of two layers, has taken a step, so that kernels are compiled, and was let go; and one of nearly no bytes,
+since DeepSpeed holds the parameters of the last engine until another is built. Then the engine of the case is built and
+takes `STEPS` steps; the growth is the largest resident set from there on (VmHWM, reset through clear_refs) over the
+idle one, of the rank that grew most. The threshold makes glibc give freed blocks back to the kernel: without it the
+resident set also holds the heap's gaps.
 
 Files: the sizes of all checkpoints and generations of a run folder, against the plan of its own configuration.
 """
@@ -33,6 +34,7 @@ from launch.planning import stage_memory, vector_bytes  # noqa: E402
 from launch.units import binary  # noqa: E402
 from memorybank.cost import generation_bytes  # noqa: E402
 from memorybank.store import Generation  # noqa: E402
+from model.config import Init, ModelConfig  # noqa: E402
 from model.flops import count_parameters  # noqa: E402
 from train.config import MemorySource, StageConfig  # noqa: E402
 from train.footprint import checkpoint_bytes  # noqa: E402
@@ -156,6 +158,7 @@ def _rank(case: Case, rank: int, port: int, told: Connection) -> None:
     layers = max(2, min(config.model.num_memory_layers, 1) + 1)
     few = replace(config, model=replace(config.model, num_layers=layers, num_memory_layers=1))
     _steps(few, case.stage, ranks, 1)
+    _steps(replace(few, model=_least(few.model)), case.stage, ranks, 1)
     gc.collect()
     _give_back()
     Path("/proc/self/clear_refs").write_text("5")
@@ -164,6 +167,20 @@ def _rank(case: Case, rank: int, port: int, told: Connection) -> None:
     told.send((idle, _status("VmHWM") - idle))
     ranks.barrier()
     distributed.stop()
+
+
+def _least(model: ModelConfig) -> ModelConfig:
+    """A model of nearly no bytes: DeepSpeed holds the last engine's parameters until another engine is built."""
+    return replace(
+        model,
+        vocab_size=64,
+        width=64,
+        num_heads=1,
+        num_kv_heads=1,
+        ffn_width=64,
+        row_tokens=2 * model.chunk_tokens,
+        init=Init.normal,
+    )
 
 
 def _steps(config: RunConfig, name: str, ranks: object, steps: int) -> None:

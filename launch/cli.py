@@ -29,9 +29,11 @@ settings are given in Hydra's grammar, and some of them vary:
   retrieval.window=range(1,6)                   1 to 5
   sweep=memory                                  a sweep of conf/sweep/: learning_rate, memory
 
-Trials are drawn by Optuna's TPE and run one after the other; bad ones are pruned. The loss is that of the last
-validation inside training: held-out text, with memory where memory is read, never the test half. A sweep that was
-stopped, or killed, goes on when the same command is given again, and repeats nothing; a greater --trials adds some."""
+Trials are drawn by Optuna's TPE and run one after the other. The loss of --objective text is that of the last
+validation inside training: held-out text, with memory where memory is read; bad trials are pruned. That of
+--objective facts is of the answers to the validation half's probes: each trial is evaluated when it is trained.
+Neither reads the test half. A sweep that was stopped, or killed, goes on when the same command is given again, and
+repeats nothing; a greater --trials adds some."""
 
 _GENERATE = """\
 one prompt is completed before your eyes; several are decoded together, and a prompt takes the place of one that ended:
@@ -434,6 +436,11 @@ def _add_sweep_arguments(sub: argparse.ArgumentParser) -> None:
         default=0,
         help="decides what is drawn; `seed=` is the runs' (default: %(default)s)",
     )
+    sub.add_argument(
+        "--objective",
+        choices=["text", "facts"],
+        help="whose validation loss is made small (default: the file's, or text)",
+    )
     sub.add_argument("--report", action="store_true", help="only say what there is, and train nothing")
 
 
@@ -512,9 +519,20 @@ def _add_inspect_arguments(sub: argparse.ArgumentParser) -> None:
     _add_bank_read(sub)
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; settings may stand on both sides of an option, which argparse allows on one side alone."""
+    top = parser()
+    arguments, left = top.parse_known_args(argv)
+    settings = [text for text in left if not text.startswith("-")]
+    if len(settings) < len(left) or not hasattr(arguments, "overrides"):
+        return top.parse_args(argv)  # which says what is wrong
+    arguments.overrides += settings
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a mistake of the user ends with one clear line and exit code 2."""
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("faiss").setLevel(logging.WARNING)
     module = importlib.import_module(f"launch.{arguments.command}")

@@ -29,6 +29,7 @@ from train.config import (
     EngineConfig,
     EvaluationConfig,
     LoggingConfig,
+    MemoryConfig,
     MemorySource,
     OptimConfig,
     SavingConfig,
@@ -62,7 +63,7 @@ class HostsConfig:
     shell: str = "ssh"
     """Command that runs a line on a host: it is given the host and the line."""
     port: int = 29400
-    """Port of the first host, or node, where the machines meet."""
+    """Port of the first host where the machines meet; of a job's nodes, this and the job's number modulo 1000."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -168,6 +169,12 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The final table."""
 
+    @property
+    def memory(self) -> MemoryConfig | None:
+        """How the trained run reads memory: as its last stage did."""
+        last = self.continual or self.warmup
+        return None if last is None else last.memory
+
 
 def check(config: RunConfig) -> None:
     """Apply every rule that one field alone cannot state.
@@ -214,8 +221,6 @@ def check(config: RunConfig) -> None:
     for name, stage in (("warmup", config.warmup), ("continual", config.continual)):
         if stage is not None:
             _check_stage(name, stage, config)
-    if config.warmup is not None and config.warmup.memory is not None:
-        raise ValueError("warmup.memory is set, but warmup reads no memory; set warmup.memory=null")
     if config.warmup is not None and config.warmup.branch_from is not None:
         raise ValueError("warmup.branch_from is set, but only the continual stage branches; set it to null")
     if config.warmup is None and config.continual is not None and config.continual.branch_from is None:
@@ -271,9 +276,9 @@ def _check_engine(engine: EngineConfig) -> None:
 def _check_launcher(launcher: LauncherConfig, engine: EngineConfig) -> None:
     if launcher.kind is LauncherKind.hosts and launcher.hosts.file is None:
         raise ValueError("launcher.hosts.file=null names no hosts; set it to a file of lines 'NAME slots=8'")
-    if not 1024 <= launcher.hosts.port < 65536:
+    if not 1024 <= launcher.hosts.port < 64536:
         raise ValueError(
-            f"launcher.hosts.port={launcher.hosts.port} is no port that users may open; set 1024 to 65535"
+            f"launcher.hosts.port={launcher.hosts.port} is no port that users may open; set 1024 to 64535"
         )
     _at_least(1, "launcher.slurm", launcher.slurm, "nodes", "array_tasks")
     _at_least(0, "launcher.slurm", launcher.slurm, "signal_seconds")

@@ -137,13 +137,13 @@ def evaluate(opened: OpenedRun, split: Split, *, library: Library | None = None)
     """Every arm that concerns a run's weights.
 
     Args:
-        opened: The run; with memory in its continual stage it is M, otherwise the control C.
+        opened: The run; with memory in its last stage it is M, otherwise the control C.
         split: validation or test.
         library: A library to read, of whatever age, which is then in every row; None compiles what is needed with the
             final weights.
     """
     config = opened.config
-    reads_memory = config.continual is not None and config.continual.memory is not None
+    reads_memory = config.memory is not None
     references: ReferenceSource = opened.context.prepared.references if library is None else library
     held_out = held_out_readings(opened, split, library)
     text, facts = held_out.text_readings, held_out.probe_readings
@@ -209,9 +209,7 @@ def held_out_readings(opened: OpenedRun, split: Split, library: Library | None =
         k=retrieval.fresh,
         limit=retrieval.overlap_evaluation,
     )
-    trained = None
-    if config.continual is not None and config.continual.memory is not None:
-        trained = config.continual.memory.query
+    trained = None if config.memory is None else config.memory.query
     readings = text_readings(
         found.ids_MCk,
         row_documents,

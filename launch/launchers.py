@@ -83,13 +83,13 @@ def ranks_per_host(hosts: Sequence[Host], num_ranks: int) -> int:
     return share
 
 
-def commands(config: RunConfig, folder: Path, *, first_node: str = "") -> list[list[str]]:
+def commands(config: RunConfig, folder: Path, *, address: str = "") -> list[list[str]]:
     """The commands that start the agents of a run.
 
     Args:
         config: The run's.
         folder: Its folder.
-        first_node: Of the allocation, under SLURM.
+        address: Where the nodes of the allocation meet, under SLURM.
 
     Raises:
         ValueError: The host file does not fit the run.
@@ -111,7 +111,7 @@ def commands(config: RunConfig, folder: Path, *, first_node: str = "") -> list[l
                 for node, host in enumerate(hosts)
             ]
         case LauncherKind.slurm:
-            return [slurm.srun_command(config, agent, first_node)]
+            return [slurm.srun_command(config, agent, address)]
 
 
 def _line(words: Sequence[str]) -> str:
@@ -129,9 +129,10 @@ def variables_of_ranks(config: RunConfig, environment: Mapping[str, str] | None 
 
 def run_agents(config: RunConfig, folder: Path) -> int:
     """Start the agents of a run, hand signals on to them, and return the exit code of the one that failed first."""
-    first_node = slurm.first_node() if config.launcher.kind is LauncherKind.slurm else ""
+    on_slurm = config.launcher.kind is LauncherKind.slurm
+    address = slurm.meeting_place(config.launcher.hosts.port) if on_slurm else ""
     remote = config.launcher.kind is LauncherKind.hosts
-    return _run(commands(config, folder, first_node=first_node), config, remote=remote)
+    return _run(commands(config, folder, address=address), config, remote=remote)
 
 
 def run_here(program: str, worker: str, told: str, *, num_ranks: int, config: RunConfig) -> int:

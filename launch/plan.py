@@ -242,7 +242,7 @@ def _stages(stages: Sequence[StagePlan], seen: _Seen) -> Table:
     row("tokens/s", [three(stage.tokens_per_second) for stage in stages])
     row("time", [duration(stage.seconds) for stage in stages])
     if site.price is not None:
-        row(f"price, {site.price:g} an hour", [three(stage.price or 0.0) for stage in stages])
+        row(f"price, {site.price:g} a rank and hour", [three(stage.price or 0.0) for stage in stages])
     if len(stages) > 1:
         table.add_section()
         total = f"{duration(sum(stage.seconds for stage in stages))}"

@@ -294,15 +294,18 @@ def _references_read(stage: StageConfig, config: RunConfig, site: Site) -> int:
 
 
 def _bank(config: RunConfig, site: Site) -> BankPlan | None:
-    stage = config.continual
-    if stage is None or stage.memory is None:
+    stages = [stage for _, stage in _stages(config) if stage.memory is not None]
+    if not stages:
         return None
-    references = _references_read(stage, config, site)
-    epochs = _epoch_steps(stage, config, site)
-    begins = [0, *itertools.accumulate(epochs[:-1])]
+    references = max(_references_read(stage, config, site) for stage in stages)
+    epochs = generations = 0
+    for stage in stages:
+        steps = _epoch_steps(stage, config, site)
+        epochs += len(steps)
+        generations += most_generations([0, *itertools.accumulate(steps[:-1])], stage, config.saving)
     return BankPlan(
-        epochs=len(epochs),
-        generations=most_generations(begins, stage, config.saving),
+        epochs=epochs,
+        generations=generations,
         references=references,
         generation_bytes=generation_bytes(config.model, references, vector_bytes=vector_bytes(config)),
         index=None if not site.references else _index(config, site.references),
@@ -338,14 +341,15 @@ def _disk(config: RunConfig, site: Site, bank: BankPlan | None) -> DiskPlan:
 
 
 def _checkpoints(stage: StageConfig, config: RunConfig) -> int:
-    """Return how many checkpoints of a stage stay: the newest, its end, and the point that others branch from."""
-    schedule = schedule_of(
-        stage, save_every=config.saving.every_steps, validate_every=config.logging.validate_every
-    )
-    every = config.saving.every_steps
-    regular = range(every, schedule.num_steps + 1, every)
-    saved = sorted({*regular[-config.saving.keep_last :], schedule.branch_step, schedule.num_steps} - {0})
-    return len({*saved[-config.saving.keep_last :], schedule.branch_step, schedule.num_steps} - {0})
+    """Return how many checkpoints of a stage stay, at most: by the rules of `saving`, and what others branch from."""
+    saving = config.saving
+    schedule = schedule_of(stage, save_every=saving.every_steps, validate_every=config.logging.validate_every)
+    always = {schedule.branch_step, schedule.num_steps}
+    saved = sorted({*range(saving.every_steps, schedule.num_steps + 1, saving.every_steps), *always} - {0})
+    staying = {*saved[-saving.keep_last :], *always} - {0}
+    if saving.keep_every is not None:
+        staying |= {step for step in saved if step % saving.keep_every == 0}
+    return min(len(saved), len(staying) + saving.keep_best)
 
 
 def _memory_problems(config: RunConfig, site: Site, stages: list[StagePlan]) -> Iterator[Problem]:

@@ -437,8 +437,9 @@ def _evaluations(evaluations: Sequence[Evaluation]) -> Iterator[str]:
         for block in dict.fromkeys(row.block for row in evaluation.rows):
             chosen = [row for row in evaluation.rows if row.block == block]
             yield f"<h4>{escape(block)}</h4>\n{_table(*_told(HEADER, [cells(row) for row in chosen]))}"
-            notes = dict.fromkeys(row.result.note for row in chosen if row.result.note)
-            yield "".join(f'<p class="note">{escape(note)}.</p>\n' for note in notes)
+            for result in (row.result for row in chosen if row.result.note):
+                said = f"{result.model} {result.arm.value}: {result.note}."
+                yield f'<p class="note">{escape(said)}</p>\n'
         yield f'<p class="note">{escape(evaluation.note)}</p>\n' if evaluation.note else ""
     yield "</section>\n"
 
@@ -493,16 +494,16 @@ _FOOTNOTE = (
 
 _STYLE = (
     """
-:root{--k0:#8fb8de;--k1:#e2a413;--k2:#4d86c6;--k3:#12948a;--k4:#c46a4a;--k5:#a78bd0;--k6:#7c8a5c;--k7:#b9b2a4}
-@media (prefers-color-scheme:dark){:root{--k7:#6d6a63}}
+:root{--k0:#8fb8de;--k1:#e2a413;--k2:#4d86c6;--k3:#12948a;--k4:#c46a4a;--k5:#a78bd0;--k6:#7c8a5c;--k7:#c48aa8;--k8:#b9b2a4}
+@media (prefers-color-scheme:dark){:root{--k8:#6d6a63}}
 """
-    + "\n".join(f"i.k{n}{{background:var(--k{n})}}" for n in range(8))
+    + "\n".join(f"i.k{n}{{background:var(--k{n})}}" for n in range(len(SECONDS) + 1))
     + """
 h3{font-size:.95rem;margin:1rem 0 .4rem;font-weight:650}
 h4{font-size:.85rem;margin:.8rem 0 .3rem;font-weight:400;color:var(--soft)}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.84rem;font-variant-numeric:tabular-nums;width:100%}
-th,td{padding:.34rem .9rem .34rem 0;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap;
+th,td{padding:.34rem .6rem .34rem 0;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap;
 vertical-align:top}
 th{font-weight:600} tr:first-child th{font-weight:400;color:var(--soft)}
 .tiles{grid-template-columns:repeat(auto-fit,minmax(12rem,1fr))}

@@ -22,6 +22,8 @@ from launch.config import RunConfig
 
 log = logging.getLogger(__name__)
 
+_PORTS = 1000
+"""So many jobs in a row meet at different ports."""
 _QUEUE_SECONDS = 10.0
 """A list of jobs is as old as this at most: `squeue` asks a service that all users of a cluster share."""
 
@@ -72,31 +74,32 @@ def ranks_per_node(config: RunConfig) -> int:
     return config.engine.num_ranks // config.launcher.slurm.nodes
 
 
-def srun_command(config: RunConfig, agent: Sequence[str], first_node: str) -> list[str]:
-    """The command that starts an agent on every node of the allocation."""
+def srun_command(config: RunConfig, agent: Sequence[str], address: str) -> list[str]:
+    """The command that starts an agent on every node of the allocation; several meet at the address."""
     nodes, per_node = config.launcher.slurm.nodes, ranks_per_node(config)
     srun = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     srun.append(f"--cpus-per-task={per_node * config.engine.threads_per_rank}")
     agent = [*agent, str(per_node)]
     if nodes == 1:
         return [*srun, *agent]
-    agent += [f"--nodes={nodes}", f"--address={first_node}:{config.launcher.hosts.port}"]
+    agent += [f"--nodes={nodes}", f"--address={address}"]
     return [*srun, "sh", "-c", 'exec "$@" --node="$SLURM_NODEID"', "agent", *agent]
 
 
-def first_node() -> str:
-    """The first node of the allocation that this process lives in.
+def meeting_place(port: int) -> str:
+    """First node and port of the allocation that this process lives in: jobs that share a node differ in the port.
 
     Raises:
         ValueError: It lives in none.
     """
-    listed = os.environ.get("SLURM_JOB_NODELIST")
-    if listed is None:
+    listed, job = os.environ.get("SLURM_JOB_NODELIST"), os.environ.get("SLURM_JOB_ID")
+    if listed is None or job is None:
         raise ValueError(
             "launcher.slurm.submit=false, and this is no allocation of SLURM; give the command within `salloc`, or "
             "leave launcher.slurm.submit away"
         )
-    return _ask("scontrol", "show", "hostnames", listed).split()[0]
+    node = _ask("scontrol", "show", "hostnames", listed).split()[0]
+    return f"{node}:{port + int(job.partition('_')[0]) % _PORTS}"
 
 
 def submit(folder: Path, text: str, *, tasks: Sequence[int] | None = None) -> str:

@@ -8,8 +8,9 @@ Only the holder of the sweep's lock may open a study.
 Not here: what a value means (`launch.space`), training (`launch.trial`).
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import optuna
@@ -25,6 +26,8 @@ _STARTUP_TRIALS = 8
 """Trials drawn at random before the sampler learns from them: sweeps have tens of trials, not hundreds."""
 _PRUNING_STARTS_AFTER = 4
 """Trials that must have finished before one is pruned."""
+_BEST_SHARE = 0.25
+"""Of the finished trials, those whose values are set against all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ class Row:
         state: "finished", "pruned", "failed" or "running".
         loss: The objective; of a pruned trial the last it reported, None where there is none.
         values: What was drawn, by key.
+        beside: Other losses of a trial that finished, by name.
         note: Why it failed, or which trial it repeats.
     """
 
@@ -42,6 +46,7 @@ class Row:
     state: str
     loss: float | None
     values: dict[str, Value]
+    beside: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
 
@@ -74,7 +79,9 @@ class OpenTrial:
             self._trial.report(loss, step)
         return step == self._frozen.last_step and self._trial.should_prune()
 
-    def finish(self, loss: float) -> None:
+    def finish(self, loss: float, beside: Mapping[str, float] | None = None) -> None:
+        if beside:
+            self._trial.set_user_attr("beside", dict(beside))
         self._study.tell(self._trial, loss)
 
     def prune(self) -> None:
@@ -90,6 +97,8 @@ class OpenTrial:
             if known.params == self._trial.params:
                 for step, loss in sorted(known.intermediate_values.items()):
                     self._trial.report(loss, step)
+                if "beside" in known.user_attrs:
+                    self._trial.set_user_attr("beside", known.user_attrs["beside"])
                 note = f"like trial {known.number}"
                 self._trial.set_user_attr("note", note)
                 if known.state is TrialState.COMPLETE:
@@ -152,6 +161,7 @@ class Study:
                 _STATES[trial.state],
                 trial.value,
                 dict(trial.params),
+                trial.user_attrs.get("beside", {}),
                 trial.user_attrs.get("note", ""),
             )
             for trial in self._study.get_trials(deepcopy=False)
@@ -160,12 +170,15 @@ class Study:
     def importances(self) -> dict[str, float]:
         """By key, which values set the best quarter of the finished trials apart (PED-ANOVA); shares of 1.
 
-        Empty while fewer than four trials, or equal ones only, have finished.
+        Empty while fewer than four trials have finished, or none is worse than the best quarter.
         """
         finished = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if len(finished) < 4 or len({trial.value for trial in finished}) == 1:
+        losses = sorted(trial.value for trial in finished if trial.value is not None)
+        if len(losses) < 4 or losses[math.ceil(_BEST_SHARE * len(losses)) - 1] == losses[-1]:
             return {}
-        return get_param_importances(self._study, evaluator=PedAnovaImportanceEvaluator(target_quantile=0.25))
+        return get_param_importances(
+            self._study, evaluator=PedAnovaImportanceEvaluator(target_quantile=_BEST_SHARE)
+        )
 
     def _running(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))

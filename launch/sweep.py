@@ -5,8 +5,8 @@
 
 The controller holds nothing that is not on disk. Killed at any moment and started again, it counts what is finished,
 goes on watching a trial that still trains, and lets one that was killed go on at its newest checkpoint.
-The objective is the last validation inside training: held-out text, with memory where memory is read; never the test
-half.
+The objective is the last validation inside training, held-out text, with memory where memory is read; or, of facts, the
+answers to the validation half's probes, for which each trial is evaluated when it is trained. Never the test half.
 Not here: drawing (`launch.study`), a trial's processes (`launch.trial`), the report (`launch.sweep_report`).
 """
 
@@ -17,8 +17,9 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -31,10 +32,11 @@ from launch.config import LauncherKind, RunConfig
 from launch.explain import unknown_choice
 from launch.lock import only_user
 from launch.space import Space, Value, read_space
-from launch.trial import Jobs, Processes, TrialRun, Trials, total_steps
+from launch.trial import EVALUATE, Jobs, Processes, TrialRun, Trials, total_steps
+from launch.units import duration
 
 if TYPE_CHECKING:
-    from launch.study import OpenTrial, Study
+    from launch.study import OpenTrial, Row, Study
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,13 @@ _OWN_KEYS = ("run", "resume")
 _VERSION = 1
 
 
+class Objective(Enum):
+    """Whose loss is made small."""
+
+    text = "text"
+    facts = "facts"
+
+
 @dataclass(frozen=True, slots=True)
 class Sweep:
     """What is tried.
@@ -61,12 +70,14 @@ class Sweep:
         space: What all trials share and what varies.
         trials: How many there will be, failed ones included.
         seed: Decides what is drawn.
+        objective: What makes one trial better than another.
     """
 
     name: str
     space: Space
     trials: int
     seed: int
+    objective: Objective = Objective.text
 
     def settings(self, number: int, values: dict[str, Value]) -> list[str]:
         """The overrides of a trial, as `memory3 pretrain` takes them."""
@@ -78,13 +89,17 @@ class Sweep:
     def to_json(self) -> dict[str, Any]:
         """What decides the trials; where they lie or train, and how many they are, does not."""
         fixed = [text for text in self.space.fixed if not text.startswith(("paths.root=", "launcher"))]
-        return {"version": _VERSION, "seed": self.seed, "fixed": fixed, "swept": self.space.texts}
+        return {
+            "version": _VERSION,
+            "seed": self.seed,
+            "objective": self.objective.name,
+            "fixed": fixed,
+            "swept": self.space.texts,
+        }
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the trials that are left, then print the report."""
-    from launch import prepare
-
     if importlib.util.find_spec("optuna") is None:
         raise ValueError(
             "optuna draws the trials and is not installed; run: pip install 'memory3-pretrain[sweep]'"
@@ -96,7 +111,11 @@ def run(arguments: argparse.Namespace) -> int:
         compose_unchecked(settings)
     folder = Path(config.paths.root) / sweep.name
     if not arguments.report and not (folder / "sweep.json").exists():
+        from launch import build, prepare
+
         prepare.ensure(config)
+        if sweep.objective is Objective.facts and not build.context(config).prepared.probes:
+            raise ValueError(f"data.name={config.data.name} has no fact probes; choose --objective text")
     return control(sweep, config, folder, only_report=arguments.report)
 
 
@@ -108,12 +127,13 @@ def sweep_of(arguments: argparse.Namespace) -> Sweep:
     """
     overrides: list[str] = list(arguments.overrides)
     chosen = [text for text in overrides if text.startswith("sweep=")]
-    name, trials = arguments.name, arguments.trials
+    name, trials, objective = arguments.name, arguments.trials, arguments.objective
     if chosen:
         file = _read_file(chosen[-1].removeprefix("sweep="))
         overrides = [*file.overrides, *(text for text in overrides if text not in chosen)]
         name = name or chosen[-1].removeprefix("sweep=")
         trials = file.trials if trials is None else trials
+        objective = objective or file.objective
     space = read_space(overrides)
     for text in [*space.fixed, *space.swept]:
         if text.partition("=")[0] in _OWN_KEYS:
@@ -123,13 +143,14 @@ def sweep_of(arguments: argparse.Namespace) -> Sweep:
     trials = DEFAULT_TRIALS if trials is None else trials
     if trials < 1:
         raise ValueError(f"--trials {trials}: set 1 or more")
-    return Sweep(name or "sweep", space, trials, arguments.seed)
+    return Sweep(name or "sweep", space, trials, arguments.seed, Objective(objective or "text"))
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
     trials: int
     overrides: list[str]
+    objective: str = Objective.text.name
 
 
 def _read_file(name: str) -> _File:
@@ -200,27 +221,27 @@ def _run_trials(sweep: Sweep, study: "Study", root: Path, trials: Trials) -> Non
     """Bring all trials to their ends, wherever they stand."""
     failures = 0
     watched: dict[int, _Watched] = {}
+    pace = _Pace(sweep.trials, study.num_finished)
     try:
         while study.num_finished < sweep.trials:
-            ended: list[tuple[str, str]] = []
+            ended: dict[int, tuple[str, str]] = {}
             left = sweep.trials - study.num_finished
             for trial in study.open(min(trials.at_once, left)):
                 if trial.number not in watched:
                     begun = _begin(sweep, trial, root, trials)
                     if isinstance(begun, tuple):
-                        ended.append(begun)
+                        ended[trial.number] = begun
                         break  # what is drawn next may depend on it
                     watched[trial.number] = begun
-            ended += [end for each in watched.values() if (end := each.look()) is not None]
+            ended |= {number: end for number, each in watched.items() if (end := each.look()) is not None}
             watched = {number: each for number, each in watched.items() if each.is_open}
-            for state, why in ended:
+            for number, (state, why) in ended.items():
                 failures = failures + 1 if state == "failed" else 0
-                number = study.num_finished
-                log.info("trial %d of %d %s%s", number, sweep.trials, state, f": {why}" if why else "")
+                log.info("%s %s: %s; %s", sweep.run_name(number), state, why, pace.said(study.rows()))
                 if failures >= _MOST_FAILURES:
                     raise ValueError(
                         f"{failures} trials failed one after the other, the last one so: {why}\nmend what they share; "
-                        f"the same command then goes on with trial {number}"
+                        f"the same command then goes on with the {sweep.trials - study.num_finished} that are left"
                     )
             waiting = [each.run for each in watched.values() if each.waits]
             if waiting:
@@ -230,8 +251,27 @@ def _run_trials(sweep: Sweep, study: "Study", root: Path, trials: Trials) -> Non
     except KeyboardInterrupt:
         for number, each in watched.items():
             each.run.stop()
-            log.info("trial %d was stopped; the same command goes on with it", number)
+            log.info("%s was stopped; the same command goes on with it", sweep.run_name(number))
         raise
+
+
+class _Pace:
+    """How far a sweep is, and when it will end: as fast as since this command was given."""
+
+    def __init__(self, trials: int, num_finished: int) -> None:
+        self._trials = trials
+        self._before = num_finished
+        self._since = time.monotonic()
+
+    def said(self, rows: Sequence["Row"]) -> str:
+        num_finished = sum(row.state != "running" for row in rows)
+        losses = [(row.loss, row.number) for row in rows if row.state == "finished" and row.loss is not None]
+        parts = ["the best is {:.4f} of trial {}".format(*min(losses))] if losses else []
+        left = self._trials - num_finished
+        if left > 0:
+            seconds = (time.monotonic() - self._since) / max(1, num_finished - self._before) * left
+            parts.append(f"{left} left, about {duration(seconds)}")
+        return ", ".join(parts) or "none is left"
 
 
 def _begin(sweep: Sweep, trial: "OpenTrial", root: Path, trials: Trials) -> "_Watched | tuple[str, str]":
@@ -246,8 +286,11 @@ def _begin(sweep: Sweep, trial: "OpenTrial", root: Path, trials: Trials) -> "_Wa
         known = trial.end_like_known()
         if known is not None:
             return known
-    log.info("trial %d of %d, %s: %s", trial.number + 1, sweep.trials, folder, describe(trial.values))
-    return _Watched(trial, trials.run(trial.number, folder, config, [*settings, "logging.progress=false"]))
+    log.info("%s: %s", folder, describe(trial.values))
+    settings = [*settings, "logging.progress=false"]
+    of_facts = sweep.objective is Objective.facts
+    run = trials.run(trial.number, folder, config, [EVALUATE, *settings] if of_facts else settings)
+    return _Watched(trial, run, of_facts)
 
 
 @dataclass(slots=True)
@@ -255,12 +298,14 @@ class _Watched:
     """A trial that is not finished.
 
     Attributes:
+        of_facts: Whether it is evaluated for what it knows of facts; no validation inside training then ends it early.
         waits: Whether nothing of it lives and it has to be started.
         is_open: Whether it is to be looked at again.
     """
 
     trial: "OpenTrial"
     run: TrialRun
+    of_facts: bool = False
     waits: bool = False
     is_open: bool = True
     _was_alive: bool = False
@@ -283,8 +328,7 @@ class _Watched:
             return None
         code = run.exit_code()
         if code == 0 and self._final is not None:
-            trial.finish(self._final)
-            return "finished", f"loss {self._final:.4f}"
+            return self._finish(self._final)
         if code is not None and code <= _KILLED:
             return _failed(trial, run.last_words())
         if code is not None or self._was_alive:
@@ -293,13 +337,26 @@ class _Watched:
             return _failed(trial, f"ended {trial.deaths} times by a signal; {run.last_words()}")
         return None
 
+    def _finish(self, loss: float) -> tuple[str, str]:
+        beside: dict[str, float] = {}
+        if self.of_facts:
+            try:
+                beside = self.run.evaluation()
+            except ValueError as problem:
+                return _failed(self.trial, str(problem))
+            loss = beside.pop("facts")
+        self.trial.finish(loss, beside)
+        return "finished", ", ".join(
+            [f"loss {loss:.4f}", *(f"{name} {each:.4f}" for name, each in beside.items())]
+        )
+
     def _read_losses(self) -> tuple[str, str] | None:
         """Report what is new; how the trial ended, and why, where a loss decides it."""
         for each in self.run.new_losses():
             if not math.isfinite(each.loss):
                 self.run.stop()
                 return _failed(self.trial, f"validation loss is {each.loss} at step {each.step}")
-            worse = self.trial.report(each.step, each.loss)
+            worse = not self.of_facts and self.trial.report(each.step, each.loss)
             if each.is_last:
                 self._final = each.loss
             elif worse:

@@ -4,6 +4,7 @@ Not here: running it (`launch.sweep`), the importances themselves (`launch.study
 """
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from launch.sweep import Sweep
 
 _QUERY = "continual.memory.query"
+_MOST_TICKS = 8
 
 
 def write_report(sweep: "Sweep", config: RunConfig, study: Study, folder: Path) -> str:
@@ -26,16 +28,19 @@ def write_report(sweep: "Sweep", config: RunConfig, study: Study, folder: Path) 
     text = render(sweep, config, rows, importances)
     write_atomic(folder / "report.md", text.encode())
     if any(row.state == "finished" for row in rows):
-        draw(rows, sweep.space.swept, importances, folder / "report.png", title=objective(config))
+        draw(rows, sweep.space.swept, importances, folder / "report.png", title=objective(sweep, config))
         text += f"\npicture: {folder / 'report.png'}"
     return text
 
 
-def objective(config: RunConfig) -> str:
+def objective(sweep: "Sweep", config: RunConfig) -> str:
     """What the loss of a trial covers, in words."""
     stage = config.continual or config.warmup
     assert stage is not None
     memory = "without memory"
+    if sweep.objective.name == "facts":
+        memory = memory if stage.memory is None else "with memory"
+        return f"fact probes, validation half, {memory}, nats per answer token, of the trained run"
     if stage.memory is not None:
         memory = f"with memory (query {stage.memory.query.name}, training pattern)"
     rows = config.logging.validation_rows
@@ -52,9 +57,14 @@ def render(sweep: "Sweep", config: RunConfig, rows: Sequence[Row], importances: 
     lines = [
         f"# Sweep {sweep.name}: {len(rows)} of {sweep.trials} trials ({said or 'none begun'})",
         "",
-        f"Loss: {objective(config)}. One seed; the test half was not read.",
+        f"Loss: {objective(sweep, config)}. One seed; the test half was not read.",
     ]
-    if _QUERY in sweep.space.swept:
+    if any("text, no memory" in row.beside for row in rows):
+        lines += [
+            "",
+            "Text: held out, nats per token; memory is read by query `previous`, five references a chunk.",
+        ]
+    if _QUERY in sweep.space.swept and sweep.objective.name == "text":
         lines += [
             "",
             f"Losses of different `{_QUERY}` do not compare: with `own` a chunk's search has seen what is predicted.",
@@ -67,7 +77,7 @@ def render(sweep: "Sweep", config: RunConfig, rows: Sequence[Row], importances: 
     if best is not None:
         lines += [
             "",
-            f"Best: trial {best.number}, loss {_loss(best):.4f}.",
+            f"Best: trial {best.number}, loss {_loss(best):.4f}; its run is `{sweep.run_name(best.number)}`.",
             "",
             f"    memory3 pretrain {' '.join(map(_quoted, sweep.settings(best.number, best.values)))}",
         ]
@@ -115,9 +125,7 @@ def draw(
     for number, key in enumerate(keys):
         left.axvline(number, color="0.3", lw=0.8, zorder=0)
         ticks = (
-            _ticks(dimensions[key])
-            if key in dimensions
-            else [(f"{loss:.3f}", loss) for loss in _ends(losses)]
+            _ticks(dimensions[key]) if key in dimensions else [(f"{loss:.3f}", loss) for loss in losses[:1]]
         )
         for text, at in ticks:
             place = at if key in dimensions else _between(at, min(losses), max(losses))
@@ -129,19 +137,23 @@ def draw(
                 va="center",
                 bbox={"fc": "white", "ec": "none", "pad": 0.5},
             )
+    best = f"{losses[-1]:.3f}, trial {finished[-1].number}"
+    left.text(len(keys) - 0.97, 0, best, fontsize=8, weight="bold", va="center")
     left.set(xticks=range(len(keys)), yticks=[], ylim=(-0.06, 1.06), xlim=(-0.1, len(keys) - 0.6))
     left.set_xticklabels([key.replace(".", ".\n", key.count(".")) for key in keys], fontsize=8)
-    left.set_title(
-        f"{len(finished)} finished trials (thick: the best), {len(pruned)} pruned (grey)", fontsize=9
-    )
+    counted = f"{len(finished)} finished trials (thick: the best)"
+    left.set_title(f"{counted}, {len(pruned)} pruned (grey)" if pruned else counted, fontsize=9)
     shown = sorted(importances.items(), key=lambda item: item[1])
-    right.barh(
-        [key.rpartition(".")[2] for key, _ in shown], [share for _, share in shown], color="C0", height=0.5
+    bars = right.barh(
+        [key.rpartition(".")[2] for key, _ in shown], [share for _, share in shown], color="0.45", height=0.5
     )
-    right.set(xlim=(0, 1), xlabel="importance (PED-ANOVA)")
+    right.bar_label(bars, [f"{share:.0%}" for _, share in shown], fontsize=8, padding=3)
+    right.tick_params(labelsize=8, length=0)
+    right.set(xlim=(0, 1.15), xticks=[])
+    right.set_xlabel("importance: what sets the best\nquarter apart (PED-ANOVA)", fontsize=8)
     right.set_title("" if shown else "importance: four finished\ntrials are needed", fontsize=9)
     left.spines[:].set_visible(False)
-    right.spines[["top", "right"]].set_visible(False)
+    right.spines[["top", "right", "bottom"]].set_visible(False)
     right.set_ylim(-0.6, max(len(shown), 3) - 0.4)
     figure.suptitle(f"loss: {title}", fontsize=8)
     figure.tight_layout()
@@ -154,12 +166,12 @@ _ORDER = ("finished", "pruned", "failed", "running")
 
 def _table(sweep: "Sweep", rows: Sequence[Row]) -> list[str]:
     keys = list(sweep.space.swept)
-    lines = [
-        f"| trial | loss | {' | '.join(f'`{key}`' for key in keys)} | |",
-        "|" + "---|" * (len(keys) + 3),
-    ]
+    names = list(dict.fromkeys(name for row in rows for name in row.beside))
+    heads = ["trial", "loss", *names, *(f"`{key}`" for key in keys), ""]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in sorted(rows, key=lambda row: (_ORDER.index(row.state), _loss(row), row.number)):
-        cells = [_shown(row.values[key]) for key in keys]
+        cells = [f"{row.beside[name]:.4f}" if name in row.beside else "" for name in names]
+        cells += [_shown(row.values[key]) for key in keys]
         note = " ".join(f"{row.state}{': ' if row.note else ''}{row.note}".split()).replace("|", "/")
         loss = "" if row.loss is None else f"{row.loss:.4f}"
         lines.append(f"| {row.number} | {loss} | {' | '.join(cells)} | {note} |")
@@ -175,7 +187,10 @@ def _shown(value: Value) -> str:
 
 
 def _quoted(setting: str) -> str:
-    return f"'{setting}'" if set(setting) & set(" ${}[]()*|&;<>'\"") else setting
+    """A setting as a shell takes it."""
+    if "'" in setting and not set(setting) & set('$`"\\'):
+        return f'"{setting}"'
+    return shlex.quote(setting)
 
 
 def _place(value: Value, dimension: Dimension) -> float:
@@ -192,9 +207,21 @@ def _between(value: float, low: float, high: float) -> float:
     return (value - low) / (high - low) if high > low else 0.5
 
 
-def _ends(values: Sequence[float]) -> list[float]:
-    return sorted({min(values), max(values)})
-
-
 def _ticks(dimension: Dimension) -> list[tuple[str, float]]:
-    return [(_shown(value), _place(value, dimension)) for value in dimension.ends]
+    return [(_shown(value), _place(value, dimension)) for value in _marked(dimension)]
+
+
+def _marked(dimension: Dimension) -> Sequence[Value]:
+    """The values that an axis names: all choices, or the ends and some round ones in between."""
+    if isinstance(dimension, Choice):
+        return dimension.options
+    low, high = dimension.low, dimension.high
+    if dimension.log:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        between = [digit * 10.0**decade for decade in decades for digit in (1, 3)]
+        inner: list[float] = [value for value in between if low * 1.5 < value < high / 1.5]
+    else:
+        step = dimension.step or (1 if dimension.whole else (high - low) / 4)
+        step *= math.ceil((high - low) / step / _MOST_TICKS)
+        inner = [low + place * step for place in range(1, math.ceil((high - low) / step - 0.5))]
+    return [int(value) if dimension.whole else value for value in (low, *inner, high)]

@@ -5,10 +5,12 @@
     RUN/trial.log        what it says
     RUN/trial-exit       its exit code, once it has ended by itself
     RUN/metrics.jsonl    its validation losses
+    RUN/evaluation-validation.json    what it knows of facts, where that is the objective
 
 A controller that did not start a trial can so watch, stop and judge it like its own. The trial's process is
 `python -m launch.trial FOLDER DESCRIPTOR SETTINGS`, where the descriptor is that of the lock; in a job it is
-`python -m launch.trial FOLDER`, and the queue says whether it lives.
+`python -m launch.trial FOLDER`, and the queue says whether it lives. One of the settings may be `--evaluate`: then the
+trained run is evaluated as well.
 Not here: which trials there are (`launch.study`), what is made of their losses (`launch.sweep`).
 """
 
@@ -32,12 +34,15 @@ from launch import cli, slurm
 from launch.config import RunConfig
 from launch.lock import is_in_use
 from launch.slurm import Queue
+from memorybank.config import QueryMode
 
 _PROGRAM = (sys.executable, "-m", "launch.trial")
 _STOP_SECONDS = 60
 """Within this time torchrun has ended its ranks, and killed those that did not listen."""
 _POLL_SECONDS = 0.1
 _OBJECTIVES = ("validation_memory", "validation_none")
+EVALUATE = "--evaluate"
+"""Stands among the settings of a trial that is evaluated when it is trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,37 @@ class TrialRun(ABC):
                     break
                 self._read += len(line)
                 yield from self._losses(line)
+
+    def evaluation(self) -> dict[str, float]:
+        """Losses of a trained run's evaluation by name: first that of facts, with memory where memory is read.
+
+        Raises:
+            ValueError: It was not evaluated, or there are no facts.
+        """
+        from launch.evaluate import read_results
+        from train.arms import Arm, Pattern
+        from train.evaluate import ArmResult
+
+        results = read_results(self.folder, "validation")
+        facts = {result.arm: result.loss for result in results if not result.is_text}
+        if not facts:
+            raise ValueError(f"{self.folder}: its corpus has no fact probes; choose --objective text")
+        read, none = Arm.memory in facts, facts[Arm.none]
+        losses = {"facts": facts[Arm.memory] if read else none}
+        if read:
+            losses |= {"facts, shuffled": facts[Arm.shuffled], "facts, no memory": none}
+
+        def text(arm: Arm, query: QueryMode | None, pattern: Pattern | None) -> ArmResult:
+            wanted = (arm, query, pattern)
+            (found,) = (
+                each for each in results if each.is_text and (each.arm, each.query, each.pattern) == wanted
+            )
+            return found
+
+        if read:
+            losses["text"] = text(Arm.memory, QueryMode.previous, Pattern.inference).loss
+        losses["text, no memory" if read else "text"] = text(Arm.none, None, None).loss
+        return losses
 
     def _losses(self, line: bytes) -> Iterator[Loss]:
         values = json.loads(line)
@@ -291,7 +327,9 @@ def main(folder: str, descriptor: str | None = None, *settings: str) -> int:
     else:
         os.pwrite(int(descriptor), f"{os.getpid()}\n".encode(), 0)
         os.set_inheritable(int(descriptor), True)
-    code = cli.main(["pretrain", "--no-prepare", *settings])
+    code = cli.main(["pretrain", "--no-prepare", *(text for text in settings if text != EVALUATE)])
+    if code == 0 and EVALUATE in settings:
+        code = cli.main(["evaluate", str(run), "--root", str(run.parent)])
     write_atomic(run / "trial-exit", f"{code}\n".encode())
     return code
 

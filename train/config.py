@@ -92,7 +92,7 @@ class StageConfig:
     branch_from: str | None = None
     """Run folder whose warmup checkpoint the continual stage branches from; null means this run's own."""
     memory: MemoryConfig | None = None
-    """Null means that no memory is read: warmup, and the control arm C."""
+    """Null means that no memory is read: the paper's warmup, and the control arm C."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -143,9 +143,11 @@ class BankEpochs:
         allowed = in_bank(self._references.shards.corpus, history.finished)
         return np.flatnonzero(allowed[self._references.document_of]).astype(np.int64)
 
-    def neighbours(self, epoch: int, history: History, rows: Rows, validation: Rows) -> EpochNeighbours:
+    def neighbours(
+        self, stage: str, epoch: int, history: History, rows: Rows, validation: Rows
+    ) -> EpochNeighbours:
         """Search once, on rank 0, and let every rank read what was published."""
-        folder = self._run / "neighbours" / f"continual-{epoch:04d}"
+        folder = self._run / "neighbours" / f"{stage}-{epoch:04d}"
         ids = self.bank_ids(history)
         digest = sha256(ids.tobytes() + rows.tokens_MT.tobytes() + validation.tokens_MT.tobytes())
         settings = {

@@ -289,6 +289,7 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
     rows = read_rows(parts.shards, plan, tuple(range(plan.num_rows)))
     started = time.perf_counter()
     neighbours = parts.epochs.neighbours(
+        parts.name,
         state.epoch,
         history,
         Rows(rows.inputs.numpy(), [plan.documents_of_row(position) for position in rows.positions]),

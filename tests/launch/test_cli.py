@@ -52,6 +52,19 @@ def test_help_answers_at_once_without_heavy_imports(command: str) -> None:
     assert done.stdout.splitlines()[-1] == "code 0 []"
 
 
+def test_settings_may_stand_on_both_sides_of_options(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = cli.parse(["sweep", "sweep=memory", "--trials", "3", "seed=1", "--name", "x", "a=b"])
+    assert (arguments.overrides, arguments.trials, arguments.name) == (
+        ["sweep=memory", "seed=1", "a=b"],
+        3,
+        "x",
+    )
+    for wrong in (["sweep", "a=b", "--trails", "3"], ["evaluate", "run", "a=b"]):
+        with pytest.raises(SystemExit):
+            cli.parse(wrong)
+        assert "error: unrecognized arguments: " in capsys.readouterr().err
+
+
 def test_every_command_has_a_module_with_run() -> None:
     for command in cli.COMMANDS:
         assert (Path(cli.__file__).parent / f"{command.name}.py").exists()

@@ -5,8 +5,7 @@ import re
 import pytest
 
 from launch.compose import compose_config
-from launch.config import check
-from train.config import MemoryConfig
+from train.config import MemorySource
 
 DEMO = [
     "experiment=demo",
@@ -24,7 +23,7 @@ RULES = {
     "engine.num_ranks=0": "engine.num_ranks=0 is below 1; set 1 or more",
     "engine.threads_per_rank=0": "engine.threads_per_rank=0 is below 1; set 1 or more",
     "launcher=hosts": "launcher.hosts.file=null names no hosts; set it to a file of lines 'NAME slots=8'",
-    "launcher.hosts.port=80": "launcher.hosts.port=80 is no port that users may open; set 1024 to 65535",
+    "launcher.hosts.port=80": "launcher.hosts.port=80 is no port that users may open; set 1024 to 64535",
     "launcher.slurm.nodes=0": "launcher.slurm.nodes=0 is below 1; set 1 or more",
     "launcher.slurm.array_tasks=0": "launcher.slurm.array_tasks=0 is below 1; set 1 or more",
     "launcher.slurm.signal_seconds=-1": "launcher.slurm.signal_seconds=-1 is below 0; set 0 or more",
@@ -123,12 +122,12 @@ def test_nothing_to_train_is_refused() -> None:
         compose_config([*DEMO, "warmup=null", "continual=null"])
 
 
-def test_warmup_with_memory_is_refused() -> None:
-    config = compose_config(DEMO)
-    assert config.warmup is not None
-    config.warmup.memory = MemoryConfig()
-    with pytest.raises(ValueError, match=re.escape("warmup reads no memory; set warmup.memory=null")):
-        check(config)
+def test_a_run_reads_memory_as_its_last_stage_did() -> None:
+    memory = compose_config(["experiment=paper_0b92_memory", "continual=null"]).memory
+    assert memory is not None
+    assert memory.source is MemorySource.online
+    assert compose_config(["experiment=paper_0b92_memory", "continual.memory=null"]).memory is None
+    assert compose_config(["experiment=paper_0b92", "continual=null"]).memory is None
 
 
 @pytest.mark.parametrize(

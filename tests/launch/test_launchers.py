@@ -15,7 +15,7 @@ import pytest
 from launch.compose import compose_config, load_config
 from launch.joined import compose_for
 from launch.launchers import commands, ranks_per_host, read_hosts
-from launch.slurm import job_name, script
+from launch.slurm import job_name, meeting_place, script
 from tests.support import slurm
 from tests.support.launch import prepared_root, run_settings, trained
 from tests.support.spawn import HANG_SECONDS
@@ -205,11 +205,25 @@ def test_the_script_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "exec memory3 pretrain\n"
     )  # fmt: skip
     assert job_name(folder) != job_name(tmp_path / "elsewhere" / "mine")
-    [srun] = commands(config, folder, first_node="n1")
+    [srun] = commands(config, folder, address="n1:29500")
     assert srun[:6] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1",
                         "--cpus-per-task=8"]  # fmt: skip
     assert srun[6:9] == ["sh", "-c", 'exec "$@" --node="$SLURM_NODEID"']
-    assert srun[-4:] == [str(folder), "8", "--nodes=2", "--address=n1:29400"]
+    assert srun[-4:] == [str(folder), "8", "--nodes=2", "--address=n1:29500"]
+
+
+def test_jobs_that_share_a_node_meet_at_different_ports(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+    found = set()
+    for job in ("1000999", "1001000"):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        found.add(meeting_place(29400))
+    assert found == {"127.0.0.1:30399", "127.0.0.1:29400"}
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with pytest.raises(ValueError, match="this is no allocation of SLURM"):
+        meeting_place(29400)
 
 
 def test_a_job_that_waits_is_not_submitted_again(root: Path, cluster: Path) -> None:

@@ -10,7 +10,7 @@ from benchmarks.documentation import corpus_settings
 from data.prepare import open_prepared
 from launch.compose import load_config
 from memorybank.store import Generation
-from tests.support.launch import trained, trained_corpus, within
+from tests.support.launch import memory3, prepared_root, trained, trained_corpus, within
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -93,3 +93,25 @@ def test_control_takes_the_same_rows_without_memory() -> None:
         (run / "checkpoints/continual-00000004/model.safetensors").read_bytes() for run in (main, control)
     ]
     assert weights[0] != weights[1]
+
+
+def test_a_warmup_may_read_memory_as_well(tmp_path: Path) -> None:
+    """The paper's second warmup (figure 11), and the continual stage after it."""
+    (tmp_path / "prepared").symlink_to(prepared_root() / "prepared")
+    settings = [*corpus_settings(tmp_path, trained_corpus()), "engine.num_ranks=1", "warmup.epoch_steps='4'"]
+    done = memory3(
+        *("pretrain", "experiment=paper_0b92_memory", "debug=smoke", *settings, "warmup.steps=8", "run=both")
+    )
+    assert done.code == 0, done.err
+    assert "bank epoch 0 reads no memory" in done.err  # nothing was read yet
+    run = tmp_path / "both"
+    read = [line for line in metrics(run) if "validation_memory" in line]
+    assert [(line["stage"], line["step"]) for line in read] == [
+        *(("warmup", step) for step in (6, 8)),
+        *(("continual", step) for step in (2, 4)),
+    ]
+    assert sorted(path.name for path in (run / "neighbours").iterdir()) == [
+        *("continual-0000", "continual-0001", "warmup-0000", "warmup-0001")
+    ]
+    assert state(run, "warmup-00000008")["generation"] == "generation-warmup-0001"
+    assert read[-1]["generation_age"] == 2

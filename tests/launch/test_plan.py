@@ -54,6 +54,38 @@ def test_the_papers_model_on_gpus() -> None:
     assert zero[3]["total"] < zero[0]["total"]
 
 
+@pytest.mark.parametrize(
+    ("experiment", "billions", "reads"),
+    [
+        ("paper_2b4", {"warmup": 3100, "continual": 120}, {"continual"}),
+        ("paper_0b92", {"warmup": 60, "continual": 22}, {"continual"}),
+        ("paper_0b92_memory", {"warmup": 60, "continual": 22}, {"warmup", "continual"}),
+    ],
+)
+def test_the_papers_runs_have_its_tokens_and_fit_on_gpus(
+    experiment: str, billions: dict[str, int], reads: set[str]
+) -> None:
+    found = planned(f"experiment={experiment}", *H100)
+    tokens = {stage["name"]: stage["tokens"] / 1e9 for stage in found["stages"]}
+    assert tokens == pytest.approx(billions, rel=0.005)
+    assert {stage["name"] for stage in found["stages"] if stage["memory_token_flops"]} == reads
+    assert found["problems"] == []
+    memories = {name: found["config"][name]["memory"] for name in tokens}
+    assert {name for name, memory in memories.items() if memory and memory["source"] == "online"} == reads
+    assert {found["config"][name]["rows_per_step"] * 2048 for name in tokens} == {2**22}  # "about 4M"
+    assert [found["config"][name]["peak_lr"] for name in ("warmup", "continual")] == [8e-4, 5e-5]
+
+
+def test_checkpoints_that_stay_are_counted_by_every_rule() -> None:
+    settings = ("experiment=quick", "continual=null", "warmup.steps=1000", "saving.every_steps=100")
+    kept = {
+        **{"saving.keep_last=1 saving.keep_best=0": 1, "saving.keep_last=3 saving.keep_best=1": 4},
+        **{"saving.keep_every=200 saving.keep_best=0": 6, "saving.keep_last=20": 10},
+    }
+    for rules, number in kept.items():
+        assert planned(*settings, *rules.split(), "--config-only")["disk"]["checkpoints"] == number
+
+
 def test_what_does_not_fit_is_named_with_settings_that_fit() -> None:
     settings = [
         *PAPER,
@@ -134,7 +166,7 @@ def test_tables_are_as_wide_as_a_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     done = within("plan", "experiment=demo", "--config-only", "--price", "2")
     assert done.code == 0, done.err
     assert max(map(len, done.out.splitlines())) <= 100
-    for said in ("Parameters, exact", "ZeRO-1 (chosen)", "price, 2 an hour", "bank's generations"):
+    for said in ("Parameters, exact", "ZeRO-1 (chosen)", "price, 2 a rank and hour", "bank's generations"):
         assert said in done.out
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch.report_page import Evaluation, loss_charts, pictures, render
-from launch.run_log import RunLog
+from launch.run_log import SECONDS, RunLog
 from tests.support.browser import Elements, boxes, screenshot
 from tests.support.run_log import lines, run_folder
 from train.arms import Arm
@@ -85,6 +85,13 @@ def test_the_time_of_a_stage_is_split(tmp_path: Path) -> None:
     text = page(two_runs(tmp_path)).text
     split = "data 8.3% · retrieve 16.7% · compute 50.0% · update 8.3% · search 4.2% · compile 8.3% · validation 4.2%"
     assert split in text
+
+
+def test_every_part_of_the_time_has_a_colour(tmp_path: Path) -> None:
+    written = render(two_runs(tmp_path), [])
+    for number in range(len(SECONDS) + 1):  # the last is what no key tells
+        assert f"--k{number}:#" in written
+        assert f"i.k{number}{{" in written
 
 
 def test_a_run_of_warmup_alone_has_no_empty_charts(tmp_path: Path) -> None:

@@ -3,28 +3,34 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from benchmarks.documentation import corpus_settings
 from launch import slurm as launch_slurm
-from launch import sweep
+from launch import sweep, sweep_report, trial
 from launch.compose import CONF, compose_config
 from launch.space import Numbers, Value, read_space
 from launch.study import Row, Study
 from launch.sweep_report import objective
 from launch.trial import TrialProcess
+from memorybank.config import QueryMode
 from tests.support import slurm
 from tests.support.launch import memory3, prepared_root, trained_corpus, within
 from tests.support.spawn import HANG_SECONDS
-from tests.support.sweep import RATES, SPACE, control, losses, starts
+from tests.support.sweep import RATES, SPACE, control, facts_loss, losses, starts
+from train.arms import Arm, Pattern
+from train.evaluate import ArmResult, ProbeItem, TextItem, to_json
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -70,6 +76,100 @@ def test_a_sweep_trains_prunes_and_reports(tmp_path: Path, capsys: pytest.Captur
     assert control(tmp_path, 10) == 0  # and it can be made longer
     assert rows(tmp_path)[:9] == ended
     assert len(rows(tmp_path)) == 10
+
+
+def test_a_sweep_of_facts_evaluates_every_trial_and_prunes_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices = "warmup.peak_lr=choice(1e-4, 1e-3, 1e-2)"
+    assert control(tmp_path, 9, choices, objective="facts") == 0
+    said = capsys.readouterr().out
+    ended = rows(tmp_path, like=choices)
+    assert [row.state for row in ended] == ["finished"] * 9
+    assert [row.loss for row in ended] == [facts_loss(rate(row.values)) for row in ended]
+    assert [row.beside for row in ended] == [{"text": 1.5}] * 9  # of those that repeat another as well
+    lines = said.splitlines()
+    assert (
+        "Loss: fact probes, validation half, without memory, nats per answer token, of the trained run."
+        in said
+    )
+    assert lines[4] == "| trial | loss | text | `warmup.peak_lr` |  |"
+    best = max((1e-4, 1e-3, 1e-2), key=lambda rate: losses(rate)[-1])
+    number = min(row.number for row in ended if rate(row.values) == best)
+    assert (
+        lines[6]
+        == f"| {number} | {facts_loss(best):.4f} | 1.5000 | {ended[number].values['warmup.peak_lr']} | finished |"
+    )
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_trial_is_evaluated_once_it_is_trained(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def answer(arguments: list[str]) -> int:
+        asked.append(arguments)
+        return code
+
+    monkeypatch.setattr(trial.cli, "main", answer)
+    run = tmp_path / "s-000"
+    run.mkdir()
+    with (run / "trial.lock").open("wb") as lock:
+        assert trial.main(str(run), str(lock.fileno()), trial.EVALUATE, "seed=3") == code
+    assert asked[0] == ["pretrain", "--no-prepare", "seed=3"]
+    assert asked[1:] == ([] if code else [["evaluate", str(run), "--root", str(tmp_path)]])
+    assert (run / "trial-exit").read_text() == f"{code}\n"
+    assert (run / "trial.lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_the_objective_of_facts_is_their_loss_with_memory_where_memory_is_read(tmp_path: Path) -> None:
+    fact = ProbeItem("p", "g", "r", 2.0, 1, exact=False, hit1=False, hit5=False, majority=False)
+
+    def result(
+        arm: Arm, loss: float, query: QueryMode | None = None, pattern: Pattern | None = None
+    ) -> ArmResult:
+        item = replace(fact, loss=loss) if query is None and loss < 5 else TextItem("d", loss, 1)
+        return ArmResult(
+            arm=arm, model="M", query=query, pattern=pattern, overlap_limit=None, age_steps=None, filled=None,
+            note="", items=(item,),
+        )  # fmt: skip
+
+    results = [
+        result(Arm.none, 9.0),
+        result(Arm.none, 3.0),
+        result(Arm.memory, 1.0),
+        result(Arm.shuffled, 2.0),
+    ]
+    for number, (query, pattern) in enumerate(product(QueryMode, Pattern)):
+        results.append(result(Arm.memory, 5.0 + number, query, pattern))
+    (tmp_path / "evaluation-validation.json").write_text(json.dumps(to_json(results)))
+    text = 5.0 + list(product(QueryMode, Pattern)).index((QueryMode.previous, Pattern.inference))
+    assert TrialProcess(tmp_path, compose_config(SPACE), []).evaluation() == {
+        "facts": 1.0,
+        "facts, shuffled": 2.0,
+        "facts, no memory": 3.0,
+        "text": text,
+        "text, no memory": 9.0,
+    }
+
+
+def test_a_corpus_without_facts_is_no_objective(tmp_path: Path) -> None:
+    run = TrialProcess(tmp_path, compose_config(["experiment=quick", "debug=smoke"]), [])
+    text = TextItem("d", 6.0, 4)
+    shared = {
+        "query": None,
+        "pattern": None,
+        "overlap_limit": None,
+        "age_steps": None,
+        "filled": None,
+        "note": "",
+    }
+    (tmp_path / "evaluation-validation.json").write_text(
+        json.dumps(to_json([ArmResult(arm=Arm.none, model="C", items=(text,), **shared)]))
+    )
+    with pytest.raises(ValueError, match="its corpus has no fact probes; choose --objective text"):
+        run.evaluation()
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +278,19 @@ def test_values_that_were_tried_are_not_trained_again(tmp_path: Path) -> None:
     assert journal.count("finished: like trial ") == 4 - len(trained)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["a=1", "continual.epoch_steps='50'", "model.ffn_width=${model.width}", 'a=["b","c d"]', "a='$b'"],
+)
+def test_the_best_command_can_be_given_to_a_shell(setting: str) -> None:
+    plan = sweep.Sweep("s", read_space([RATES, "seed=1"]), 1, 0)
+    plan = replace(plan, space=replace(plan.space, fixed=(setting,)))
+    row = Row(0, "finished", 1.0, {"warmup.peak_lr": 1e-3})
+    said = sweep_report.render(plan, compose_config(SPACE), [row], {})
+    [command] = [line for line in said.splitlines() if line.startswith("    memory3 pretrain ")]
+    assert shlex.split(command) == ["memory3", "pretrain", *plan.settings(0, row.values)]
+
+
 def test_draws_follow_from_seed_and_history(tmp_path: Path) -> None:
     """A study that is closed after every trial, its last line torn, draws what one that stays open draws."""
 
@@ -208,6 +321,8 @@ def test_other_sweeps_runs_and_users_are_refused(tmp_path: Path) -> None:
         ValueError, match=r"holds a sweep of other settings:\n  seed: 0 -> 1\nchoose another --name"
     ):
         control(tmp_path, 1, seed=1)
+    with pytest.raises(ValueError, match=r"holds a sweep of other settings:\n  objective: text -> facts\n"):
+        control(tmp_path, 1, objective="facts")
     with pytest.raises(
         ValueError, match=r"  swept: .*'interval.1,2.'.*\nchoose another --name, or give the old"
     ):
@@ -296,8 +411,9 @@ def test_shipped_sweeps_compose(name: str) -> None:
     assert (plan.name, plan.trials) == (name, 3)
     for corner in plan.space.corners():
         config = compose_config(corner)
-    assert objective(config).endswith("continual stage" if name == "memory" else "warmup stage")
-    assert ("with memory" in objective(config)) == (name == "memory")
+    facts = "fact probes, validation half, with memory, nats per answer token, of the trained run"
+    text = "held-out text, validation half, 8,192 tokens, without memory, nats per token, at the end of the warmup"
+    assert objective(plan, config) == {"memory": facts, "learning_rate": f"{text} stage"}[name]
 
 
 def test_the_objective_is_the_last_validation_with_memory_where_memory_is_read(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """Commands of the documentation, executed as they stand there, but on a corpus of seconds.
 
 Fenced blocks whose info string begins with `sh` are run by bash, page after page, in one folder. `memory3` answers
-inside this process; what a page says about sizes is made small by settings that are appended. `sh slow` is left to the
-slow tests, `sh elsewhere` cannot be run on one machine.
+inside this process; what a page says about sizes is made small by settings that are appended. Hosts and clusters are
+this machine: `ssh` runs its line here, SLURM is `tests.support.slurm`, whose jobs are waited for. `sh slow` is left to
+the slow tests, `sh elsewhere` cannot be run.
 """
 
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +19,8 @@ from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
-from tests.support.launch import Finished, within
+from tests.support import slurm
+from tests.support.launch import Finished, memory3, within
 
 ROOT = Path(__file__).parents[2]
 CORPUS = "data=jsonl data.path=corpus.jsonl data.sources.documents.title_field=title data.sources.documents.id_field=id"
@@ -28,6 +31,18 @@ SMALL = [
     "data.num_workers=1",
 ]
 _TRAINS = ("pretrain", "sweep", "demo")
+_MANY = ("engine.num_ranks", "launcher.slurm.nodes", "launcher.slurm.array_tasks")
+_BENCHED = [
+    *(
+        "model.num_layers=2",
+        "model.width=64",
+        "model.num_heads=1",
+        "model.num_kv_heads=1",
+        "model.ffn_width=64",
+    ),
+    *("model.num_memory_layers=1", "model.row_tokens=128", "model.init=normal", "warmup.rows_per_step=2"),
+    "warmup.micro_rows=1",
+]
 _SHIM = """\
 import json, socket, sys
 with socket.socket(socket.AF_UNIX) as asked:
@@ -65,6 +80,8 @@ def blocks(page: str) -> Iterator[Block]:
 def small(arguments: Sequence[str]) -> list[str]:
     """A command of `memory3`, with settings that make it one of seconds."""
     command, more = arguments[0], []
+    if command == "bench":
+        return [*arguments, "--rounds", "5", *_BENCHED]
     if command in (*_TRAINS, "prepare", "plan") and "data=jsonl" in arguments:
         more += [text for text in CORPUS.split() if text not in arguments] + SMALL
     if command == "prepare":
@@ -73,10 +90,13 @@ def small(arguments: Sequence[str]) -> list[str]:
         more.append("debug=smoke")
     if command in _TRAINS and "debug=profile" in arguments:
         more += ["retrieval.embedder.kind=static", "model.row_tokens=128"]
-    # Behind the last setting: argparse takes none after an option that follows them.
-    place = max((at for at, text in enumerate(arguments) if "=" in text and text[0] != "-"), default=0) + 1
-    given = [*arguments[:place], *more, *arguments[place:]]
-    return [*given, "--trials=1"] if command == "sweep" else given
+    if command in _TRAINS:
+        more += [f"{key}=2" for key in _MANY if _asks(key, arguments)]
+    return [*arguments, *more, *(["--trials=1"] if command == "sweep" else [])]
+
+
+def _asks(key: str, arguments: Sequence[str]) -> bool:
+    return any(text.startswith(f"{key}=") for text in arguments)
 
 
 @dataclass
@@ -102,20 +122,18 @@ class Reader:
             ("python", f'{sys.executable} "$@"'),
             ("torchrun", f'{sys.executable} -m torch.distributed.run "$@" {added}'),
             ("deepspeed", f'{sys.executable} {Path(sys.executable).parent / "deepspeed"} "$@" {added}'),
+            ("ssh", """sh -c "$(printf %s "$2" | sed 's/worker-[12]/127.0.0.1/g')\""""),
+            ("chromium", f'{shutil.which("chromium") or "true"} --user-data-dir={tools / "browser"} "$@"'),
         ):
             (tools / name).write_text(f"#!/bin/sh\nexec {command}\n")
             (tools / name).chmod(0o755)
+        self._cluster = tools / "cluster"
+        path = [str(tools), str(slurm.install(self._cluster)), os.environ["PATH"]]
+        self._environment = {"PATH": os.pathsep.join(path), "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
 
     def types(self, text: str) -> str:
         """Run a block of shell in the folder; what went wrong, and nothing otherwise."""
-        path = os.pathsep.join([str(self._socket.parent), os.environ["PATH"]])
-        environment = {
-            **os.environ,
-            "PATH": path,
-            "CORPUS": CORPUS,
-            "PYTHONPATH": str(ROOT),
-            "DS_ACCELERATOR": "cpu",
-        }
+        environment = {**os.environ, **self._environment, "CORPUS": CORPUS}
         self._socket.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(str(self._socket))
@@ -135,14 +153,23 @@ class Reader:
                     answer = self._answer(*json.loads(asked.makefile().readline()))
                     asked.sendall(json.dumps([answer.code, answer.out, answer.err]).encode())
             said = bash.communicate()[1]
-        return "" if bash.returncode == 0 else f"exit code {bash.returncode}\n{said}"
+        if bash.returncode != 0:
+            return f"exit code {bash.returncode}\n{said}"
+        return "".join(
+            f"job {job.name} ({(job / 'name').read_text()}) ended with {code}\n"
+            for job in (self._cluster / "jobs").iterdir()
+            if (code := slurm.wait_for(job))
+        )
 
     def _answer(self, arguments: list[str], typed: str) -> Finished:
         given = small(arguments)
         again = any(code == 0 and set(done) == set(given) for done, code in self.commands)
         if given[0] in ("prepare", "pretrain") and again:
             return Finished(0, "", "")  # nothing would be left to do
-        with patch.object(sys, "stdin", StringIO(typed)):
-            answer = within(*given)
+        with patch.object(sys, "stdin", StringIO(typed)), patch.dict(os.environ, self._environment):
+            if given[0] == "bench":  # what starts an engine has a process of its own
+                answer = memory3(*given, "--output", str(self.folder / "benched"))
+            else:
+                answer = within(*given)
         self.commands.append((given, answer.code))
         return answer

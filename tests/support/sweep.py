@@ -4,7 +4,8 @@
     python -m tests.support.sweep FOLDER                           the same as a job
     python -m tests.support.sweep control ROOT TRIALS              a controller of such trials, to be killed
 
-A trial reports losses that its settings decide, step by step, and goes on after the last step that its folder knows.
+A trial reports losses that its settings decide, step by step, and goes on after the last step that its folder knows;
+one that is to be evaluated says that facts are the other way round: what text likes least they like best.
 `logging.wandb_project` says what happens to it: `nan`, `memory` (out of memory), `killed` (always), `killed-once`.
 """
 
@@ -44,7 +45,14 @@ def trial(folder: Path, descriptor: int | None, settings: dict[str, str]) -> int
         time.sleep(float(os.environ.get("STEP_SECONDS", "0.01")))
         while fate == "nan" and step == 3:
             time.sleep(1)
+    if "--evaluate" in settings:
+        _evaluate(folder, float(settings["warmup.peak_lr"]))
     return _ended(folder, 0)
+
+
+def facts_loss(rate: float) -> float:
+    """What an evaluated trial says of facts."""
+    return 9 - losses(rate)[-1]
 
 
 def losses(rate: float) -> list[float]:
@@ -58,7 +66,13 @@ def starts(folder: Path) -> int:
 
 
 def control(
-    root: Path, trials: int, *settings: str, seed: int = 0, picture: bool = False, jobs: bool = False
+    root: Path,
+    trials: int,
+    *settings: str,
+    seed: int = 0,
+    picture: bool = False,
+    jobs: bool = False,
+    objective: str = "text",
 ) -> int:
     """Run a sweep of such trials below a root."""
     from launch import sweep, sweep_report
@@ -68,7 +82,7 @@ def control(
 
     sweep._POLL_SECONDS = 0.02
     space = read_space([*SPACE, f"paths.root={root}", *(settings or [RATES])])
-    plan = sweep.Sweep("s", space, trials, seed)
+    plan = sweep.Sweep("s", space, trials, seed, sweep.Objective(objective))
     config = compose_config(next(space.corners()))
     where = Jobs(config, root / "s", PROGRAM) if jobs else Processes(PROGRAM)
     draw = sweep_report.draw
@@ -78,6 +92,16 @@ def control(
         return sweep.control(plan, config, root / "s", trials=where)
     finally:
         sweep_report.draw = draw
+
+
+def _evaluate(folder: Path, rate: float) -> None:
+    text = {"document": "d", "loss": 6.0, "tokens": 4}
+    fact = {"probe": "p", "group": "g", "relation": "r", "loss": facts_loss(rate), "tokens": 1}
+    fact |= dict.fromkeys(("exact", "hit1", "hit5", "majority"), False)
+    shared = dict.fromkeys(("query", "pattern", "overlap_limit", "age_steps", "filled"))
+    results = [{"arm": "none", "model": "C", "note": "", **shared, "items": [item]} for item in (text, fact)]
+    stored = {"format": "memory3-evaluation", "version": 1, "results": results}
+    (folder / "evaluation-validation.json").write_text(json.dumps(stored))
 
 
 def _ended(folder: Path, code: int) -> int:

@@ -108,7 +108,12 @@ def searched(
     run = tmp_path_factory.mktemp("run")
     history = read(*SECTIONS[:-3])
     plan = planned(history, steps=5)
-    return run, plan, validation(), epochs(run).neighbours(0, history, rows_of(plan), validation())
+    return (
+        run,
+        plan,
+        validation(),
+        epochs(run).neighbours("continual", 0, history, rows_of(plan), validation()),
+    )
 
 
 def validation() -> Rows:
@@ -251,7 +256,7 @@ def test_references_keep_their_search_vectors_from_epoch_to_epoch(tmp_path: Path
             folder=tmp_path / "indexes",
         )
         bank = epochs(tmp_path, search=search)
-        bank.neighbours(epoch, history, rows_of(planned(history, steps=1)), validation())
+        bank.neighbours("continual", epoch, history, rows_of(planned(history, steps=1)), validation())
         embedded.append(set(embedder.texts))
     first, second = embedded
     assert {REFERENCES.text(id) for id in range(len(REFERENCES))} <= first
