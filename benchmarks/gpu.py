@@ -66,20 +66,20 @@ def parts(*, smallest: bool, peak_tflops: float | None) -> list[Part]:
         return [Part("tiny", subject, _TINY + more) for subject, more in subjects.items()]
     peak = [] if peak_tflops is None else [f"logging.peak_tflops={peak_tflops:g}"]
     base, paper = ["model=base", "model.prefix_ids=[1,2,3,4]", *peak], [*_PAPER, *peak]
-    rows = ["warmup.rows_per_step=64", "warmup.micro_rows=32"]
+    rows = ["warmup.rows_per_step=32", "warmup.micro_rows=32"]
     return [
         Part(
             "paper",
             "step",
             [*paper, "model.num_memory_layers=0", "warmup.rows_per_step=64", "warmup.micro_rows=4"],
         ),
-        Part("paper-memory", "step", [*paper, "warmup.rows_per_step=16", "warmup.micro_rows=2"]),
-        Part("paper", "attention", [*paper, *_LAYERS]),
-        Part("base", "step", [*base, *rows]),
-        Part("base", "attention", [*base, *_LAYERS]),
         Part("paper", "compile", paper),
         Part("base", "compile", base),
         Part("base", "generate", [*base, "model.compile=false"]),
+        Part("paper-memory", "step", [*paper, "warmup.rows_per_step=8", "warmup.micro_rows=2"]),
+        Part("paper", "attention", [*paper, *_LAYERS]),
+        Part("base", "step", [*base, *rows]),
+        Part("base", "attention", [*base, *_LAYERS]),
         Part("base", "loader", [*base, *rows]),
     ]
 
