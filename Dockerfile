@@ -4,7 +4,7 @@
 #     docker run --gpus all --shm-size=8g -v "$PWD":/work -w /work memory3 pretrain experiment=demo
 #
 # torch brings CUDA and NCCL; the base brings nvcc, which DeepSpeed looks for when it is imported. Nothing is compiled
-# when a run starts. faiss runs on CPUs; for GPUs: --build-arg EXTRAS=gpu,demo,sweep,tensorboard (faiss-gpu-cu12).
+# when a run starts. faiss runs on CPUs; for GPUs: --build-arg EXTRAS=gpu,demo,sweep,tensorboard (faiss-gpu).
 ARG CUDA=12.8.1
 FROM nvidia/cuda:${CUDA}-devel-ubuntu24.04
 

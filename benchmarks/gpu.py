@@ -4,7 +4,8 @@
     python -m benchmarks.gpu --smallest      # the same parts at the smallest sizes, on any machine
 
 Parts run one after the other, each in a process of its own; what does not fit into the time is named and left out. The
-paper's model is whole; of its warmup step, MFU is that of micro-batches that fill the GPU. Written to `benchmarks/results/gpu/`: what each part writes, and `gpu.md`, the table.
+paper's model is whole; of its warmup step, MFU is that of micro-batches that fill the GPU. Written to
+`benchmarks/results/gpu/`: what each part writes, and `gpu.md`, the table.
 
 The smallest form runs in a test, on a CPU.
 """

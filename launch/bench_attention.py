@@ -173,7 +173,7 @@ class Problem:
                 torch.cat(
                     [
                         prefix.expand(rows, -1, -1, -1),
-                        pool.unflatten(0, (rows, -1)).transpose(2, 3).flatten(1, 2),
+                        pool.view(rows, -1, *pool.shape[1:]).transpose(2, 3).flatten(1, 2),
                         own,
                     ],
                     dim=1,

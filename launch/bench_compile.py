@@ -135,10 +135,10 @@ def forward_of_memory_layers(
     @torch.no_grad()
     def run() -> None:
         for some in torch.split(tokens_NR, batch_for(device)):
-            prefix = model.encode_prefix()
+            prefix = model.encode_prefix(config.num_memory_layers)
             hidden_BTD = model.embedding(some)
-            for layer, block in enumerate(before):
-                hidden_BTD, _, _ = block(hidden_BTD, turn, attention=model.attention, prefix=prefix[layer])
+            for block, read in zip(before, prefix, strict=False):
+                hidden_BTD, _, _ = block(hidden_BTD, turn, attention=model.attention, prefix=read)
             last.project(hidden_BTD)
 
     return run

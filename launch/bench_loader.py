@@ -117,11 +117,12 @@ def _rows(scene: Scene, plan: RowPlan) -> Side:
 
 def _memories(scene: Scene) -> Side:
     """What is made ahead for a step, from a bank that was not read before."""
-    settings = scene.stage
+    assert scene.generation is not None
+    folder, settings = scene.generation.folder, scene.stage
     micro = settings.rows_per_step // settings.micro_rows
 
     def run() -> None:
-        generation = Generation.open(scene.generation.folder)
+        generation = Generation.open(folder)
         cache = CachedRecords(generation, max_bytes=scene.config.bank.cache_mib << 20)
         stage = memory_stage(scene, bank=BankReader(cache, scene.codec))
         with Loader(

@@ -495,7 +495,7 @@ def has_room_for_another(scene: Scene) -> bool:
     if device.type != "cuda":
         return True
     parameters = sum(parameter.numel() for parameter in scene.engine.module.parameters())
-    return parameters * _BYTES_OF_ANOTHER < torch.cuda.mem_get_info(device)[0]
+    return bool(parameters * _BYTES_OF_ANOTHER < torch.cuda.mem_get_info(device)[0])
 
 
 def where_time_goes(name: str, step: Callable[[], object]) -> str:

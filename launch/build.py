@@ -9,7 +9,7 @@ import subprocess
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -135,7 +135,8 @@ class Context:
         )
 
     def inference_engine(self, checkpoint: Checkpoint) -> InferenceEngine:
-        model = self.model().to(self.dtype)
+        # Prompts and probes have lengths of their own, each of which would be compiled anew.
+        model = Memory3LM(replace(self.config.model, compile=False)).to(self.dtype)
         model.load_state_dict(checkpoint.weights())
         return InferenceEngine(model.to(_device()))
 

@@ -157,7 +157,7 @@ def _faiss(_: Path) -> Iterator[Finding]:
     variants = {
         found.name: found.version for found in metadata.distributions() if found.name.startswith("faiss")
     }
-    remedy = "pip install faiss-cpu (or faiss-gpu-cu12), one of them alone"
+    remedy = "pip install faiss-cpu (or faiss-gpu), one of them alone"
     if len(variants) != 1:
         said = "no variant is installed" if not variants else f"several are installed: {', '.join(variants)}"
         yield Finding("faiss", State.fail if not variants else State.note, said, remedy)

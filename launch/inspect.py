@@ -114,7 +114,7 @@ def _inspect(
         [tokenizer.decode(query.tokens) for query in queries],
         tokens=[row] * len(queries) if filtered else None,
     )
-    model = Memory3LM(opened.config.model)  # in float32, from the run's weights
+    model = Memory3LM(replace(opened.config.model, compile=False))  # in float32, from the run's weights
     model.load_state_dict(opened.checkpoint.weights())
     inspection = inspect_row(
         InferenceEngine(model.to(opened.engine.device)),

@@ -13,6 +13,8 @@ at least float32. Either direction is one operator, opaque to torch.compile, whi
 With ``TRITON_INTERPRET=1`` all of this runs on a CPU as well, slowly: that is how it is tested without a GPU.
 Not here: the definition, CPUs (``model/attention.py``).
 """
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# (Triton's language has no types)
 
 from typing import Any
 
@@ -78,7 +80,7 @@ def _merged(
 
 @_merged.register_fake
 def _(q_BTHE: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    B, T, H, _ = q_BTHE.shape
+    B, T, H = q_BTHE.shape[:3]
     return q_BTHE.new_empty(q_BTHE.shape), q_BTHE.new_empty(
         (B, H, T), dtype=torch.promote_types(q_BTHE.dtype, torch.float32)
     )
@@ -111,23 +113,20 @@ def _merged_backward(
         q_BTHE, k_BTGE, prefix_k_PGE, prefix_v_PGE, pool_k_NGSE, pool_v_NGSE, kept_NGS, slots_BCK, chunk_tokens
     )  # fmt: skip
     parts = [
-        q_BTHE.new_empty(*extra.grid, keys, q_BTHE.shape[3], dtype=lse_BHT.dtype)
-        for keys in (extra.prefix, extra.prefix, extra.own * wants_pool, extra.own * wants_pool)
+        q_BTHE.new_empty(*extra.grid, extra.keys, q_BTHE.shape[3], dtype=lse_BHT.dtype) for _ in range(2)
     ]
     _merge_backward[extra.grid](
         q_BTHE, grad_BTHE, out_BTHE, lse_BHT, grads[0], *parts, *extra.tensors, *q_BTHE.stride()[:3], *extra.strides,
-        *extra.sizes, **extra.constants, WANTS_POOL=wants_pool, num_warps=8 if wants_pool or q_BTHE.shape[3] > 64 else 4,
+        *extra.sizes, **extra.constants, num_warps=8 if q_BTHE.shape[3] > 64 else 4,
     )  # fmt: skip
     of_others = nothing
+    P = extra.prefix
     if prefix_k_PGE is not None:
-        of_others[:2] = (
-            part.sum((0, 1)).transpose(0, 1).to(q_BTHE.dtype, memory_format=torch.contiguous_format)
-            for part in parts[:2]
-        )
+        of_others[:2] = (_to_prefix(part[:, :, :, :P], q_BTHE.dtype) for part in parts)
     if wants_pool:
         assert pool_k_NGSE is not None
         assert slots_BCK is not None
-        of_others[2:] = (_to_pool(part, pool_k_NGSE, slots_BCK) for part in parts[2:])
+        of_others[2:] = (_to_pool(part[:, :, :, P:], pool_k_NGSE, slots_BCK) for part in parts)
     return *grads, *of_others  # type: ignore[return-value]
 
 
@@ -174,7 +173,7 @@ _merged.register_autograd(_backward, setup_context=_setup)
 
 
 def _plans_kernels(q_BTHE: Tensor) -> bool:
-    """Whether cuDNN reads the context: on Hopper and later its kernels are the fastest, but each new shape is planned."""
+    """Whether cuDNN reads the context: from Hopper on its kernels are the fastest, but each new shape is planned."""
     return (
         q_BTHE.shape[1] % _TILE == 0
         and q_BTHE.shape[3] % 8 == 0
@@ -230,6 +229,11 @@ def _context_backward(
     return [x.transpose(1, 2).contiguous() for x in grads]
 
 
+def _to_prefix(part_BCGPE: Tensor, dtype: torch.dtype) -> Tensor:
+    """Add up the gradients of the prefix, which all tokens read; (P, G, E)."""
+    return part_BCGPE.sum((0, 1)).transpose(0, 1).to(dtype).contiguous()
+
+
 def _to_pool(part_BCGJE: Tensor, pool_NGSE: Tensor, slots_BCK: Tensor) -> Tensor:
     """Add up, for each memory of the pool, the gradients of all places that read it."""
     N, G, S, E = pool_NGSE.shape
@@ -271,7 +275,7 @@ class _Extra:
             strides = [x.stride(0) for x in inner]
             pool = [*inner[:2], inner[2].view(torch.uint8), slots_BCK.contiguous()]
         tile = min(_TILE, max(16, triton.next_power_of_2(chunk_tokens)))
-        self.own = K * S
+        self.keys = self.prefix + K * S
         self.grid = (B, C * -(-chunk_tokens // tile), G)
         self.tensors = [*prefixes, *pool]
         self.strides = strides
@@ -285,10 +289,8 @@ class _Extra:
             "S": S,
             "TILE": tile,
             "TILES": -(-chunk_tokens // tile),
-            "SHARED": max(16, triton.next_power_of_2(self.prefix)),
-            "KEYS": max(16, triton.next_power_of_2(self.own)),
+            "KEYS": max(16, triton.next_power_of_2(self.keys)),
             "SIZE": max(16, triton.next_power_of_2(E)),
-            "PRECISION": "ieee",
             "STATS": tl.float64 if q_BTHE.dtype is torch.float64 else tl.float32,
         }
 
@@ -299,38 +301,29 @@ def _inner_contiguous(x_N: Tensor) -> Tensor:
 
 
 @triton.jit
-def _prefix_keys(prefix, group, e, G: tl.constexpr, E: tl.constexpr, P: tl.constexpr, SHARED: tl.constexpr):
-    """Return the prefix's keys or values of a group, (SHARED, SIZE), zeros behind the last."""
-    j = tl.arange(0, SHARED)
-    return tl.load(
-        prefix + (j * G + group)[:, None] * E + e[None, :],
-        mask=(j < P)[:, None] & (e < E)[None, :],
-        other=0.0,
-    )
-
-
-@triton.jit
-def _memory_keys(
-    pool_k, pool_v, kept, slots, stride_k, stride_v, stride_kept, chunk, group, e,
-    E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, KEYS: tl.constexpr,
+def _extra_keys(
+    prefix_k, prefix_v, pool_k, pool_v, kept, slots, stride_k, stride_v, stride_kept, chunk, group, e,
+    G: tl.constexpr, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, S: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Return keys and values of a chunk's memories, (KEYS, SIZE), and which of them are there."""
+    """Return the prefix's and a chunk's memories' keys and values, (KEYS, SIZE), and which of them are there."""
     j = tl.arange(0, KEYS)
-    slot = tl.load(slots + chunk * K + j // S, mask=j < K * S, other=-1)
-    token = group * S + j % S
-    there = slot >= 0
-    there = there & (tl.load(kept + slot * stride_kept + token, mask=there, other=0) != 0)
+    there = j < P
+    at = (j * G + group)[:, None] * E + e[None, :]
     mask = there[:, None] & (e < E)[None, :]
-    within = token[:, None] * E + e[None, :]
-    k = tl.load(pool_k + slot[:, None] * stride_k + within, mask=mask, other=0.0)
-    v = tl.load(pool_v + slot[:, None] * stride_v + within, mask=mask, other=0.0)
+    k = tl.load(prefix_k + at, mask=mask, other=0.0)
+    v = tl.load(prefix_v + at, mask=mask, other=0.0)
+    if K > 0:
+        place = j - P
+        slot = tl.load(slots + chunk * K + place // S, mask=(place >= 0) & (place < K * S), other=-1)
+        token = group * S + place % S
+        read = slot >= 0
+        read = read & (tl.load(kept + slot * stride_kept + token, mask=read, other=0) != 0)
+        mask = read[:, None] & (e < E)[None, :]
+        at = token[:, None] * E + e[None, :]
+        k += tl.load(pool_k + slot[:, None] * stride_k + at, mask=mask, other=0.0)
+        v += tl.load(pool_v + slot[:, None] * stride_v + at, mask=mask, other=0.0)
+        there = there | read
     return k, v, there
-
-
-@triton.jit
-def _scores(queries, k, there, scale, PRECISION: tl.constexpr, STATS: tl.constexpr):
-    scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION, out_dtype=STATS) * scale
-    return tl.where(there[None, :], scores, float("-inf"))
 
 
 @triton.jit
@@ -338,8 +331,7 @@ def _merge(
     q, out, lse, prefix_k, prefix_v, pool_k, pool_v, kept, slots, stride_b, stride_t, stride_h,
     stride_k, stride_v, stride_kept, tokens, chunk_tokens, scale,
     G: tl.constexpr, M: tl.constexpr, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-    TILE: tl.constexpr, TILES: tl.constexpr, SHARED: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
-    PRECISION: tl.constexpr, STATS: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
     """Merge what TILE tokens read of prefix and memories into `out` and `lse`, for the M heads of a group."""
     row, tile, group = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -348,130 +340,68 @@ def _merge(
     inside = (start < chunk_tokens) & (t < tokens)
     e = tl.arange(0, SIZE)
     mask = inside[:, None] & (e < E)[None, :]
-    if P > 0:
-        shared_k = _prefix_keys(prefix_k, group, e, G, E, P, SHARED)
-        shared_v = _prefix_keys(prefix_v, group, e, G, E, P, SHARED)
-    if K > 0:
-        at_chunk = row * (tl.num_programs(1) // TILES) + chunk
-        own_k, own_v, there = _memory_keys(
-            pool_k, pool_v, kept, slots, stride_k, stride_v, stride_kept, at_chunk, group, e, E, K, S, KEYS
-        )
+    k, v, there = _extra_keys(
+        prefix_k, prefix_v, pool_k, pool_v, kept, slots, stride_k, stride_v, stride_kept,
+        row * (tl.num_programs(1) // TILES) + chunk, group, e, G, E, P, K, S, KEYS,
+    )  # fmt: skip
     for m in range(M):
         head = group * M + m
-        queries = tl.load(
-            q + row * stride_b + t[:, None] * stride_t + head * stride_h + e[None, :], mask=mask, other=0.0
-        )
-        at = out + ((row * tokens + t[:, None]) * (G * M) + head) * E + e[None, :]
+        at_q = q + row * stride_b + t[:, None] * stride_t + head * stride_h + e[None, :]
+        at_out = out + ((row * tokens + t[:, None]) * (G * M) + head) * E + e[None, :]
         at_lse = lse + (row * (G * M) + head) * tokens + t
-        of_context = tl.load(at_lse, mask=inside, other=0.0)
-        most = of_context
-        if P > 0:
-            on_shared = _scores(queries, shared_k, tl.arange(0, SHARED) < P, scale, PRECISION, STATS)
-            most = tl.maximum(most, tl.max(on_shared, 1))
-        if K > 0:
-            on_own = _scores(queries, own_k, there, scale, PRECISION, STATS)
-            most = tl.maximum(most, tl.max(on_own, 1))
-        total = tl.exp(of_context - most)
-        read = tl.load(at, mask=mask, other=0.0).to(STATS) * total[:, None]
-        if P > 0:
-            on_shared = tl.exp(on_shared - most[:, None])
-            total += tl.sum(on_shared, 1)
-            read += tl.dot(on_shared.to(queries.dtype), shared_v, input_precision=PRECISION, out_dtype=STATS)
-        if K > 0:
-            on_own = tl.exp(on_own - most[:, None])
-            total += tl.sum(on_own, 1)
-            read += tl.dot(on_own.to(queries.dtype), own_v, input_precision=PRECISION, out_dtype=STATS)
-        tl.store(at, (read / total[:, None]).to(out.dtype.element_ty), mask=mask)
+        queries = tl.load(at_q, mask=mask, other=0.0)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee", out_dtype=STATS) * scale
+        scores = tl.where(there[None, :], scores, float("-inf"))
+        context = tl.load(at_lse, mask=inside, other=0.0)
+        most = tl.maximum(context, tl.max(scores, 1))
+        weights = tl.exp(scores - most[:, None])
+        of_context = tl.exp(context - most)
+        total = of_context + tl.sum(weights, 1)
+        read = tl.dot(weights.to(v.dtype), v, input_precision="ieee", out_dtype=STATS)
+        merged = (tl.load(at_out, mask=mask, other=0.0) * of_context[:, None] + read) / total[:, None]
+        tl.store(at_out, merged.to(out.dtype.element_ty), mask=mask)
         tl.store(at_lse, most + tl.log(total), mask=inside)
 
 
 @triton.jit
-def _through(
-    queries, grads, through_out, total, k, v, there, scale, PRECISION: tl.constexpr, STATS: tl.constexpr
-):
-    """Return the weights of some keys and the gradients of their scores, in the type of the keys."""
-    weights = tl.exp(_scores(queries, k, there, scale, PRECISION, STATS) - total[:, None])
-    towards = tl.dot(grads, tl.trans(v), input_precision=PRECISION, out_dtype=STATS)
-    grad_scores = weights * (towards - through_out[:, None]) * scale
-    return weights.to(k.dtype), grad_scores.to(k.dtype)
-
-
-@triton.jit
 def _merge_backward(
-    q, grad, out, lse, grad_q, part_shared_k, part_shared_v, part_own_k, part_own_v,
-    prefix_k, prefix_v, pool_k, pool_v, kept, slots, stride_b, stride_t, stride_h,
-    stride_k, stride_v, stride_kept, tokens, chunk_tokens, scale,
+    q, grad, out, lse, grad_q, part_k, part_v, prefix_k, prefix_v, pool_k, pool_v, kept, slots,
+    stride_b, stride_t, stride_h, stride_k, stride_v, stride_kept, tokens, chunk_tokens, scale,
     G: tl.constexpr, M: tl.constexpr, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-    TILE: tl.constexpr, TILES: tl.constexpr, SHARED: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
-    PRECISION: tl.constexpr, STATS: tl.constexpr, WANTS_POOL: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
-    """Add to `grad_q` what comes through prefix and memories; write the keys' gradients of TILE tokens' reading."""
+    """Add to `grad_q` what comes through a tile's keys, and write those keys' gradients, of TILE tokens' reading."""
     row, tile, group = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     chunk, start = tile // TILES, (tile % TILES) * TILE + tl.arange(0, TILE)
     t = chunk * chunk_tokens + start
     inside = (start < chunk_tokens) & (t < tokens)
     e = tl.arange(0, SIZE)
     mask = inside[:, None] & (e < E)[None, :]
-    if P > 0:
-        shared_k = _prefix_keys(prefix_k, group, e, G, E, P, SHARED)
-        shared_v = _prefix_keys(prefix_v, group, e, G, E, P, SHARED)
-        sum_shared_k = tl.zeros([SHARED, SIZE], STATS)
-        sum_shared_v = tl.zeros([SHARED, SIZE], STATS)
-    if K > 0:
-        at_chunk = row * (tl.num_programs(1) // TILES) + chunk
-        own_k, own_v, there = _memory_keys(
-            pool_k, pool_v, kept, slots, stride_k, stride_v, stride_kept, at_chunk, group, e, E, K, S, KEYS
-        )
-        if WANTS_POOL:
-            sum_own_k = tl.zeros([KEYS, SIZE], STATS)
-            sum_own_v = tl.zeros([KEYS, SIZE], STATS)
+    k, v, there = _extra_keys(
+        prefix_k, prefix_v, pool_k, pool_v, kept, slots, stride_k, stride_v, stride_kept,
+        row * (tl.num_programs(1) // TILES) + chunk, group, e, G, E, P, K, S, KEYS,
+    )  # fmt: skip
+    sum_k = tl.zeros([KEYS, SIZE], STATS)
+    sum_v = tl.zeros([KEYS, SIZE], STATS)
     for m in range(M):
         head = group * M + m
-        queries = tl.load(
-            q + row * stride_b + t[:, None] * stride_t + head * stride_h + e[None, :], mask=mask, other=0.0
-        )
+        at_q = q + row * stride_b + t[:, None] * stride_t + head * stride_h + e[None, :]
         at = ((row * tokens + t[:, None]) * (G * M) + head) * E + e[None, :]
+        queries = tl.load(at_q, mask=mask, other=0.0)
         grads = tl.load(grad + at, mask=mask, other=0.0)
         through_out = tl.sum(grads.to(STATS) * tl.load(out + at, mask=mask, other=0.0), 1)
         total = tl.load(lse + (row * (G * M) + head) * tokens + t, mask=inside, other=float("inf"))
-        both = tl.load(grad_q + at, mask=mask, other=0.0).to(STATS)
-        if P > 0:
-            weights, grad_scores = _through(
-                queries,
-                grads,
-                through_out,
-                total,
-                shared_k,
-                shared_v,
-                tl.arange(0, SHARED) < P,
-                scale,
-                PRECISION,
-                STATS,
-            )
-            sum_shared_v += tl.dot(tl.trans(weights), grads, input_precision=PRECISION, out_dtype=STATS)
-            sum_shared_k += tl.dot(tl.trans(grad_scores), queries, input_precision=PRECISION, out_dtype=STATS)
-            both += tl.dot(grad_scores, shared_k, input_precision=PRECISION, out_dtype=STATS)
-        if K > 0:
-            weights, grad_scores = _through(
-                queries, grads, through_out, total, own_k, own_v, there, scale, PRECISION, STATS
-            )
-            if WANTS_POOL:
-                sum_own_v += tl.dot(tl.trans(weights), grads, input_precision=PRECISION, out_dtype=STATS)
-                sum_own_k += tl.dot(
-                    tl.trans(grad_scores), queries, input_precision=PRECISION, out_dtype=STATS
-                )
-            both += tl.dot(grad_scores, own_k, input_precision=PRECISION, out_dtype=STATS)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee", out_dtype=STATS) * scale
+        weights = tl.where(there[None, :], tl.exp(scores - total[:, None]), 0.0)
+        towards = tl.dot(grads, tl.trans(v), input_precision="ieee", out_dtype=STATS)
+        grad_scores = (weights * (towards - through_out[:, None]) * scale).to(k.dtype)
+        sum_v += tl.dot(tl.trans(weights.to(v.dtype)), grads, input_precision="ieee", out_dtype=STATS)
+        sum_k += tl.dot(tl.trans(grad_scores), queries, input_precision="ieee", out_dtype=STATS)
+        through = tl.dot(grad_scores, k, input_precision="ieee", out_dtype=STATS)
+        both = tl.load(grad_q + at, mask=mask, other=0.0) + through
         tl.store(grad_q + at, both.to(grad_q.dtype.element_ty), mask=mask)
-    part = (row * tl.num_programs(1) + tile) * G + group
-    if P > 0:
-        j = tl.arange(0, SHARED)
-        at = (part * P + j[:, None]) * E + e[None, :]
-        mask = (j < P)[:, None] & (e < E)[None, :]
-        tl.store(part_shared_k + at, sum_shared_k, mask=mask)
-        tl.store(part_shared_v + at, sum_shared_v, mask=mask)
-    if WANTS_POOL:
-        j = tl.arange(0, KEYS)
-        at = (part * (K * S) + j[:, None]) * E + e[None, :]
-        mask = (j < K * S)[:, None] & (e < E)[None, :]
-        tl.store(part_own_k + at, sum_own_k, mask=mask)
-        tl.store(part_own_v + at, sum_own_v, mask=mask)
+    j = tl.arange(0, KEYS)
+    at = (((row * tl.num_programs(1) + tile) * G + group) * (P + K * S) + j[:, None]) * E + e[None, :]
+    mask = (j < P + K * S)[:, None] & (e < E)[None, :]
+    tl.store(part_k + at, sum_k, mask=mask)
+    tl.store(part_v + at, sum_v, mask=mask)

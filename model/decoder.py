@@ -39,7 +39,7 @@ class Decoder:
         config, weight = model.config, model.embedding.weight
         G, E = config.num_kv_heads, config.head_size
         self._model = model
-        self._prefix = model.encode_prefix()
+        self._prefix = model.encode_prefix(config.num_layers)
         self._turns = model.rotation(config.context_start, capacity)
         block = BLOCK if weight.device.type == "cpu" else BLOCK_BESIDE
         num_blocks = -(-(config.num_prefix + capacity) // block)
@@ -52,8 +52,8 @@ class Decoder:
         self._at_B = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         """Where each row's next token goes."""
         self._lengths: list[int] = []
-        for layer in range(config.num_layers):
-            if (shared := self._prefix[layer]) is not None:
+        for layer, shared in enumerate(self._prefix):
+            if shared is not None:
                 for kept, x_PGE in zip(self._keys[:, layer], shared, strict=True):
                     _write(kept, 0, x_PGE.expand(rows, -1, -1, -1))
         self._bias[..., : config.num_prefix] = 0
@@ -147,11 +147,10 @@ class Decoder:
         model, last = self._model, self._model.config.num_layers - 1
         tokens_BT = torch.tensor(tokens, device=self._at_B.device)
         turn = Rotation(*(table[: tokens_BT.shape[1]] for table in self._turns))
-        reads = model.memory_keys(memory, tokens_BT.shape[1], self._prefix)
+        reads = model.memory_keys(memory, tokens_BT.shape[1])
         hidden = model.embedding(tokens_BT)
-        for layer, (block, read) in enumerate(zip(model.blocks, reads, strict=True)):
+        for layer, (block, prefix, read) in enumerate(zip(model.blocks, self._prefix, reads, strict=True)):
             if layer < last:
-                prefix = self._prefix[layer]
                 hidden, k, v = block(hidden, turn, attention=model.attention, prefix=prefix, memory=read)
             else:  # nothing is predicted here, so that nothing but keys and values is missing
                 _, k, v = cast(Block, block).project(hidden)

@@ -2,15 +2,15 @@
 
 ``Memory3LM`` owns the prefix and all positions: prefix at 0..p-1, every reference at p..p+R-1, a row always
 from p + reference_tokens on, memory or not. The first ``num_memory_layers`` blocks write and read memories;
-all blocks read the prefix, which is encoded once per forward pass, with gradient, for all rows.
+all blocks read the prefix, which goes through them once per forward pass, with gradient, beside all rows; references
+that are encoded have read it by itself.
 The model does not know where memories come from: references encoded inside the forward pass and the
 same references encoded before give the same bits.
 
 Not here: which references a chunk reads (``memorybank``), decoding (``model/generate.py``).
 """
 
-from collections.abc import Iterator
-from itertools import repeat
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,10 +32,9 @@ from model.loss import LossSum, chunked_next_token_loss, token_losses
 from model.memory import ExplicitMemory, MemoryBatch, Places, ReferenceBatch, select_tokens
 from model.rope import Rotation, rotate, rotation
 
-
 KEPT = 0.8
-"""Of what a compiled block keeps for its backward pass, the share that it may: what goes is computed again, and consists
-of passes over one token's numbers (norms, gates), no products: 8 instead of 11 times a token's width."""
+"""Of what a compiled block would keep for its backward pass, the share that it may. What goes is computed again:
+norms and gates, no products. A token's 11 widths become 8."""
 
 
 VARIANTS = 32
@@ -143,20 +142,45 @@ class OutputHead(nn.Linear):
         return chunked_next_token_loss(hidden_BTD, self.weight, targets_BT)
 
 
-class EncodedPrefix:
-    """The prefix's keys and values, each layer's computed when it is first asked for.
+@dataclass(frozen=True, slots=True)
+class WithPrefix:
+    """Attention of rows and of the prefix behind them, which go through a block as one line of tokens, (1, B*T + P).
 
-    So few tokens keep no GPU busy: computed between the rows' layers, they are queued while it works on the rows.
+    So many more tokens cost a matrix product nothing; by itself, so short a text takes as many calls as all rows.
+
+    Attributes:
+        attention: Of rows, and of the prefix.
+        rows: B.
+        tokens: T.
     """
 
-    def __init__(self, layers: Iterator[PrefixKeys | None]) -> None:
-        self._layers = layers
-        self._known: list[PrefixKeys | None] = []
+    attention: AttentionFunction
+    rows: int
+    tokens: int
 
-    def __getitem__(self, layer: int) -> PrefixKeys | None:
-        while len(self._known) <= layer:
-            self._known.append(next(self._layers))
-        return self._known[layer]
+    def __call__(
+        self,
+        q_BTHE: Tensor,
+        k_BTGE: Tensor,
+        v_BTGE: Tensor,
+        *,
+        prefix: PrefixKeys | None = None,
+        memory: MemoryKeys | None = None,
+        documents_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from all of them, in one line: the rows read the prefix, and the prefix reads itself."""
+        assert prefix is None
+        count = self.rows * self.tokens
+        (q, q_1PHE), (k, k_1PGE), (v, v_1PGE) = (
+            torch.split(x, [count, x.shape[1] - count], dim=1) for x in (q_BTHE, k_BTGE, v_BTGE)
+        )
+        read = self.attention(
+            *(x.view(self.rows, self.tokens, *x.shape[2:]) for x in (q, k, v)),
+            prefix=PrefixKeys(k_1PGE[0], v_1PGE[0]),
+            memory=memory,
+            documents_BT=documents_BT,
+        )
+        return torch.cat([read.reshape_as(q), self.attention(q_1PHE, k_1PGE, v_1PGE)], dim=1)
 
 
 class Memory3LM(nn.Module):
@@ -229,18 +253,20 @@ class Memory3LM(nn.Module):
             titles_N: Tokens of each title line, needed when `select_title` is off, and with `places`.
             places: Where the references stand in the rows; None = a row is a reference.
         """
-        return self._encode(tokens_NR, lengths_N, titles_N, self.encode_prefix(), places)
+        prefix = self.encode_prefix(self.config.num_memory_layers)
+        return self._encode(tokens_NR, lengths_N, titles_N, prefix, places)
 
-    def encode_prefix(self) -> "EncodedPrefix":
-        """Return the prefix's keys and values at every layer; without a prefix, None."""
-        return EncodedPrefix(self._prefix_layers() if self.config.prefix_ids else repeat(None))
-
-    def _prefix_layers(self) -> Iterator[PrefixKeys]:
+    def encode_prefix(self, num_layers: int) -> list[PrefixKeys | None]:
+        """Return the prefix's keys and values at the first `num_layers` layers; without a prefix, None."""
+        if not self.config.prefix_ids:
+            return [None] * num_layers
         hidden = self.embedding(self.prefix_1P)
         turn = self.rotation(0, self.config.num_prefix)
-        for block in self.blocks:
+        keys: list[PrefixKeys | None] = []
+        for block in self.blocks[:num_layers]:
             hidden, k, v = block(hidden, turn, attention=self.attention)
-            yield PrefixKeys(k[0], v[0])
+            keys.append(PrefixKeys(k[0], v[0]))
+        return keys
 
     @torch.no_grad()
     def attention_shares(
@@ -253,7 +279,9 @@ class Memory3LM(nn.Module):
         shares: list[AttentionShares] = []
 
         def recording(q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor, **reads: Any) -> Tensor:
-            if len(shares) < self.config.num_memory_layers:
+            if (
+                "memory" in reads and len(shares) < self.config.num_memory_layers
+            ):  # else it is the prefix's own
                 shares.append(
                     attention_shares(q_BTHE, k_BTGE, prefix=reads["prefix"], memory=reads["memory"])
                 )
@@ -271,7 +299,7 @@ class Memory3LM(nn.Module):
         )
 
     def memory_keys(
-        self, memory: MemoryBatch | ReferenceBatch | None, tokens: int, prefix: "EncodedPrefix"
+        self, memory: MemoryBatch | ReferenceBatch | None, tokens: int
     ) -> list[MemoryKeys | None]:
         """Return what rows read at every layer; None at layers without memory."""
         nothing: list[MemoryKeys | None] = [None] * self.config.num_layers
@@ -284,7 +312,7 @@ class Memory3LM(nn.Module):
                 f"model.chunk_tokens={self.config.chunk_tokens}: give each its slots, -1 for empty ones"
             )
         if isinstance(memory, ReferenceBatch):
-            pool = self._encode(memory.tokens_NR, memory.lengths_N, memory.titles_N, prefix)
+            pool = self.encode(memory.tokens_NR, memory.lengths_N, memory.titles_N)
         else:
             pool = memory.pool
         dtype = self.embedding.weight.dtype
@@ -305,28 +333,31 @@ class Memory3LM(nn.Module):
         attention: AttentionFunction,
     ) -> Tensor:
         """Return the hidden states of rows after the last block."""
-        prefix = self.encode_prefix()
-        reads = self.memory_keys(memory, tokens_BT.shape[1], prefix)
-        hidden_BTD = self.embedding(tokens_BT)
-        turn = self.rotation(self.config.context_start, tokens_BT.shape[1])
-        for layer, (block, read) in enumerate(zip(self.blocks, reads, strict=True)):
-            hidden_BTD, _, _ = self._run(
-                block,
-                hidden_BTD,
-                turn,
-                attention=attention,
-                prefix=prefix[layer],
-                memory=read,
-                documents_BT=documents_BT,
+        B, T = tokens_BT.shape
+        reads = self.memory_keys(memory, T)
+        hidden = self.embedding(tokens_BT)
+        turn = self.rotation(self.config.context_start, T)
+        if self.config.prefix_ids:
+            hidden = torch.cat([hidden.view(1, B * T, -1), self.embedding(self.prefix_1P)], dim=1)
+            alone = self.rotation(0, self.config.num_prefix)
+            turn = Rotation(
+                *(torch.cat([rows.repeat(B, 1, 1), own]) for rows, own in zip(turn, alone, strict=True))
             )
-        return hidden_BTD  # type: ignore[no-any-return]
+            attention = WithPrefix(attention, rows=B, tokens=T)
+        for block, read in zip(self.blocks, reads, strict=True):
+            hidden, _, _ = self._run(
+                block, hidden, turn, attention=attention, memory=read, documents_BT=documents_BT
+            )
+        if self.config.prefix_ids:
+            hidden = torch.split(hidden, [B * T, self.config.num_prefix], dim=1)[0].view(B, T, -1)
+        return hidden  # type: ignore[no-any-return]
 
     def _encode(
         self,
         tokens_BT: Tensor,
         lengths_N: Tensor,
         titles_N: Tensor | None,
-        prefix: "EncodedPrefix",
+        prefix: list[PrefixKeys | None],
         places: Places | None = None,
     ) -> ExplicitMemory:
         config = self.config

@@ -84,6 +84,6 @@ def load_exported(folder: Path) -> Memory3LM:
         field.name: type(field.default) for field in fields(ModelConfig) if isinstance(field.default, Enum)
     }
     chosen = {name: kind(sizes[name]) for name, kind in choices.items()}
-    model = Memory3LM(ModelConfig(**{**sizes, **chosen})).to(dtype)
+    model = Memory3LM(ModelConfig(**{**sizes, **chosen, "compile": False})).to(dtype)
     model.load_state_dict(load_file(folder / WEIGHTS))
     return model.eval()

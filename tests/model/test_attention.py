@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.library import opcheck
 
 from model.attention import (
     AttentionFunction,
@@ -192,6 +193,21 @@ def test_less_precise_numbers_stay_near_float64(
             target.copy_(source)
     for ours, theirs in zip(rough.solve(fast), exact.solve(reference_attention), strict=True):
         assert (ours.double() - theirs).norm() / theirs.norm() < tolerance
+
+
+@pytest.mark.parametrize(("prefix", "memory"), [*itertools.product([True, False], repeat=2)])
+def test_the_operator_keeps_what_it_promises_to_the_compiler(prefix: bool, memory: bool) -> None:
+    """Shapes, strides, gradients and no aliases, as torch.compile is told."""
+    problem = Problem(tokens=16, dtype=torch.float32)
+    read = problem.memory
+    pool = (read.k_NGSE, read.v_NGSE, read.kept_NGS, read.slots_BCK) if memory else (None,) * 4
+    given = (*problem.context, *(problem.prefix if prefix else (None, None)), *pool, 8)
+    opcheck(torch.ops.memory3.merged_attention.default, given)
+    out, lse = torch.ops.memory3.merged_attention(*given)
+    opcheck(
+        torch.ops.memory3.merged_attention_backward.default,
+        tuple(x.detach() if isinstance(x, Tensor) else x for x in (problem.grad, out, lse, *given, memory)),
+    )
 
 
 @FAST

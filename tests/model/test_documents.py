@@ -67,9 +67,7 @@ def test_keys_are_rotated_once_to_their_place_in_the_reference() -> None:
     memory = split(model, tokens)
     hidden = model.embedding(tokens)
     turn = model.rotation(3, tokens.shape[1])
-    encoded_prefix = model.encode_prefix()
-    for layer in range(2):
-        prefix = encoded_prefix[layer]
+    for layer, prefix in enumerate(model.encode_prefix(2)):
         assert isinstance(prefix, PrefixKeys)
         q, k, v = model.blocks[layer].project(hidden)
         for number, (begin, own) in enumerate(zip(BEGINS, TEXT, strict=True)):
