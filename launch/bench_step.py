@@ -508,9 +508,14 @@ def where_time_goes(name: str, step: Callable[[], object]) -> str:
         step()
     spent: Counter[str] = Counter()
     for event in traced.key_averages():
-        spent[_GROUPS.get(event.key, event.key)] += (
+        spent[_GROUPS.get(event.key, _short(event.key))] += (
             event.self_device_time_total if on_gpu else event.self_cpu_time_total
         )
     total = sum(spent.values())
     parts = [f"{what} {share / total:.1%}" for what, share in spent.most_common(12)]
     return f"Where the time of a step goes, {name}: {', '.join(parts)}."
+
+
+def _short(kernel: str) -> str:
+    """Return a kernel's name without its C++ arguments, one that a table can hold."""
+    return kernel.removeprefix("void ").partition("<")[0].partition("(")[0][:60]

@@ -8,6 +8,7 @@ Not here: measuring (`train.inspect`), the HTML page (`launch.inspection_page`).
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType

@@ -72,7 +72,7 @@ class ModelConfig:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations."""
     compile: bool = False
-    """Compile each block with torch.compile: for GPUs, where it fuses what stands between matrix products and attention."""
+    """Compile each block with torch.compile: on GPUs it fuses what stands between the matrix products."""
 
     @property
     def num_prefix(self) -> int:

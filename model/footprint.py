@@ -7,12 +7,15 @@ full length. The prefix, a few tokens shared by all rows, is left out.
 Not here: weights, gradients and optimizer (``train/footprint.py``), operations (``model/flops.py``).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from model.config import ModelConfig
 
 TOKENS_AT_A_TIME = 512
-"""Tokens whose logits exist at once in training (`model.loss`; a test compares)."""
+"""Tokens whose logits exist at once in training on a CPU (`model.loss`; a test compares)."""
+TOKENS_AT_A_TIME_BESIDE = 4096
+"""The same on a GPU."""
 QUERY_BLOCK = 64
 """Queries at a time in attention on a CPU (`model.attention`; a test compares)."""
 
@@ -56,18 +59,20 @@ def micro_batch_bytes(
     tokens, chunks = rows * config.row_tokens, rows * (config.row_tokens // config.chunk_tokens)
     layers, memory_layers = config.num_layers, config.num_memory_layers if references_read else 0
     read = chunks * references_read * config.tokens_kept * config.num_kv_heads
-    keys_read = read * (2 * config.head_size + 1)  # keys, values and the mask, copied for each chunk
+    # On a CPU keys, values and the mask are copied for each chunk; a GPU reads the pool.
+    keys_read = read * (2 * config.head_size + 1) if cpu else 0
+    block = _compiled_block if config.compile and not cpu else _block
     if config.activation_checkpointing:
-        kept = layers * tokens * config.width + _block(config, tokens) + min(memory_layers, 1) * keys_read
+        kept = layers * tokens * config.width + block(config, tokens) + min(memory_layers, 1) * keys_read
     else:
-        kept = layers * _block(config, tokens) + memory_layers * keys_read
+        kept = layers * block(config, tokens) + memory_layers * keys_read
     kept += tokens * (config.width + 1)  # the last norm
     pool = 0
     if references_read:
         num_kept = chunks * config.num_memory_layers * config.num_kv_heads * config.tokens_kept
         pool = num_kept * (2 * config.head_size * number_bytes + 8)
     if references_read and encoded_online:
-        kept += _references(config, chunks * config.reference_tokens)
+        kept += _references(config, chunks * config.reference_tokens, block)
     return MicroBatchBytes(
         activations=kept * number_bytes,
         memories=pool,
@@ -88,24 +93,33 @@ def _block(config: ModelConfig, tokens: int) -> int:
     return tokens * (norms + attention + feed_forward)
 
 
-def _references(config: ModelConfig, tokens: int) -> int:
+def _compiled_block(config: ModelConfig, tokens: int) -> int:
+    """Return the same of a compiled block, which computes norms and gates again (`KEPT` of `model.transformer`)."""
+    heads, kv_heads = (num * config.head_size for num in (config.num_heads, config.num_kv_heads))
+    projected = heads + 2 * kv_heads  # of which values are a part
+    attention = projected + 2 * heads + kv_heads  # queries and keys in their places, output
+    return tokens * (2 * config.width + attention + 2 * config.ffn_width)
+
+
+def _references(config: ModelConfig, tokens: int, block: Callable[[ModelConfig, int], int]) -> int:
     """Return the numbers kept of references that are encoded with gradient; the last layer stops at its keys."""
     before = config.num_memory_layers - 1
     last = tokens * (2 * config.width + 1)
     if config.activation_checkpointing:
         return (before + 1) * tokens * config.width
-    return before * _block(config, tokens) + last
+    return before * block(config, tokens) + last
 
 
 def _loss_bytes(config: ModelConfig, tokens: int, number_bytes: int, *, cpu: bool) -> int:
     """Return the temporaries of the loss: hidden states and their gradient, the head's gradient, some logits."""
     head = config.vocab_size * config.width
-    logits = min(TOKENS_AT_A_TIME, tokens) * config.vocab_size
+    at_a_time = TOKENS_AT_A_TIME if cpu else TOKENS_AT_A_TIME_BESIDE
+    logits = min(at_a_time, tokens) * config.vocab_size
     hidden = 2 * tokens * config.width * number_bytes
-    statistics = 0 if cpu else logits * 8  # float32 twice; on a CPU a MiB at a time
     upcast = 4 if cpu and number_bytes < 4 else 0  # a CPU adds bfloat16 to float32 through a copy
     product = head * (number_bytes + upcast)
-    return hidden + head * 4 + logits * number_bytes + max(statistics, product)
+    added_up = head * 4 if tokens > at_a_time else 0
+    return hidden + added_up + logits * number_bytes + product
 
 
 def _backward_bytes(config: ModelConfig, rows: int, number_bytes: int, *, cpu: bool) -> int:

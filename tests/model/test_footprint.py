@@ -97,4 +97,5 @@ def test_the_pool_is_as_large_as_its_tensors() -> None:
 
 def test_pieces_are_as_large_as_those_of_loss_and_attention() -> None:
     assert footprint.TOKENS_AT_A_TIME == loss.TOKENS_AT_A_TIME
+    assert footprint.TOKENS_AT_A_TIME_BESIDE == loss.TOKENS_AT_A_TIME_BESIDE
     assert footprint.QUERY_BLOCK == attention.QUERY_BLOCK
