@@ -4,6 +4,7 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ from train.pulse import Pulse, _waits
 
 
 @pytest.fixture
-def shown(tmp_path: Path) -> Pulse:
-    made = Pulse()
+def shown(tmp_path: Path) -> Iterator[Pulse]:
+    made, before = Pulse(), set(threading.enumerate())
     made.show(tmp_path, tmp_path / "stacks" / "rank-0.txt", rank=0, batch_seconds=0.2, phase_seconds=9)
-    return made
+    yield made
+    tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}-ended"))  # without its folder the thread ends
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=HANG_SECONDS)
 
 
 def record(folder: Path, *, phase: str, since: float = 0.0) -> dict[str, object]:
