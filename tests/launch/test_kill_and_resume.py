@@ -16,7 +16,7 @@ SMOKE = ["experiment=demo", "debug=smoke"]
 CORPUS = [f"data.vocab_size={VOCABULARY}", "data.documents_per_shard=40"]
 # The step of these seeds lies early in the warmup, so that a late kill still comes before the other moments.
 LONGER = ["warmup.steps=60", "saving.every_steps=30"]
-SEEDS = (4, 19, 28)
+SEEDS = (4, 19, 28, 18)
 KINDS = ("compilation", "save", "step", "step", "step")
 
 
