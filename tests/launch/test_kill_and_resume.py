@@ -20,6 +20,7 @@ SEEDS = (4, 19, 28, 18)
 KINDS = ("compilation", "save", "step", "step", "step")
 
 
+@pytest.mark.slow  # it races a compilation of milliseconds; the short campaign kills at each operation
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     for seed in SEEDS:
         out = tmp_path / f"result-{seed}.json"
