@@ -5,28 +5,29 @@
     python benchmarks/campaign.py --short                       # seconds; what continuous integration runs
 
 Runs are those of `debug=smoke` on the Python documentation, warmup and continual stage apart, on one rank and on two.
-They are forked from a parent that has imported everything and used nothing, so that a trial takes seconds.
+They are forked from a parent that has imported everything and used nothing, so that a trial takes a second or two.
 
     operations   SIGKILL to all ranks when one of them is about to create, write, sync, rename or delete a file of the
-                 stage's last checkpoint (rotation included) or of its second bank generation: each such operation once;
-                 files that torch and safetensors write by themselves are also cut in the middle
+                 stage's last checkpoint (rotation included), of its second bank generation or of the neighbours
+                 found for it: each such operation once; files that torch and safetensors write by themselves are also
+                 cut in the middle. The same for two edits of a bank that users keep: `replace` and `compact`
     times        SIGKILL at random moments, up to five in a row, each followed by a resume
-    corruptions  a bit flipped, cut, deleted, zeroed, extended or swapped with another file: in a checkpoint, a bank's
-                 generation, a search index, search vectors, a prepared corpus with its shards; then it is read as
-                 training reads it
+    corruptions  a bit flipped, cut, deleted, zeroed, extended or swapped with another file: in what
+                 `benchmarks.corruptions` lists; then it is read as training, or a reader of the bank, reads it
 
 A kill counts as survived when the resumed run ends with the same bytes as one that nobody disturbed (weights, masters,
-moments, state), reports every step once, and never begins anew after a checkpoint was published. A corruption counts
-as found when reading refuses it (a checkpoint: falls back to the one before, by name) and a full `verify` sees it; as
-silent when anything was read that differs. The exit code is 0 when everything was survived and found.
+moments, state; a bank: every file), reports every step once, and never begins anew after a checkpoint was published. A
+corruption counts as found when reading refuses it (a checkpoint: falls back to the one before, by name) and a full
+`verify` sees it; as silent when anything was read that differs. The exit code is 0 when everything was survived and
+found.
 """
 
 import argparse
 import builtins
-import hashlib
+import gc
+import importlib
 import io
 import json
-import logging
 import os
 import platform
 import random
@@ -41,8 +42,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -51,33 +52,29 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks import small_bank  # noqa: E402
+from benchmarks.corruptions import Artefact, Passed, corrupt, of_corpus, of_library, of_run  # noqa: E402
+from benchmarks.documentation import corpus_settings, topics  # noqa: E402
 from benchmarks.kill_and_resume import _commit, _cpu, differences, newest_checkpoint  # noqa: E402
-from data.files import verify  # noqa: E402
-from data.prepare import open_prepared  # noqa: E402
-from launch import build, prepare, worker  # noqa: E402
+from launch import prepare, worker  # noqa: E402
 from launch.compose import compose_config  # noqa: E402
 from launch.config import RunConfig  # noqa: E402
+from launch.lock import only_user  # noqa: E402
 from launch.pretrain import freeze  # noqa: E402
-from memorybank.config import IndexConfig, IndexKind  # noqa: E402
-from memorybank.index_plan import plan_index  # noqa: E402
-from memorybank.index_store import build_index, open_index  # noqa: E402
-from memorybank.store import Generation  # noqa: E402
-from memorybank.vectors import Vectors  # noqa: E402
 from train import checkpoint, distributed, engine  # noqa: E402
-from train.checkpoint import Checkpoints, entries  # noqa: E402
+from train.checkpoint import entries  # noqa: E402
 from train.engine import _import_deepspeed  # noqa: E402
 from train.metrics import read_metrics  # noqa: E402
 
 KINDS = ("operations", "times", "corruptions")
-DAMAGES = ("flip", "truncate", "delete", "swap", "zero", "extend")
 _BATCH = 25
 CHAIN = 5
 """Kills of one run, at random times, before it may end."""
 STAGES = ("warmup", "continual")
 WORLDS = (1, 2)
+_LATE = ("torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer")
 _PATIENCE_SECONDS = 1800.0
 
 
@@ -96,7 +93,8 @@ class Scenario:
     def targets(self) -> tuple[str, ...]:
         """What the operations that are counted touch, as parts of paths."""
         saved = f"/checkpoints/{self.stage}-00000004", f"/checkpoints/{self.stage}-00000002.deleted"
-        return saved if self.stage == "warmup" else (*saved, "/bank/generation-continual-0001")
+        epoch = "/bank/generation-continual-0001", "/neighbours/continual-0001"
+        return saved if self.stage == "warmup" else (*saved, *epoch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,30 +132,25 @@ class Campaign:
         self.work, self.seed, self.chain = work, seed, CHAIN
         self.root = work / "runs"
         self.results = work / f"trials-{seed}.jsonl"
+        self.library = work / "library"
         self._opened: list[Artefact] = []
         self._sound: dict[int, str] = {}
         self.scenarios = [Scenario(stage, world) for world in WORLDS for stage in STAGES]
+        self.edits = list(small_bank.EDITS)
+        self._bank_run = self.root / Scenario("continual", 1).name
 
     def config(self, scenario: Scenario, root: Path) -> RunConfig:
         """The configuration of a scenario's run, below a root."""
         settings = [
             "experiment=quick",
             "debug=smoke",
-            "data=jsonl",
-            f"data.path={self.work / 'topics.jsonl'}",
-            "data.sources.documents.title_field=title",
-            "data.sources.documents.id_field=id",
-            "data.vocab_size=640",
-            "data.validation_fraction=0.15",
-            "data.test_fraction=0.1",
-            "data.num_workers=1",
+            *corpus_settings(root, self.work / "topics.jsonl"),
             "logging.progress=false",
             "logging.validation_rows=2",
             "saving.every_steps=1",
             "saving.keep_last=2",
             "saving.keep_best=0",
             f"engine.num_ranks={scenario.world}",
-            f"paths.root={root}",
             f"run={scenario.name}",
         ]
         if scenario.stage == "warmup":
@@ -170,13 +163,7 @@ class Campaign:
         """Prepare the corpus, and make the runs that nobody disturbs, with a count of their operations."""
         self.root.mkdir(parents=True, exist_ok=True)
         if not (self.root / "prepared").exists():
-            documents = [
-                {"id": name, "title": name, "text": text.strip()}
-                for name, text in sorted(topics.topics.items())
-                if len(text) <= 3500
-            ]
-            lines = "".join(json.dumps(document) + "\n" for document in documents)
-            (self.work / "topics.jsonl").write_text(lines, encoding="utf-8")
+            topics(self.work / "topics.jsonl")
             forked(
                 lambda: prepare.ensure(self.config(self.scenarios[0], self.root)), self.work / "prepare.log"
             )
@@ -195,6 +182,19 @@ class Campaign:
                 ]
                 found = {"operations": counts, "seconds": time.monotonic() - started}
                 self._count(scenario).write_text(json.dumps(found))
+        if not self.library.exists():
+            made = self.library.with_suffix(".made")
+            shutil.rmtree(made, ignore_errors=True)
+            forked(lambda: small_bank.build(self._bank_run, made), made.with_suffix(".log"))
+            made.rename(self.library)
+        for name in self.edits:
+            edited = self._edited(name)
+            if not edited.with_suffix(".json").exists():
+                shutil.rmtree(edited, ignore_errors=True)
+                shutil.copytree(self.library, edited)
+                code = self.edit(name, edited, Operations([f"{edited}/"])).wait()[0]
+                if code:
+                    raise RuntimeError(f"{name} ended with {code}; see {edited.with_suffix('.log')}")
 
     def start(
         self, scenario: Scenario, root: Path, counters: "Sequence[Operations] | None" = None
@@ -206,14 +206,21 @@ class Campaign:
             forked(lambda: freeze(self.config(scenario, root), run), run.with_suffix(".log"))
         pids: list[int] = []
         for rank in range(scenario.world):
-            pid = os.fork()
-            if pid == 0:
-                os.setpgid(0, pids[0] if pids else 0)
-                _become(rank, scenario.world, port, run, counters[rank] if counters else None)
-            with suppress(PermissionError, ProcessLookupError):
-                os.setpgid(pid, pids[0] if pids else pid)
-            pids.append(pid)
+            counter = counters[rank] if counters else None
+            be = partial(_be_rank, rank, scenario.world, port, run, counter)
+            pids.append(spawn(be, run.with_suffix(".log"), group=pids[0] if pids else 0))
         return Ranks(pids)
+
+    def edit(self, name: str, folder: Path, counter: "Operations") -> "Ranks":
+        """Fork a process that edits a copy of the library, or goes on with it."""
+
+        def edit() -> int:
+            counter.install()
+            small_bank.edit(name, self._bank_run, folder)
+            folder.with_suffix(".json").write_text(json.dumps({"operations": [counter.count]}))
+            return 0
+
+        return Ranks([spawn(edit, folder.with_suffix(".log"), group=0)])
 
     def trials(
         self, kinds: Sequence[str], *, kills: int, corruptions: int
@@ -224,38 +231,48 @@ class Campaign:
                 for rank, count in enumerate(json.loads(self._count(scenario).read_text())["operations"]):
                     for number in range(1, count + 1):
                         id = f"operation {scenario.name} rank {rank} {number}"
-                        yield id, lambda id=id, s=scenario, r=rank, n=number: self.operation(id, s, r, n)
+                        yield id, partial(self.operation, id, scenario, rank, number)
+            for name in self.edits:
+                (count,) = json.loads(self._edited(name).with_suffix(".json").read_text())["operations"]
+                for number in range(1, count + 1):
+                    id = f"operation bank {name} {number}"
+                    yield id, partial(self.operation_of_edit, id, name, number)
         if "times" in kinds:
             for number in range(kills):  # more than are needed, since some runs end before
                 scenario = self.scenarios[number % len(self.scenarios)]
                 id = f"times {scenario.name} {number}"
-                yield id, lambda id=id, s=scenario: self.times(id, s)
+                yield id, partial(self.times, id, scenario)
         if "corruptions" in kinds:
             for number in range(corruptions):
                 id = f"corruption {number}"
-                yield id, lambda id=id: self.corruption(id)
+                yield id, partial(self.corruption, id)
 
     def operation(self, id: str, scenario: Scenario, rank: int, number: int) -> Trial:
         """Kill all ranks at an operation of one of them, resume, compare."""
-        started, root = time.monotonic(), self._trial_root(scenario)
+        started, root = time.monotonic(), self._trial_root()
         counters = [
             Operations(scenario.targets, at=number if r == rank else None) for r in range(scenario.world)
         ]
         killed = any(code < 0 for code in self.start(scenario, root, counters).wait())
         outcome = self.resumed(scenario, root)
-        return Trial(
-            id,
-            "operations",
-            scenario.name,
-            int(killed),
-            outcome == "equal",
-            outcome,
-            time.monotonic() - started,
-        )
+        return _trial(id, "operations", scenario.name, int(killed), outcome, started)
+
+    def operation_of_edit(self, id: str, name: str, number: int) -> Trial:
+        """Kill an edit of the library at an operation, repeat it, compare all files."""
+        started, folder = time.monotonic(), self._trial_root() / "library"
+        shutil.copytree(self.library, folder)
+        killed = self.edit(name, folder, Operations([f"{folder}/"], at=number)).wait()[0] < 0
+        code = self.edit(name, folder, Operations([f"{folder}/"])).wait()[0]
+        one, other = _files(folder), _files(self._edited(name))
+        unequal = [file for file in sorted(one.keys() | other.keys()) if one.get(file) != other.get(file)]
+        outcome = f"unequal: {', '.join(unequal[:5])}" if unequal else "equal"
+        if code:
+            outcome = f"repeated, it ended with {code}: {folder.with_suffix('.log').read_text()[-300:]}"
+        return _trial(id, "operations", f"bank {name}", int(killed), outcome, started)
 
     def times(self, id: str, scenario: Scenario) -> Trial:
         """Kill all ranks at random times, a few times in a row, resume, compare."""
-        started, root, rng = time.monotonic(), self._trial_root(scenario), random.Random(f"{self.seed} {id}")
+        started, root, rng = time.monotonic(), self._trial_root(), random.Random(f"{self.seed} {id}")
         known = json.loads(self._count(scenario).read_text())
         kills = 0
         for _ in range(self.chain):
@@ -268,9 +285,7 @@ class Campaign:
             ranks.kill()
             kills += 1
         outcome = self.resumed(scenario, root)
-        return Trial(
-            id, "times", scenario.name, kills, outcome == "equal", outcome, time.monotonic() - started
-        )
+        return _trial(id, "times", scenario.name, kills, outcome, started)
 
     def resumed(self, scenario: Scenario, root: Path) -> str:
         """Resume a run to its end and compare it; "equal" when nothing was lost."""
@@ -304,10 +319,7 @@ class Campaign:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         done = corrupt(rng.choice(files), files, rng)
         what = f"{artefact.name}: {done} in {artefact.folder}"
-        try:
-            seen = bool(verify(folder))
-        except (ValueError, FileNotFoundError):
-            seen = True
+        seen = artefact.seen(folder)
         try:
             unread = artefact.read(copy) == self._sound[chosen] and not artefact.must_refuse
             outcome = "not read" if unread else "SILENT: it was used"
@@ -322,51 +334,14 @@ class Campaign:
         ok = seen and outcome in ("refused", "not read", "passed over by name")
         return Trial(id, "corruptions", what, 0, ok, outcome, time.monotonic() - started)
 
-    def _artefacts(self) -> "list[Artefact]":
+    def _artefacts(self) -> list[Artefact]:
         found: list[Artefact] = []
         for scenario in self.scenarios:
-            run = self.root / scenario.name
-            config = self.config(scenario, self.root)
-            newest = newest_checkpoint(run)
-            relative = str(newest.relative_to(run))
-            found.append(
-                Artefact(
-                    "checkpoint",
-                    run,
-                    relative,
-                    lambda copy, c=config, r=relative: _newest(copy, c, r),
-                    must_refuse=True,
-                )
-            )
-            if scenario.stage == "continual":
-                generation = sorted((run / "bank").glob("generation-*"))[-1]
-                found.append(
-                    Artefact(
-                        "bank",
-                        generation.parent,
-                        generation.name,
-                        lambda copy, n=generation.name: _bank(copy / n),
-                    )
-                )
-        prepared = build.prepared_folder(config)
-        for name in ("corpus", "tokenizer", "shards", "references"):
-            found.append(
-                Artefact(
-                    name,
-                    prepared.parent.parent,
-                    f"prepared/{config.data.name}/{name}",
-                    lambda copy, c=config: _corpus(copy, c),
-                )
-            )
-        (vectors,) = (prepared / "vectors").glob("references-*")
-        found.append(Artefact("vectors", vectors, ".", _vectors))
-        index = self.work / "index"
-        if not index.exists():
-            _build_index(vectors, index)
-        found.append(Artefact("index", index, ".", lambda copy: _search(copy, vectors)))
-        return found
+            found += of_run(self.root / scenario.name, self.config(scenario, self.root))
+        found += of_corpus(self.root, self.config(self.scenarios[0], self.root), self.work)
+        return found + of_library(self._bank_run, self.library)
 
-    def _trial_root(self, scenario: Scenario) -> Path:
+    def _trial_root(self) -> Path:
         root = self.work / "trial"
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
@@ -376,28 +351,8 @@ class Campaign:
     def _count(self, scenario: Scenario) -> Path:
         return self.root / f"{scenario.name}.json"
 
-
-class Passed(Exception):
-    """A damaged checkpoint was passed over; by name, as it should be, or in silence."""
-
-
-@dataclass(frozen=True, slots=True)
-class Artefact:
-    """Something that can be damaged.
-
-    Attributes:
-        name: What it is.
-        root: The folder that is copied.
-        folder: The artefact in it, relative.
-        read: Reads all that training reads of a copy of the root; a digest of it.
-        must_refuse: Whether any damage has to be refused, rather than damage to what is read.
-    """
-
-    name: str
-    root: Path
-    folder: str
-    read: Callable[[Path], str]
-    must_refuse: bool = False
+    def _edited(self, name: str) -> Path:
+        return self.work / f"edited-{name}"
 
 
 class Ranks:
@@ -491,40 +446,13 @@ def _path(argument: Any, dir_fd: int | None) -> str:
     return os.path.join(base, path)
 
 
-def corrupt(path: Path, files: Sequence[Path], rng: random.Random) -> str:
-    """Damage a file so that its bytes differ, and say how; files are hard links, so that others stay as they are."""
-    content = path.read_bytes()
-    others = [other for other in files if other.read_bytes() != content]
-    kinds = [
-        kind
-        for kind in DAMAGES
-        if (content or kind in ("delete", "extend", "swap")) and (others or kind != "swap")
-    ]
-    while True:
-        kind = rng.choice(kinds)
-        place, length = rng.randrange(max(1, len(content))), rng.randrange(1, 4096)
-        new: bytes | None
-        match kind:
-            case "flip":
-                new = content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
-            case "truncate":
-                new = content[:place]
-            case "zero":
-                end = min(len(content), place + length)
-                new = content[:place] + bytes(end - place) + content[end:]
-            case "extend":
-                new = content + rng.randbytes(length)
-            case "swap":
-                other = rng.choice(others)
-                new = other.read_bytes()
-                _replace(other, content)
-            case _:
-                new = None
-        if new == content:
-            continue
-        path.unlink() if new is None else _replace(path, new)
-        with_what = f" with {other.name}" if kind == "swap" else ""
-        return f"{kind} {path.name}{with_what}"
+def warm_up() -> None:
+    """Import what ranks import, late imports of DeepSpeed included, and spare them the collection of all that."""
+    _import_deepspeed(distributed.Ranks(0, 1, torch.device("cpu")))
+    for name in _LATE:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 def forked(work: Callable[[], object], log: Path) -> None:
@@ -533,44 +461,57 @@ def forked(work: Callable[[], object], log: Path) -> None:
     Raises:
         RuntimeError: It failed; the log says how.
     """
+
+    def do() -> int:
+        work()
+        return 0
+
+    if any(Ranks([spawn(do, log)]).wait()):
+        raise RuntimeError(f"{log}:\n{log.read_text()[-2000:]}")
+
+
+def spawn(work: Callable[[], int], log: Path, *, group: int | None = None) -> int:
+    """Fork a process that does something, speaks into a log and ends with the exit code; its pid.
+
+    Args:
+        work: What it does.
+        log: Is appended to.
+        group: Of processes that are killed together: that of a first one, or 0 for its own.
+    """
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
+            if group is not None:
+                os.setpgid(0, group)
             _speak_into(log)
-            work()
-            code = 0
+            code = work()
         except BaseException:
             traceback.print_exc()
         finally:
             worker.leave(code)
-    if os.waitpid(pid, 0)[1]:
-        raise RuntimeError(f"{log}:\n{log.read_text()[-2000:]}")
+    if group is not None:
+        with suppress(PermissionError, ProcessLookupError):  # it has done so itself
+            os.setpgid(pid, group or pid)
+    return pid
 
 
-def _become(rank: int, world: int, port: int, run: Path, counter: Operations | None) -> None:
-    """Be a rank until it ends."""
-    code = 1
-    try:
-        _speak_into(run.with_suffix(".log"))
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        if counter is not None:
-            counter.install()
-        worker._GRACE_SECONDS = 0
-        code = worker.main(run)
-        if counter is not None:
-            Path(f"{run}.{rank}").write_text(str(counter.count))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        worker.leave(code)
+def _be_rank(rank: int, world: int, port: int, run: Path, counter: Operations | None) -> int:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if counter is not None:
+        counter.install()
+    worker._GRACE_SECONDS = 0
+    code = worker.main(run)
+    if counter is not None:
+        Path(f"{run}.{rank}").write_text(str(counter.count))
+    return code
 
 
 def _speak_into(log: Path) -> None:
@@ -579,79 +520,14 @@ def _speak_into(log: Path) -> None:
         os.dup2(descriptor, stream)
 
 
-def _newest(run: Path, config: RunConfig, damaged: str) -> str:
-    """What a run resumes from: it must not be the damaged one."""
-    inputs = build.context(config).inputs
-    said = io.StringIO()
-    handler = logging.StreamHandler(said)
-    logging.getLogger("train.checkpoint").addHandler(handler)
-    try:
-        found = Checkpoints(run, inputs=inputs).newest()
-    finally:
-        logging.getLogger("train.checkpoint").removeHandler(handler)
-    if found is not None and found.folder == run / damaged:
-        return "used"
-    if Path(damaged).name not in said.getvalue():
-        raise Passed("passed over without a word")
-    raise Passed("passed over by name")
+def _trial(id: str, kind: str, what: str, kills: int, outcome: str, started: float) -> Trial:
+    return Trial(id, kind, what, kills, outcome == "equal", outcome, time.monotonic() - started)
 
 
-def _bank(folder: Path) -> str:
-    generation = Generation.open(folder)
-    return _digest(
-        generation.ids, generation.read(generation.ids).numpy(), generation.codec, generation.settings.step
-    )
-
-
-def _corpus(root: Path, config: RunConfig) -> str:
-    prepared = open_prepared(config.data, root / "prepared")
-    shards, references = prepared.shards, prepared.references
-    parts: list[Any] = [prepared.tokenizer.encode("The harbour of"), shards.vocab_size, shards.lengths()]
-    for number in range(shards.num_documents):
-        parts += [shards.tokens(number), str(shards.document(number))]
-    parts += [*references.tokens(range(len(references)))]
-    parts += [references.text(number) for number in range(len(references))]
-    return _digest(*parts)
-
-
-def _vectors(folder: Path) -> str:
-    vectors = Vectors.open(folder)
-    return _digest(vectors.read(np.arange(len(vectors))), vectors.embedder, vectors.segment)
-
-
-def _build_index(folder: Path, index: Path) -> None:
-    vectors = Vectors.open(folder)
-    numbers = np.arange(len(vectors))
-    asked = IndexConfig(kind=IndexKind.ivf_flat)
-    build_index(
-        index,
-        vectors.blocks_of(numbers),
-        plan_index(len(vectors), vectors.size, asked),
-        queries=vectors.read(numbers[:64]),
-        query_ids=numbers[:64],
-        inputs={"vectors": vectors.fingerprint},
-    )
-
-
-def _search(index: Path, folder: Path) -> str:
-    vectors = Vectors.open(folder)
-    opened = open_index(index, vectors.blocks_of(np.arange(len(vectors))))
-    return _digest(*opened.search(vectors.read(np.arange(len(vectors))), 5))
-
-
-def _digest(*parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(
-            np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else repr(part).encode()
-        )
-    return digest.hexdigest()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    work = path.with_name(path.name + ".new")
-    work.write_bytes(content)
-    work.replace(path)
+def _files(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def _restarts(run: Path) -> int:
@@ -670,12 +546,20 @@ def _free_port() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what is left of a campaign, or a slice of it, and write what was found so far."""
     arguments = _parser().parse_args(argv)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    with only_user(arguments.work, other="give another --work"):
+        return run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it, in a folder that nobody else uses; the exit code."""
     if arguments.short:
         arguments.kills, arguments.corruptions, arguments.every = 2, 24, 70
-    _import_deepspeed(distributed.Ranks(0, 1, torch.device("cpu")))
+    warm_up()
     campaign = Campaign(arguments.work.resolve(), seed=arguments.seed)
     if arguments.short:
         campaign.scenarios, campaign.chain = [Scenario("warmup", 1), Scenario("continual", 1)], 2
+        campaign.edits = ["compact"]
     campaign.set_up()
     deadline = time.monotonic() + 60 * arguments.minutes
     done = {trial.id: trial for trial in _done(campaign.results)}
@@ -808,4 +692,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    worker.leave(main())

@@ -5,8 +5,8 @@
 
 `memory3 pretrain ... supervise=true` runs to its end while one of its ranks, drawn with a seed, gets SIGKILL every
 `--period` seconds. Useful is what the lines of the finished run tell: waiting for data, updates, search, compilation,
-validation and the stall of saving, each step once. The rest is what faults cost: steps repeated, starts, pauses, and
-the first start.
+validation and the stall of saving, each step once. What faults cost is told apart as far as the lines tell it: noticing
+that a rank is gone, pauses, starts (the first one, too), updates made again; the rest is what was begun and lost.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ if __name__ == "__main__":
 
 from benchmarks.kill_and_resume import _commit, _cpu, _descendants, _pretrain, prepare  # noqa: E402
 from launch.compose import compose_config  # noqa: E402
-from launch.run_log import RunLog  # noqa: E402
+from launch.run_log import RunLog, spent  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,15 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = compose_config(arguments.overrides)
     prepare(arguments.overrides, work, arguments.prepared, [work / "killed"])
     overrides = [*arguments.overrides, "supervise=true", "supervision.backoff_seconds=1"]
-    rng, kills, started = random.Random(arguments.seed), 0, time.monotonic()
+    rng, kills, started = random.Random(arguments.seed), list[float](), time.time()
     launcher = subprocess.Popen(_pretrain(overrides, work / "killed"), cwd=REPOSITORY)
     due = arguments.period
     while launcher.poll() is None:
         time.sleep(0.1)
-        if time.monotonic() - started > due:
+        if time.time() - started > due:
             due += arguments.period
             if ranks := _ranks(launcher.pid):
-                kills += 1
+                kills.append(time.time())
                 with suppress(ProcessLookupError):
                     os.kill(rng.choice(ranks), signal.SIGKILL)
     result = {
@@ -56,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "commit": _commit(),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
         "exit_code": launcher.returncode,
-        "kills": kills,
-        **shares(RunLog.read(work / "killed" / config.run), time.monotonic() - started),
+        "kills": len(kills),
+        **shares(RunLog.read(work / "killed" / config.run), started, time.time(), kills),
     }
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -65,21 +66,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(launcher.returncode)
 
 
-def shares(log: RunLog, wall_seconds: float) -> dict[str, Any]:
-    """What the wall time of a finished run went to."""
-    useful: dict[str, float] = {}
-    for stage in log.stages:
-        for name, seconds in log.seconds(stage).items():
-            if name != "between steps":
-                useful[name] = useful.get(name, 0.0) + seconds
-    total = sum(useful.values())
+def shares(log: RunLog, started: float, ended: float, kills: Sequence[float]) -> dict[str, Any]:
+    """What the wall time of a finished run went to.
+
+    Args:
+        log: The run's lines.
+        started: When the command was given, as `time.time` counts.
+        ended: When it ended.
+        kills: When ranks were killed.
+    """
+    useful = Counter[str]()
+    for line in log.lines:
+        useful.update(spent(line))
+    steps = sum(len(log.steps(stage)) for stage in log.stages)
+    total, wall = useful.total(), ended - started
+    lost = {"noticing": 0.0, "pauses": 0.0, "starts": 0.0}
+    begun = started
+    for line in log.lines:
+        if line.get("event") == "crashed":
+            lost["noticing"] += line["time"] - max(
+                (kill for kill in kills if kill < line["time"]), default=begun
+            )
+            lost["pauses"] += line["restarted_after"] or 0.0
+            begun = line["time"] + (line["restarted_after"] or 0.0)
+        elif "event" not in line and begun:
+            lost["starts"] += line["time"] - sum(spent(line).values()) - begun
+            begun = 0.0
+    repeated = sum(event.get("steps_repeated", 0) for event in log.events)
+    lost["updates made again"] = repeated * total / max(1, steps)
+    lost["begun and lost"] = wall - total - sum(lost.values())
     return {
-        "wall_seconds": round(wall_seconds, 1),
+        "wall_seconds": round(wall, 1),
         "useful_seconds": round(total, 1),
-        "useful": {name: round(seconds, 1) for name, seconds in useful.items()},
-        "steps": sum(len(log.steps(stage)) for stage in log.stages),
-        "steps_repeated": sum(event.get("steps_repeated", 0) for event in log.events),
-        "goodput": round(total / wall_seconds, 3),
+        "useful": {name: round(seconds, 1) for name, seconds in useful.items() if seconds},
+        "lost": {name: round(seconds, 1) for name, seconds in lost.items()},
+        "steps": steps,
+        "steps_repeated": repeated,
+        "goodput": round(total / wall, 3),
     }
 
 

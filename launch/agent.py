@@ -25,7 +25,7 @@ from torch.distributed.run import run as torchrun
 from data.files import write_json_atomic
 from launch import rank_memory
 from launch.supervise import FAILURE
-from launch.watchdog import PULSES, Watchdog
+from launch.watchdog import PULSES, Watchdog, stacks_in
 from train.stopping import STOPPED
 
 HUNG = 4
@@ -41,11 +41,13 @@ class Failure:
         code: The exit code.
         rank: That failed first; None when nobody can be named.
         cause: In a line.
+        from_outside: Whether somebody killed a rank: neither itself nor, as far as it says, the kernel.
     """
 
     code: int
     rank: int | None
     cause: str | None
+    from_outside: bool = False
 
 
 def main(*argv: str) -> int:
@@ -100,14 +102,15 @@ def main(*argv: str) -> int:
 
 def _failure(run: Path | None, failed: ChildFailedError, watchdog: Watchdog, killed_before: int) -> Failure:
     if run is not None and watchdog.found is not None:
-        return Failure(HUNG, None, f"{watchdog.found.says}; the stacks of all ranks are in {run / 'stacks'}")
+        return Failure(HUNG, None, f"{watchdog.found.says}; {stacks_in(run)}")
     rank, first = failed.get_first_failure()
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
-        cause = f"rank {rank} was ended by {name}"
-        if run is not None and -first.exitcode == signal.SIGKILL:
-            cause += rank_memory.explain_kill(run, by_kernel=rank_memory.kernel_kills() > killed_before)
-        return Failure(128 - first.exitcode, None, cause)
+        cause, killed = f"rank {rank} was ended by {name}", -first.exitcode == signal.SIGKILL
+        by_kernel = rank_memory.kernel_kills() > killed_before
+        if run is not None and killed:
+            cause += rank_memory.explain_kill(run, by_kernel=by_kernel)
+        return Failure(128 - first.exitcode, None, cause, from_outside=killed and not by_kernel)
     data = first.error_file_data.get("message")
     if not isinstance(data, dict):  # the rank died before it could say why
         return Failure(first.exitcode, rank, None)

@@ -3,15 +3,19 @@
     torchrun --nproc-per-node=8 -m launch.cli pretrain ...        deepspeed --module launch.cli pretrain ...
 
 The first rank composes, prepares, checks and freezes, as `launch.pretrain` does where there is one process; the others
-wait for the folder's name. Hydra so runs in one process here, too.
+wait for the folder's name. Hydra so runs in one process here, too. A watchdog stands beside the ranks of each machine;
+starting again is the launcher's affair (`torchrun --max-restarts`), and goes on at the newest checkpoint.
 Not here: what a rank does (`launch.worker`), starting ranks (`launch.launchers`).
 """
 
 import argparse
+import os
+import socket
 import sys
+import tempfile
 from pathlib import Path
 
-from launch import worker
+from launch import watchdog, worker
 from launch.compose import compose_config
 from launch.config import RunConfig
 from launch.lock import only_user
@@ -27,7 +31,7 @@ def run(arguments: argparse.Namespace, own: Announced) -> int:
     if own.rank:
         folder = meeting.hear()
         if folder != _REFUSED:
-            worker.leave(_train(Path(folder), own))
+            worker.leave(_train(Path(folder), own, meeting))
         return 2  # the first rank says why
     try:
         config = compose_for(arguments.overrides, own.world_size)
@@ -65,11 +69,28 @@ def _begin(config: RunConfig, meeting: Meeting, own: Announced) -> None:
     with only_user(folder):
         pretrain.make_ready(config, folder)
         meeting.say(str(folder.resolve()))
-        worker.leave(_train(folder, own))
+        worker.leave(_train(folder, own, meeting))
 
 
-def _train(folder: Path, own: Announced) -> int:
+def watched(folder: Path, own: Announced, word: str) -> None:
+    """Have the ranks of this machine watched, from now until the first of them ends.
+
+    Args:
+        folder: Of the run.
+        own: This rank.
+        word: Names the start: the same for all ranks, and for nobody else.
+    """
+    records = Path(tempfile.gettempdir()) / f"memory3-ranks-{word}-{socket.gethostname()}"
+    records.mkdir(mode=0o700, exist_ok=True)
+    os.environ[watchdog.PULSES] = str(records)
+    if own.local_rank == 0:
+        watchdog.beside(records, folder)
+
+
+def _train(folder: Path, own: Announced, meeting: Meeting) -> int:
+    watched(folder, own, meeting.word)
+
     def say(problem: BaseException) -> None:
         print(f"memory3 pretrain: rank {own.rank}: {problem}", file=sys.stderr)
 
-    return worker.main(folder, say=say)
+    return worker.main(folder, say=say, meeting=meeting)

@@ -115,7 +115,7 @@ class RunLog:
         lines = [line for line in self.lines if line["stage"] == stage]
         told = dict.fromkeys(SECONDS, 0.0)
         for line in lines:
-            for name, seconds in _told(line).items():
+            for name, seconds in spent(line).items():
                 told[name] += seconds
         gaps = sum(_gap(before, line) for before, line in pairwise(self.lines) if line["stage"] == stage)
         return {name: seconds for name, seconds in (told | {OTHER: gaps}).items() if seconds > 0.001}
@@ -125,14 +125,7 @@ class RunLog:
         return sum(sum(self.seconds(stage).values()) for stage in STAGES) / 3600
 
 
-def _gap(before: Line, line: Line) -> float:
-    """Seconds from a line to the next of which the next does not tell what they went to."""
-    if "event" in line:
-        return 0.0
-    return max(0.0, float(line["time"] - before["time"]) - sum(_told(line).values()))
-
-
-def _told(line: Line) -> dict[str, float]:
+def spent(line: Line) -> dict[str, float]:
     """What a line says that time went to; the wait for memories is a part of the wait for data."""
     stalled = line.get("seconds_stalled", 0.0)
     return {
@@ -145,6 +138,13 @@ def _told(line: Line) -> dict[str, float]:
         "validation": line.get("seconds_validation", 0.0),
         "checkpoint": line.get("seconds_checkpoint", 0.0),
     }
+
+
+def _gap(before: Line, line: Line) -> float:
+    """Seconds from a line to the next of which the next does not tell what they went to."""
+    if "event" in line:
+        return 0.0
+    return max(0.0, float(line["time"] - before["time"]) - sum(spent(line).values()))
 
 
 def different_settings(logs: Sequence[RunLog]) -> Iterator[tuple[str, list[Any]]]:

@@ -1,9 +1,9 @@
 """Starting a run again after a crash (`supervise=true`): with back-off, up to a limit, and not where it is of no use.
 
-A crash repeats when the same cause comes after the same update twice; a mistake of the user, training that diverged
-and a signal that asked for the end are final at once. Everything else is tried again from the newest whole checkpoint,
-`supervision.max_restarts` times in a row without a newer one. Every end and what follows from it is an event in the
-run's `metrics.jsonl`.
+A crash repeats when the same cause comes after the same update twice, unless a rank was killed from outside; a mistake
+of the user, training that diverged and a signal that asked for the end are final at once. Everything else is tried
+again from the newest whole checkpoint, `supervision.max_restarts` times in a row without a newer one. Every end and
+what follows from it is an event in the run's `metrics.jsonl`.
 
 Not here: how ranks are started (`launch.pretrain`), which checkpoint is taken (`train.checkpoint`), what torchrun
 could restart by itself: nothing, it is not asked to.
@@ -44,6 +44,7 @@ class End:
         stage: Where the run was.
         step: Its last reported update.
         checkpoint: The newest published one.
+        from_outside: Whether a rank was killed by somebody (`launch.agent`), which says nothing of what comes next.
     """
 
     code: int
@@ -51,10 +52,11 @@ class End:
     stage: str
     step: int
     checkpoint: str | None
+    from_outside: bool = False
 
     def repeats(self, other: "End") -> bool:
         """Whether it is the same crash at the same place; numbers (addresses, seconds, ports) may differ."""
-        return (self.stage, self.step, self.code, _plain(self.cause)) == (
+        return not self.from_outside and (self.stage, self.step, self.code, _plain(self.cause)) == (
             other.stage, other.step, other.code, _plain(other.cause),
         )  # fmt: skip
 
@@ -113,9 +115,16 @@ def _end(folder: Path, code: int) -> End:
     path, failure = folder / "metrics.jsonl", folder / FAILURE
     steps = [line for line in read_metrics(path) if "loss" in line] if path.exists() else []
     stage, step = (steps[-1]["stage"], steps[-1]["step"]) if steps else ("warmup", 0)
-    said = json.loads(failure.read_text(encoding="utf-8"))["cause"] if failure.exists() else None
+    said = json.loads(failure.read_text(encoding="utf-8")) if failure.exists() else {}
     published = [entry.folder.name for entry in entries(folder) if entry.problem is None]
-    return End(code, said or f"exit code {code}", stage, step, published[-1] if published else None)
+    return End(
+        code,
+        said.get("cause") or f"exit code {code}",
+        stage,
+        step,
+        published[-1] if published else None,
+        said.get("from_outside", False),
+    )
 
 
 def _record(folder: Path, end: End, verdict: Verdict) -> None:

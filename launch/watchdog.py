@@ -1,18 +1,22 @@
 """The watchdog over the ranks of one machine: which of them hangs, the stacks of all, and the end of that one.
 
-It lives in the process above the ranks (`launch.agent`) and reads what they say of themselves (`train.pulse`). A rank
-hangs when its last beat is older than its phase allows and it does not wait for other ranks, or when it is stopped
-(SIGSTOP) for longer than a batch may take, in whatever phase. Where every rank waits, for one on another machine or
-for a device, twice the time is allowed, and nobody is named.
+It lives in the process above the ranks (`launch.agent`), or in one beside them where another launcher started them
+(`beside`), and reads what they say of themselves (`train.pulse`). A rank hangs when its last beat is older than its
+phase allows and it does not wait for other ranks, or when it is stopped (SIGSTOP) for longer than a batch may take, in
+whatever phase. Where every rank waits, for one on another machine or for a device, twice the time is allowed, and
+nobody is named.
 
 Not here: signs of life (`train.pulse`), what follows (`launch.agent`, `launch.supervise`).
 """
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +103,13 @@ class Watchdog:
 
     Args:
         records: Folder of the ranks' records.
+        say: Is told what was found before anything is ended.
     """
 
-    def __init__(self, records: Path) -> None:
+    def __init__(self, records: Path, *, say: Callable[[Hang], None] = lambda hang: None) -> None:
         self.found: Hang | None = None
         self._records = records
+        self._say = say
         self._end = Event()
         self._thread = Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -127,8 +133,43 @@ class Watchdog:
             if hang is not None:
                 self.found = hang
                 _dump(signs, hang)
+                self._say(hang)
                 _end(signs, hang)
                 return
+
+
+def beside(records: Path, run: Path) -> None:
+    """Watch from a process of its own, which ends with this one: for ranks that another launcher started.
+
+    Args:
+        records: Folder of the ranks' records, which goes in the end.
+        run: The run's folder, for what is said.
+    """
+    above = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [above, os.environ.get("PYTHONPATH")]))
+    subprocess.Popen(
+        [sys.executable, "-m", "launch.watchdog", str(records), str(run), str(os.getpid())],
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,  # what ends or stops the ranks' group does not reach it
+    )
+
+
+def main(records: Path, run: Path, rank: int) -> None:
+    """Watch for as long as a rank lives."""
+
+    def say(hang: Hang) -> None:
+        print(f"memory3 pretrain: {hang.says}; {stacks_in(run)}", file=sys.stderr, flush=True)
+
+    watchdog = Watchdog(records, say=say)
+    while os.getppid() == rank:
+        time.sleep(_PERIOD_SECONDS)
+    watchdog.close()
+    shutil.rmtree(records, ignore_errors=True)
+
+
+def stacks_in(run: Path) -> str:
+    """Where to look further."""
+    return f"the stacks of all ranks are in {run / 'stacks'}"
 
 
 def _read(path: Path, now: float, since: float) -> Sign | None:
@@ -165,3 +206,7 @@ def _end(signs: Sequence[Sign], hang: Hang) -> None:
 def _send(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -39,13 +39,19 @@ _GRACE_SECONDS = 3
 DIVERGED = 3
 
 
-def main(run: Path, *, say: Callable[[BaseException], None] | None = None) -> int:
+def main(
+    run: Path,
+    *,
+    say: Callable[[BaseException], None] | None = None,
+    meeting: distributed.Meeting | None = None,
+) -> int:
     """Train what the run folder's configuration asks for.
 
     Args:
         run: The run's folder.
         say: Takes what a user has to know of an early end; by default `launch.agent`, which says it once for all
             ranks.
+        meeting: Where these ranks met, if another launcher started them.
 
     Returns:
         The exit code.
@@ -56,7 +62,7 @@ def main(run: Path, *, say: Callable[[BaseException], None] | None = None) -> in
     def work() -> int:
         try:
             with one_of_ranks(run):
-                _run(run, stop)
+                _run(run, stop, meeting)
         except StoppedError as stopped:
             log.info("%s, and published a checkpoint", stopped)
             return stop.exit_code
@@ -83,11 +89,11 @@ def reported(work: Callable[[], int], *, say: Callable[[BaseException], None] | 
         raise
 
 
-def _run(run: Path, stop: Stop) -> None:
+def _run(run: Path, stop: Stop, meeting: distributed.Meeting | None) -> None:
     config = load_config(run / "config.yaml")
     watchdog = config.watchdog
     threads, timeout_seconds = config.engine.threads_per_rank, _timeout_seconds(config)
-    ranks = distributed.start(threads=threads, timeout_seconds=timeout_seconds)
+    ranks = distributed.start(threads=threads, timeout_seconds=timeout_seconds, meeting=meeting)
     if (pulses := os.environ.get(PULSES)) is not None:
         ranks.pulse.show(
             Path(pulses),

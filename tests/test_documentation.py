@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.documentation import topics
 from launch import doctor, formats_page
-from tests.support.launch import topics
 from tests.support.pages import ROOT, Block, Reader, blocks
 
 PAGES = (
@@ -73,7 +73,8 @@ def test_no_command_hides_from_the_tests() -> None:
     assert sorted(left) == [
         ("docs/faults.md", "python"),
         ("docs/operations.md", "docker"),
-    ]  # hours; no docker here
+        ("docs/operations.md", "torchrun"),
+    ]  # hours; no docker here; typed by test_restarts.py
     assert {block.page for page in pages for block in blocks(page)} <= {*PAGES, "docs/faults.md"}
 
 

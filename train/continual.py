@@ -8,7 +8,7 @@ Not here: which rows the epoch has (`rows`), training on it (`loop`).
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from io import BytesIO
@@ -70,6 +70,21 @@ class EpochNeighbours:
     scores_MC: Scores
     validation_MC: Ids
     report: dict[str, int]
+
+    @classmethod
+    def open(cls, folder: Path, *, inputs: Mapping[str, str]) -> "EpochNeighbours":
+        """Read what was published.
+
+        Raises:
+            ValueError: It is missing, damaged, or was made from other inputs.
+        """
+        manifest = open_manifest(folder, kind=_KIND, version=_VERSION, inputs=inputs)
+        return cls(
+            _checked(manifest, "training.npy"),
+            _checked(manifest, "scores.npy"),
+            _checked(manifest, "validation.npy"),
+            dict(manifest.extra),
+        )
 
     def read_ids(self, *, training: bool) -> Ids:
         """The distinct references that will be read, with or without those of training."""
@@ -150,13 +165,7 @@ class BankEpochs:
             with self._ranks.alone():
                 self._publish_neighbours(folder, settings, ids, rows, validation)
         self._ranks.barrier()
-        manifest = open_manifest(folder, kind=_KIND, version=_VERSION, inputs=self._inputs)
-        return EpochNeighbours(
-            _checked(manifest, "training.npy"),
-            _checked(manifest, "scores.npy"),
-            _checked(manifest, "validation.npy"),
-            dict(manifest.extra),
-        )
+        return EpochNeighbours.open(folder, inputs=self._inputs)
 
     def compile(self, engine: Engine, ids: Ids, history: History, *, name: str, step: int) -> Generation:
         """Compile references with the current weights; a collective. A finished generation is opened again.

@@ -3,7 +3,10 @@
 Not here: what a launcher says of a process (`announced`), gradients and parameter sharding (`engine`).
 """
 
+import json
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -87,8 +90,14 @@ class Ranks:
         return values[0]
 
 
-def start(*, threads: int, timeout_seconds: int = 1800) -> Ranks:
-    """Join the process group that a launcher announces; without a launcher, a group of one."""
+def start(*, threads: int, timeout_seconds: int = 1800, meeting: "Meeting | None" = None) -> Ranks:
+    """Join the process group that a launcher announces; without a launcher, a group of one.
+
+    Args:
+        threads: Of this process.
+        timeout_seconds: How long a collective may take.
+        meeting: Where these ranks met before.
+    """
     torch.set_num_threads(threads)
     given = announced() or Announced(rank=0, world_size=1, local_rank=0, local_size=1)
     for name, value in (
@@ -108,30 +117,58 @@ def start(*, threads: int, timeout_seconds: int = 1800) -> Ranks:
         os.environ["MASTER_PORT"] = str(_free_port())
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        timeout = timedelta(seconds=timeout_seconds)
+        if meeting is None:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, store=meeting.store(), rank=given.rank, world_size=given.world_size, timeout=timeout
+            )
     return Ranks(dist.get_rank(), dist.get_world_size(), device, given.local_size)
 
 
 class Meeting:
     """Announced ranks before they are a process group: the first says one thing, and the others wait for it.
 
-    However long that takes: the first may be preparing a corpus.
+    However long that takes: the first may be preparing a corpus. A launcher that starts its ranks again keeps the store
+    where they meet (torchrun does), and in it what the ranks before them said. So each rank asks under a word that it
+    has just drawn, and the first rank answers until all have heard.
+
+    Attributes:
+        word: Names this start: the same on all ranks once it was said, and never used before.
     """
 
     def __init__(self) -> None:
         # Kept: on the first rank of deepspeed's launcher this object is what the others speak to.
-        self._store, self._rank, _ = next(rendezvous("env://", timeout=timedelta(days=30)))
+        self._store, self._rank, self._world_size = next(rendezvous("env://", timeout=timedelta(days=30)))
+        self.word = secrets.token_hex(8)
 
     def say(self, text: str) -> None:
-        """Tell the other ranks."""
-        self._store.set(_SAID, text)
+        """Tell the other ranks, and wait until they have heard."""
+        answer = json.dumps([self.word, text])
+        left = set(range(1, self._world_size))
+        while left:
+            for rank in sorted(left):
+                if self._store.check([f"memory3-asks-{rank}"]):
+                    asks = self._store.get(f"memory3-asks-{rank}").decode()
+                    self._store.set(f"memory3-told-{asks}", answer)
+                if self._store.check([f"memory3-heard-{self.word}-{rank}"]):
+                    left.remove(rank)
+            time.sleep(_POLL_SECONDS if left else 0)
 
     def hear(self) -> str:
         """What the first rank says."""
-        return str(self._store.get(_SAID).decode())
+        self._store.set(f"memory3-asks-{self._rank}", self.word)
+        self.word, text = json.loads(self._store.get(f"memory3-told-{self.word}"))
+        self._store.set(f"memory3-heard-{self.word}-{self._rank}", "")
+        return str(text)
+
+    def store(self) -> Any:
+        """Where the ranks that met become a process group: without what others left there."""
+        return dist.PrefixStore(self.word, self._store)  # type: ignore[attr-defined]
 
 
-_SAID = "memory3-said"
+_POLL_SECONDS = 0.05
 
 
 def stop() -> None:

@@ -7,6 +7,7 @@ pickles switched off, by any number of ranks.
 Not here: which batch comes next (`loop`), the checkpoint's container (`checkpoint`).
 """
 
+import gc
 import io
 import json
 import logging
@@ -169,12 +170,16 @@ class DeepSpeedEngine:
         if ranks.device.type == "cuda":
             model = model.to(ranks.device)
         with redirect_stdout(io.StringIO()):  # what it prints of its memory, and nothing else does
-            self._engine, *_ = deepspeed.initialize(
-                model=model,
-                model_parameters=parameter_groups(model, optim.weight_decay),
-                config=settings,
-                dist_init_required=False,
-            )
+            gc.freeze()  # it collects garbage eight times, each time looking at all that was imported
+            try:
+                self._engine, *_ = deepspeed.initialize(
+                    model=model,
+                    model_parameters=parameter_groups(model, optim.weight_decay),
+                    config=settings,
+                    dist_init_required=False,
+                )
+            finally:
+                gc.unfreeze()
         self._zero_stage = engine.zero_stage
         self._copies = TensorCopies()
         if engine.zero_stage == 1 and engine.precision is Precision.bf16:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.campaign import DAMAGES, Operations, Trial, corrupt, render
+from benchmarks.campaign import Operations, Trial, render
+from benchmarks.corruptions import DAMAGES, corrupt
 from benchmarks.kill_and_resume import REPOSITORY
+from tests.support.spawn import HANG_SECONDS
 
 
 def test_a_short_campaign_loses_nothing(tmp_path: Path) -> None:
@@ -18,13 +20,18 @@ def test_a_short_campaign_loses_nothing(tmp_path: Path) -> None:
     options = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "campaign.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *options], env=environment, capture_output=True, text=True, check=False, timeout=550
+        [*command, *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     result = json.loads((tmp_path / "campaign.json").read_text())
     assert result["lost"] == []
     rows = {kind: [row for row in result["rows"] if row["kind"] == kind] for kind in ("operations", "times")}
-    assert {row["what"] for row in rows["operations"]} == {"warmup-1", "continual-1"}
+    assert {row["what"] for row in rows["operations"]} == {"warmup-1", "continual-1", "bank compact"}
     assert all(row["kills"] == row["trials"] for row in rows["operations"])
     assert sum(row["kills"] for row in rows["times"]) >= 2
     found = [row for row in result["rows"] if row["kind"] == "corruptions"]

@@ -7,7 +7,7 @@ from benchmarks.goodput import shares
 from launch.run_log import RunLog
 
 
-def test_what_counts_is_what_the_lines_tell_once(tmp_path: Path) -> None:
+def test_what_counts_is_what_the_lines_tell_once_and_the_rest_is_told_apart(tmp_path: Path) -> None:
     step = {"stage": "warmup", "loss": 2.0, "tokens": 10, "seconds_data": 0.5, "seconds_update": 1.5}
     lines = [
         {**step, "step": 1, "time": 10.0},
@@ -18,13 +18,20 @@ def test_what_counts_is_what_the_lines_tell_once(tmp_path: Path) -> None:
             "seconds_checkpoint": 1.0,
             "time": 11.0,
         },
-        {"stage": "warmup", "step": 1, "event": "crashed", "time": 15.0},
+        {"stage": "warmup", "step": 1, "event": "crashed", "restarted_after": 4.0, "time": 15.0},
         {"stage": "warmup", "step": 1, "event": "resumed", "steps_repeated": 3, "time": 30.0},
         {**step, "step": 2, "time": 40.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = shares(RunLog.read(tmp_path), 50.0)
+    found = shares(RunLog.read(tmp_path), 2.0, 52.0, [3.0, 12.5])
     assert found["useful_seconds"] == 5.0
     assert found["useful"] == {"data": 1.0, "update": 3.0, "checkpoint": 1.0}
     assert (found["steps"], found["steps_repeated"]) == (2, 3)
     assert found["goodput"] == 0.1
+    assert found["lost"] == {
+        "noticing": 2.5,
+        "pauses": 4.0,
+        "starts": 10.0 - 2.0 - 2.0 + 40.0 - 2.0 - 19.0,
+        "updates made again": 3 * 2.5,
+        "begun and lost": 50.0 - 5.0 - 2.5 - 4.0 - 25.0 - 7.5,
+    }

@@ -10,6 +10,7 @@ import pytest
 
 from launch import agent
 from launch.compose import compose_config, save_config
+from tests.support.spawn import HANG_SECONDS
 
 RANK = """
 import os, sys, time
@@ -17,7 +18,7 @@ from pathlib import Path
 from launch import worker
 from train.divergence import HopelessError
 
-def fail(run, stop):
+def fail(run, *given):
     how = (Path(run) / os.environ["RANK"]).read_text()
     if how == "wait":
         time.sleep(60)
@@ -67,7 +68,7 @@ def test_first_cause_is_said_once(
     done = subprocess.run(
         [sys.executable, "-m", "launch.agent", str(tmp_path), "2", f"--worker={program.stem}"],
         cwd=root, env={**os.environ, "PYTHONPATH": f"{root}:{program.parent}", "TMPDIR": str(temporary)},
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, text=True, check=False, timeout=HANG_SECONDS,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert list(temporary.iterdir()) == []  # torchrun's own log folder would stay
@@ -78,6 +79,7 @@ def test_first_cause_is_said_once(
         assert "for want of memory" in said
         assert "optimizer" in said
         assert "set continual.micro_rows=" in said or "set warmup.micro_rows=" in said
-    assert json.loads((tmp_path / agent.FAILURE).read_text())["code"] == code
+    failure = json.loads((tmp_path / agent.FAILURE).read_text())
+    assert (failure["code"], failure["from_outside"]) == (code, code == 137)
     assert ("Traceback" in done.stderr) is traceback
     assert sum(line.startswith("memory3 pretrain") for line in done.stderr.splitlines()) == 1

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def bench(subject: str, folder: Path, *settings: str) -> Finished:
     # What starts an engine has a process of its own: DeepSpeed knows one process group in a process's life.
     given = ("bench", subject, "--rounds", "5", "--output", str(folder), *TINY, *settings)
-    return memory3(*given, timeout_seconds=600) if subject in ("step", "loader") else within(*given)
+    return memory3(*given) if subject in ("step", "loader") else within(*given)
 
 
 def test_sides_take_turns_and_the_order_alternates() -> None:

@@ -30,7 +30,7 @@ def test_demo_runs_through_and_can_be_repeated(tmp_path: Path) -> None:
         f"paths.root={tmp_path}/runs",
         "logging.progress=false",
     ]
-    done = memory3("demo", *settings, timeout_seconds=500)
+    done = memory3("demo", *settings)
     assert done.code == 0, done.err
     assert done.out.startswith("demo: ")
     assert "estimated time: " in done.out

@@ -18,6 +18,7 @@ from launch.launchers import commands, ranks_per_host, read_hosts
 from launch.slurm import job_name, meeting_place, script
 from tests.support import slurm
 from tests.support.launch import prepared_root, run_settings, trained
+from tests.support.spawn import HANG_SECONDS
 from train.announced import Announced, announced
 from train.metrics import read_metrics
 
@@ -55,7 +56,7 @@ def start(command: list[str], **environment: str) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", **environment},
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=HANG_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr

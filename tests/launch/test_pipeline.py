@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.documentation import corpus_settings
 from data.prepare import open_prepared
 from launch.compose import load_config
 from memorybank.store import Generation
-from tests.support.launch import corpus_settings, memory3, prepared_root, trained, trained_corpus, within
+from tests.support.launch import memory3, prepared_root, trained, trained_corpus, within
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

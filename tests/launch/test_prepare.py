@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import corpus_settings, topics, within
+from benchmarks.documentation import corpus_settings, topics
+from tests.support.launch import within
 
 GOOD = json.dumps({"id": "a", "title": "a", "text": "A line of text."})
 

@@ -8,11 +8,12 @@ from time import sleep
 
 import pytest
 
+from benchmarks.documentation import corpus_settings, topics
 from launch import launchers, preflight, pretrain
 from launch.compose import compose_config
 from launch.config import RunConfig
 from launch.lock import one_of_ranks, only_user
-from tests.support.launch import Finished, corpus_settings, memory3, run_settings, topics, trained, within
+from tests.support.launch import Finished, memory3, run_settings, trained, within
 
 
 @pytest.fixture

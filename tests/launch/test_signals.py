@@ -13,6 +13,7 @@ import pytest
 from data.files import verify
 from launch import agent
 from tests.support.launch import trained
+from tests.support.spawn import HANG_SECONDS
 from train.metrics import read_metrics
 
 RANK = """
@@ -75,7 +76,7 @@ def stopped(run: Path, what: str) -> Stopped:
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=HANG_SECONDS,
     )
     seconds = time.time() - float((run / "told").read_text())
     published = sorted(path.name for path in (run / "checkpoints").glob("continual-*"))
@@ -105,6 +106,6 @@ def test_a_signal_during_an_update_publishes_it_and_one_during_a_compilation_lea
     assert compilation.checkpoints[-1] == "continual-00000002"  # the edge of the bank epoch
     for name in compilation.checkpoints:
         assert verify(run / "checkpoints" / name) == []
-    assert compilation.seconds < 20
+    assert compilation.seconds < 30  # torchrun's patience
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line and line["stage"] == "continual"] == [1, 2]

@@ -44,6 +44,13 @@ def test_the_same_crash_at_the_same_place_is_the_end() -> None:
         assert judge([CRASH, other], RULES).wait_seconds == 20
 
 
+def test_a_kill_from_outside_says_nothing_of_the_next_start() -> None:
+    killed = replace(CRASH, code=137, cause="rank 1 was ended by SIGKILL", from_outside=True)
+    assert [judge([killed] * number, RULES).wait_seconds for number in range(1, 5)] == [10, 20, 25, None]
+    by_kernel = replace(killed, from_outside=False)
+    assert "it will repeat" in judge([by_kernel] * 2, RULES).reason
+
+
 def test_a_run_is_started_until_it_ends_well_and_every_crash_is_an_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

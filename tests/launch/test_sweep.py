@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.documentation import corpus_settings
 from launch import slurm as launch_slurm
 from launch import sweep, sweep_report, trial
 from launch.compose import CONF, compose_config
@@ -25,7 +26,8 @@ from launch.sweep_report import objective
 from launch.trial import TrialProcess
 from memorybank.config import QueryMode
 from tests.support import slurm
-from tests.support.launch import corpus_settings, memory3, prepared_root, trained_corpus, within
+from tests.support.launch import memory3, prepared_root, trained_corpus, within
+from tests.support.spawn import HANG_SECONDS
 from tests.support.sweep import RATES, SPACE, control, facts_loss, losses, starts
 from train.arms import Arm, Pattern
 from train.evaluate import ArmResult, ProbeItem, TextItem, to_json
@@ -480,6 +482,6 @@ def test_real_trials_are_trained_once_whatever_is_killed(trials: int, kills: int
 
 
 def _wait_for(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while not reached() and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,19 +11,24 @@ import pytest
 
 from launch import agent
 from launch.watchdog import Sign, judge
+from tests.support.spawn import HANG_SECONDS
 
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
+from launch import joined
 from launch.watchdog import PULSES
 from train import distributed
+from train.announced import announced
 
 run = Path(sys.argv[1])
+if PULSES not in os.environ:
+    joined.watched(run, announced(), os.environ["MASTER_PORT"])
 ranks = distributed.start(threads=1)
 stacks = run / "stacks" / f"rank-{ranks.rank}.txt"
-ranks.pulse.show(Path(os.environ[PULSES]), stacks, rank=ranks.rank, batch_seconds=3, phase_seconds=600)
+ranks.pulse.show(Path(os.environ[PULSES]), stacks, rank=ranks.rank, batch_seconds=5, phase_seconds=600)
 with ranks.pulse.phase("a search"):
-    time.sleep(5 * (1 - ranks.rank))
+    time.sleep(7 * (1 - ranks.rank))
     ranks.barrier()
 with ranks.pulse.batches("an update"):
     for _ in range(4):
@@ -37,31 +43,62 @@ with ranks.pulse.batches("an update"):
 """
 
 
+def hung(how: str, folder: Path, *launcher: str) -> "subprocess.CompletedProcess[str]":
+    """Start two ranks, of which the second hangs."""
+    (folder / "how").write_text(how)
+    program = folder / "rank.py"
+    program.write_text(RANK)
+    root = Path(agent.__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-m", *launcher],
+        cwd=root, env={**os.environ, "PYTHONPATH": f"{root}:{folder}", "TMPDIR": str(folder)},
+        capture_output=True, text=True, check=False, timeout=HANG_SECONDS,
+    )  # fmt: skip
+
+
+def assert_stacks(folder: Path, said: str) -> None:
+    """Assert that all ranks wrote where they were."""
+    waiting, hanging = ((folder / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
+    assert said in waiting
+    assert "in barrier" in waiting
+    assert f'{folder}/rank.py", line' in hanging
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [("stopped", "rank 1 has been stopped for"), ("loop", "rank 1 hangs: ")],
 )
 def test_a_rank_that_hangs_is_named_and_all_write_their_stacks(how: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "how").write_text(how)
-    program = tmp_path / "rank.py"
-    program.write_text(RANK)
-    root = Path(agent.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.agent", str(tmp_path), "2", f"--worker={program.stem}"],
-        cwd=root, env={**os.environ, "PYTHONPATH": f"{root}:{program.parent}"},
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+    done = hung(how, tmp_path, "launch.agent", str(tmp_path), "2", "--worker=rank")
     assert done.returncode == agent.HUNG, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"memory3 pretrain: {said}")
     assert "in an update" in last
     assert last.endswith(f"the stacks of all ranks are in {tmp_path}/stacks")
-    waiting, hanging = ((tmp_path / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
-    assert said in waiting
-    assert "in barrier" in waiting
-    assert f'{program}", line' in hanging
+    assert_stacks(tmp_path, said)
     failure = (tmp_path / agent.FAILURE).read_text()
     assert '"code": 4' in failure
+
+
+def test_ranks_that_torchrun_started_are_watched_too(tmp_path: Path) -> None:
+    """Even one that is stopped, which could not say so itself."""
+    options, said = (
+        ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+        "rank 1 has been stopped for",
+    )
+    done = hung("stopped", tmp_path, *options, str(tmp_path / "rank.py"), str(tmp_path))
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("memory3 pretrain: ")]
+    assert line.startswith(f"memory3 pretrain: {said}")
+    assert line.endswith(f"the stacks of all ranks are in {tmp_path}/stacks")
+    assert "-9" in done.stderr  # torchrun noticed
+    assert_stacks(tmp_path, said)
+    deadline = time.monotonic() + HANG_SECONDS
+    while found := list(
+        tmp_path.glob("memory3-ranks-*")
+    ):  # the watchdog goes with its ranks, and so do the records
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
 
 
 BUSY = Sign(0, 1, "an update", "train/engine.py:1 (train_step)", 1.0, 0.1, 10.0, 10.0, False, False, "")

@@ -1,11 +1,10 @@
 """A corpus that nobody prepared for, and runs on it through the command line: what the tests of launch/ share.
 
-The corpus is the Python documentation that ships with the standard library (`pydoc_data.topics`).
+The corpus is the Python documentation that ships with the standard library (`benchmarks.documentation`).
 """
 
 import atexit
 import io
-import json
 import os
 import subprocess
 import sys
@@ -13,10 +12,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from pydoc_data import topics as pydoc
 from tempfile import TemporaryDirectory
 
+from benchmarks.documentation import corpus_settings, topics
 from launch import cli
+from tests.support.spawn import HANG_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Trained:
         return self.root / "c"
 
 
-def memory3(*arguments: str, timeout_seconds: float = 300) -> Finished:
+def memory3(*arguments: str, timeout_seconds: float = HANG_SECONDS) -> Finished:
     """Run `memory3` as a user does, in a process of its own."""
     here = Path(__file__).resolve().parents[2]
     done = subprocess.run(
@@ -64,33 +64,6 @@ def memory3(*arguments: str, timeout_seconds: float = 300) -> Finished:
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
-
-
-def topics(path: Path, *, limit: int = 3500) -> Path:
-    """Write the topics of at most `limit` characters as JSON lines."""
-    documents = [
-        {"id": name, "title": name, "text": text.strip()}
-        for name, text in sorted(pydoc.topics.items())
-        if len(text) <= limit
-    ]
-    path.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
-    return path
-
-
-def corpus_settings(root: Path, corpus: Path) -> list[str]:
-    """Settings of a JSON-lines corpus below `root`."""
-    return [
-        "data=jsonl",
-        f"data.path={corpus}",
-        "data.sources.documents.title_field=title",
-        "data.sources.documents.id_field=id",
-        "data.vocab_size=640",
-        "data.validation_fraction=0.15",
-        "data.test_fraction=0.1",
-        "data.num_workers=1",
-        "retrieval.embedder.kind=static",
-        f"paths.root={root}",
-    ]
 
 
 def run_settings(root: Path, name: str) -> list[str]:

@@ -124,7 +124,7 @@ def on_ranks(world_size: int, function: Callable[[int, Callable[[], None]], None
 
     def run(rank: int) -> None:
         try:
-            function(rank, lambda: barrier.wait(60) and None)
+            function(rank, lambda: barrier.wait(600) and None)
         except BaseException as error:
             errors.append(error)
             barrier.abort()

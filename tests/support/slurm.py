@@ -111,7 +111,7 @@ def srun(folder: Path, arguments: list[str]) -> str:
     sys.exit(max(task.wait() for task in tasks))
 
 
-def wait_for(job: Path, timeout_seconds: float = 500) -> int:
+def wait_for(job: Path, timeout_seconds: float = 1200) -> int:
     """The exit code of a job, once it is done."""
     deadline = time.monotonic() + timeout_seconds
     while not (job / "code").exists():

@@ -13,11 +13,15 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+HANG_SECONDS = 1200.0
+"""What takes longer hangs. No test measures this: a slow machine may take its time."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "deepspeed", "faiss", "datasets", "transformers", "hydra"])
 
 
-def spawn(fn: Callable[..., Any], *args: Any, world_size: int = 2, timeout_seconds: float = 240) -> list[Any]:
+def spawn(
+    fn: Callable[..., Any], *args: Any, world_size: int = 2, timeout_seconds: float = HANG_SECONDS
+) -> list[Any]:
     """Call `fn(*args)` in one process per rank, with torchrun's variables set, and return the results by rank.
 
     Raises:

@@ -158,7 +158,7 @@ def two_ranks() -> Iterator[distributed.Ranks]:
     """Join the group that `spawn` announced; warnings of third parties are theirs."""
     from launch.build import quiet_third_parties
 
-    ranks = distributed.start(threads=1, timeout_seconds=120)
+    ranks = distributed.start(threads=1, timeout_seconds=600)
     quiet_third_parties()
     try:
         yield ranks

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from data import files
+from tests.support.spawn import HANG_SECONDS
 from tests.support.train import Canary, CountingEngine, state
 from train import checkpoint
 from train.checkpoint import Checkpoint, Checkpoints, Retention, entries, reasons_to_keep
@@ -409,7 +410,7 @@ class Gate:
             taken = plain(copy=copy)
 
             def write(folder: Path) -> None:
-                assert self.open.wait(30)
+                assert self.open.wait(HANG_SECONDS)
                 if problem is not None:
                     raise problem
                 taken.write(folder)

@@ -177,7 +177,7 @@ def test_own_documents_may_be_read_only_when_asked_for(tmp_path: Path) -> None:
         folder=tmp_path / "indexes",
     )
     found = epochs(tmp_path, retrieval=paper, search=search).neighbours(
-        0, history, rows_of(plan), validation()
+        "continual", 0, history, rows_of(plan), validation()
     )
     own = [
         set(REFERENCES.document_of[ids[ids >= 0]]) & set(plan.documents_of_row(row).tolist())
@@ -208,7 +208,7 @@ def test_neighbours_keep_their_scores(searched: tuple[Path, RowPlan, Rows, Epoch
 
 def test_neighbours_are_searched_once(searched: tuple[Path, RowPlan, Rows, EpochNeighbours]) -> None:
     run, plan, held_out, found = searched
-    again = epochs(run, search=None).neighbours(0, read(*SECTIONS[:-3]), rows_of(plan), held_out)
+    again = epochs(run, search=None).neighbours("continual", 0, read(*SECTIONS[:-3]), rows_of(plan), held_out)
     np.testing.assert_array_equal(again.training_MC, found.training_MC)
     np.testing.assert_array_equal(again.scores_MC, found.scores_MC)
     np.testing.assert_array_equal(again.validation_MC, found.validation_MC)
@@ -226,7 +226,7 @@ def test_neighbours_that_are_damaged_are_refused(
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name}.npy: block 0 .* is damaged"):
-        epochs(copy, search=None).neighbours(0, read(*SECTIONS[:-3]), rows_of(plan), held_out)
+        epochs(copy, search=None).neighbours("continual", 0, read(*SECTIONS[:-3]), rows_of(plan), held_out)
 
 
 class CountingEmbedder(StaticEmbedder):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.spawn import HANG_SECONDS
 from train.metrics import JsonLines, Metrics, Mirror, TensorBoard, Wandb, read_metrics
 from train.terminal import PlainLines
 
@@ -225,7 +226,7 @@ def test_a_mirror_that_does_not_finish_is_left_behind(
             pass
 
         def close(self) -> None:
-            released.wait(10)
+            released.wait(HANG_SECONDS)
 
     with caplog.at_level(logging.WARNING):
         Mirror("wandb", Stuck).close()

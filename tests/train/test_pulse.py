@@ -4,27 +4,32 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.spawn import HANG_SECONDS
 from train import pulse
 from train.pulse import Pulse, _waits
 
 
 @pytest.fixture
-def shown(tmp_path: Path) -> Pulse:
-    made = Pulse()
+def shown(tmp_path: Path) -> Iterator[Pulse]:
+    made, before = Pulse(), set(threading.enumerate())
     made.show(tmp_path, tmp_path / "stacks" / "rank-0.txt", rank=0, batch_seconds=0.2, phase_seconds=9)
-    return made
+    yield made
+    tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}-ended"))  # without its folder the thread ends
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=HANG_SECONDS)
 
 
-def record(folder: Path, *, phase: str) -> dict[str, object]:
-    deadline = time.monotonic() + 20
+def record(folder: Path, *, phase: str, since: float = 0.0) -> dict[str, object]:
+    deadline = time.monotonic() + HANG_SECONDS
     while time.monotonic() < deadline:
         if (folder / "0.json").exists():
             found: dict[str, object] = json.loads((folder / "0.json").read_text())
-            if found["phase"] == phase:
+            if found["phase"] == phase and float(str(found["written"])) >= since:
                 return found
         time.sleep(0.01)
     raise AssertionError(f"no record of {phase}")
@@ -46,8 +51,7 @@ def test_a_beat_is_the_time_of_the_last_work(shown: Pulse, tmp_path: Path) -> No
     before = time.monotonic()
     shown.beat()
     after = time.monotonic()
-    time.sleep(0.2)
-    assert before <= float(str(record(tmp_path, phase="start")["beat"])) <= after
+    assert before <= float(str(record(tmp_path, phase="start", since=after)["beat"])) <= after
 
 
 def test_who_stands_in_a_collective_waits() -> None:

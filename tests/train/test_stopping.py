@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.spawn import HANG_SECONDS
+
 PROGRAM = """
 import os, signal, sys, time
 from train.stopping import Stop, StoppedError
@@ -32,7 +34,7 @@ def ended(body: str) -> tuple[int, str]:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=HANG_SECONDS,
         check=False,
     )
     return done.returncode, done.stdout + done.stderr
