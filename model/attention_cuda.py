@@ -106,9 +106,9 @@ def _merged_backward(
     """Return the gradients of q, k, v, of the prefix and of the pool; empty ones for what is not there."""
     grad_BTHE = grad_BTHE.contiguous()
     grads = _context_backward(grad_BTHE, q_BTHE, k_BTGE, v_BTGE, out_BTHE, lse_BHT)
-    nothing = [q_BTHE.new_empty(0) for _ in range(4)]
+    others = [q_BTHE.new_empty(0) for _ in range(4)]
     if prefix_k_PGE is None and pool_k_NGSE is None:
-        return *grads, *nothing  # type: ignore[return-value]
+        return *grads, *others  # type: ignore[return-value]
     extra = _Extra(
         q_BTHE, k_BTGE, prefix_k_PGE, prefix_v_PGE, pool_k_NGSE, pool_v_NGSE, kept_NGS, slots_BCK, chunk_tokens
     )  # fmt: skip
@@ -119,15 +119,14 @@ def _merged_backward(
         q_BTHE, grad_BTHE, out_BTHE, lse_BHT, grads[0], *parts, *extra.tensors, *q_BTHE.stride()[:3], *extra.strides,
         *extra.sizes, **extra.constants, num_warps=8 if q_BTHE.shape[3] > 64 else 4,
     )  # fmt: skip
-    of_others = nothing
     P = extra.prefix
     if prefix_k_PGE is not None:
-        of_others[:2] = (_to_prefix(part[:, :, :, :P], q_BTHE.dtype) for part in parts)
+        others[:2] = (_to_prefix(part[:, :, :, :P], q_BTHE.dtype) for part in parts)
     if wants_pool:
         assert pool_k_NGSE is not None
         assert slots_BCK is not None
-        of_others[2:] = (_to_pool(part[:, :, :, P:], pool_k_NGSE, slots_BCK) for part in parts)
-    return *grads, *of_others  # type: ignore[return-value]
+        others[2:] = (_to_pool(part[:, :, :, P:], pool_k_NGSE, slots_BCK) for part in parts)
+    return *grads, *others  # type: ignore[return-value]
 
 
 @_merged_backward.register_fake

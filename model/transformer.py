@@ -146,7 +146,7 @@ class OutputHead(nn.Linear):
 class WithPrefix:
     """Attention of rows and of the prefix behind them, which go through a block as one line of tokens, (1, B*T + P).
 
-    So many more tokens cost a matrix product nothing; by itself, so short a text takes as many calls as all rows.
+    A few more tokens cost a matrix product nothing; by itself, so short a text takes as many calls as all rows.
 
     Attributes:
         attention: Of rows, and of the prefix.

@@ -520,16 +520,17 @@ def _set_generators(states: dict[str, Tensor]) -> None:
 def _add_up_in_one_pass(optimizer: Any) -> None:
     """Let a micro-batch's gradients be added to the float32 sums as they are.
 
-    DeepSpeed makes a float32 copy of each first: twice the traffic, 4 % of a step of the paper's model on an H100. The
-    sums are the same bits.
+    DeepSpeed makes a float32 copy of each first, twice the traffic: 7 instead of 4.5 % of all kernels' time with
+    the paper's model on an H100. The sums are the same bits.
     """
 
     def add(parameter: Tensor, group: int, number: int, clear_lp_grads: bool) -> None:
-        assert not clear_lp_grads  # the hook that calls this frees the gradient itself
         total = optimizer.fp32_groups_gradients[group][number]
         total.add_(parameter.grad.view(total.shape))  # type: ignore[union-attr]
         parameter._hp_grad = total  # type: ignore[attr-defined]
         optimizer.fp32_groups_has_gradients[group][number] = True
+        if clear_lp_grads:  # older versions leave it to this function
+            parameter.grad = None
 
     optimizer._update_hp_grad = add
 

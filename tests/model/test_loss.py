@@ -33,6 +33,20 @@ def test_loss_and_gradients_equal_cross_entropy(
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-9)
 
 
+def test_what_a_gpu_computes_equals_cross_entropy_and_ignores_what_is_ignored() -> None:
+    """The function that is fused there, as it stands."""
+    hidden, head, targets = problem()
+    logits = (hidden[0] @ head.T).detach().requires_grad_()
+    nll = functional.cross_entropy(logits, targets[0], ignore_index=IGNORE, reduction="none")
+    (gradient,) = torch.autograd.grad(nll.sum(), logits)
+    overwritten = logits.detach().clone()
+    torch.testing.assert_close(loss.nll_and_gradient(overwritten, targets[0], gradient=True), nll.detach())
+    torch.testing.assert_close(overwritten, gradient)
+    untouched = logits.detach().clone()
+    loss.nll_and_gradient(untouched, targets[0], gradient=False)
+    assert torch.equal(untouched, logits.detach())
+
+
 def test_losses_per_token_are_zero_where_ignored() -> None:
     hidden, head, targets = problem()
     nll = token_losses(hidden, head, targets)
