@@ -11,7 +11,6 @@ The exit code is 0 when they are equal.
 
 import argparse
 import fcntl
-import itertools
 import json
 import os
 import platform
@@ -37,6 +36,8 @@ from launch.config import RunConfig  # noqa: E402
 from train.schedule import epoch_begins  # noqa: E402
 
 KINDS = ("compilation", "save", "step")
+FAMILY_SECONDS = 2.0
+"""Between two looks for a run's processes."""
 PATIENCE_SECONDS = 3600.0
 
 
@@ -174,12 +175,12 @@ def kill_at(moment: Moment, overrides: Sequence[str], root: Path, run: str) -> K
     launcher = subprocess.Popen(_pretrain(overrides, root), start_new_session=True, cwd=REPOSITORY)
     family: set[int] = set()
     try:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        for look in itertools.count():
+        deadline, due = time.monotonic() + PATIENCE_SECONDS, 0.0
+        while True:
             if (
-                look % 200 == 0
-            ):  # known before the moment comes, since a search takes as long as a small compilation
-                family = _descendants(launcher.pid)
+                time.monotonic() > due
+            ):  # known before the moment: a search takes as long as a small compilation
+                family, due = _descendants(launcher.pid), time.monotonic() + FAMILY_SECONDS
             if reached():
                 break
             if launcher.poll() is not None:
