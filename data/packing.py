@@ -8,7 +8,8 @@ dropped. Rows are consumed in a shuffled order.
 Not here: which documents (`order`), reading (`loader`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
@@ -22,7 +23,7 @@ class RowPlan:
     Attributes:
         documents: Numbers of the documents in stream order, shape (n,); a document may come again.
         starts: Where each begins in the stream, and the stream's end, shape (n + 1,).
-        row_order: The row that each position of the order consumes, shape (num_rows,).
+        row_order: The row that each position of the order consumes, shape (num_rows,); a row may come again.
         row_tokens: T.
     """
 
@@ -34,6 +35,10 @@ class RowPlan:
     @property
     def num_rows(self) -> int:
         return len(self.row_order)
+
+    def again(self, num_rows: int) -> Self:
+        """The same rows in the same order, again and again until there are `num_rows` positions."""
+        return replace(self, row_order=np.resize(self.row_order, num_rows))
 
     def pieces(self, position: int) -> list[tuple[int, int, int]]:
         """What the row at a position of the order is made of: (document, first token, one after its last)."""

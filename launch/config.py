@@ -317,7 +317,7 @@ def _check_divergence(divergence: DivergenceConfig) -> None:
 
 
 def _check_stage(name: str, stage: StageConfig, config: RunConfig) -> None:
-    _at_least(1, name, stage, "steps", "rows_per_step", "micro_rows")
+    _at_least(1, name, stage, "steps", "rows_per_step", "micro_rows", "max_rows")
     _at_least(0, name, stage, "ramp_steps", "decay_steps")
     share = stage.micro_rows * config.engine.num_ranks
     if stage.rows_per_step % share:

@@ -87,6 +87,8 @@ class StageConfig:
     """Steps of the linear decay at the end (WSD); a continual stage branches from before it."""
     weights: dict[str, float] = field(default_factory=dict)
     """How often documents of a source are drawn, relative to its size; overrides `data.sources.<label>.weight`."""
+    max_rows: int | None = None
+    """Only so many rows are trained, again and again: to see a model learn them by heart; null trains all."""
     epoch_steps: str | None = None
     """Steps of a bank epoch, 100, or by ranges of steps, "0-1000:100,1000-:500"; null means one pass over the rows."""
     branch_from: str | None = None

@@ -105,18 +105,16 @@ def plan_epoch(
         tokens = sum(int(lengths[documents].sum()) for documents in sources)
         end = min(epoch_step + max(1, tokens // (row_tokens * stage.rows_per_step)), stage.steps)
     steps = end - epoch_step
+    num_rows = distinct = steps * stage.rows_per_step
+    drawn = history.drawn.astype(np.int64)
+    if stage.max_rows is not None:  # every epoch draws the first one's
+        distinct, drawn, epoch = min(stage.max_rows, num_rows), np.zeros_like(drawn), 0
     draw_seed = int(fingerprint([seed, stage_name, epoch]), 16) % 2**31
-    num_rows = steps * stage.rows_per_step
     documents = draw(
-        sources,
-        shares,
-        lengths,
-        history.drawn.astype(np.int64),
-        num_rows=num_rows,
-        row_tokens=row_tokens,
-        seed=draw_seed,
+        sources, shares, lengths, drawn, num_rows=distinct, row_tokens=row_tokens, seed=draw_seed
     )
-    return EpochRows(pack(documents, lengths, row_tokens, num_rows=num_rows, seed=draw_seed), steps)
+    plan = pack(documents, lengths, row_tokens, num_rows=distinct, seed=draw_seed)
+    return EpochRows(plan.again(num_rows), steps)
 
 
 def held_out_rows(shards: TokenShards, split: Split, *, num_rows: int, row_tokens: int) -> TextSet:

@@ -95,7 +95,7 @@ REFUSED = {
     "model=nanoo": (
         "model=nanoo does not exist; did you mean model=nano? choices: base, micro, nano, paper_0b92, paper_2b4, small"
     ),
-    "debug=zzz": "debug=zzz does not exist; choices: profile, smoke",
+    "debug=zzz": "debug=zzz does not exist; choices: overfit, profile, smoke",
     "model=null": (
         "model=null: write model=NAME, once, or leave it away; choices: base, micro, nano, paper_0b92, paper_2b4, small"
     ),

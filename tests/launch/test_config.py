@@ -68,6 +68,7 @@ RULES = {
     "warmup.steps=0": "warmup.steps=0 is below 1; set 1 or more",
     "continual.rows_per_step=0": "continual.rows_per_step=0 is below 1; set 1 or more",
     "warmup.micro_rows=0": "warmup.micro_rows=0 is below 1; set 1 or more",
+    "warmup.max_rows=0": "warmup.max_rows=0 is below 1; set 1 or more",
     "warmup.ramp_steps=-1": "warmup.ramp_steps=-1 is below 0; set 0 or more",
     "warmup.decay_steps=-1": "warmup.decay_steps=-1 is below 0; set 0 or more",
     "warmup.rows_per_step=24": (

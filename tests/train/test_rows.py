@@ -207,3 +207,24 @@ def test_held_out_rows_hold_documents_of_their_split_alone() -> None:
 def test_a_split_of_less_than_a_row_is_refused() -> None:
     with pytest.raises(ValueError, match=r"less than one row.*data.validation_fraction"):
         held_out_rows(SHARDS, Split.validation, num_rows=1, row_tokens=1_000_000)
+
+
+def test_a_few_rows_come_again_and_again() -> None:
+    stage = stage_config(steps=7, epoch_steps="4", rows_per_step=2, max_rows=3)
+    first = plan(stage)
+    assert first.plan.num_rows == 8
+    assert sorted(set(first.plan.row_order.tolist())) == [0, 1, 2]
+    assert first.plan.row_order.tolist() == [first.plan.row_order[i % 3] for i in range(8)]
+    read = History.of_read(np.ones(CORPUS.num_documents, np.bool_))
+    later = plan_epoch(
+        SHARDS, "warmup", stage, read, source_weights={}, row_tokens=128, epoch=1, epoch_step=4, seed=0
+    )
+    assert later.plan.num_rows == 6
+    assert [later.plan.pieces(i) for i in range(6)] == [first.plan.pieces(i) for i in range(6)]
+
+
+def test_documents_of_rows_that_come_again_are_finished_once() -> None:
+    few = plan(stage_config(steps=4, epoch_steps="4", rows_per_step=2, max_rows=3)).plan
+    once = plan(stage_config(steps=1, epoch_steps="1", rows_per_step=3)).plan
+    assert np.array_equal(few.finished(8), once.finished(3))
+    assert np.array_equal(few.finished(2), once.finished(2))
