@@ -128,9 +128,14 @@ def main(argv: list[str] | None = None) -> int:
 def correctness(device: torch.device) -> Iterator[tuple[str, float, float]]:
     """Yield what is compared with the plain definition, the relative error, and what it may be."""
     for dtype, limit in ((torch.float32, 1e-3), (torch.bfloat16, 3e-2)):
-        for heads in (64, 80):
+        for heads, kept in ((64, 8), (80, 8), (64, 32), (80, 128)):
             config = ModelConfig(
-                row_tokens=512, num_heads=4, num_kv_heads=2, head_size=heads, prefix_ids=[1, 2, 3]
+                row_tokens=512,
+                num_heads=4,
+                num_kv_heads=2,
+                head_size=heads,
+                tokens_kept=kept,
+                prefix_ids=[1, 2, 3],
             )
             problem = Problem.random(config, places=5, dtype=dtype, device=device)
             ours, theirs = (
@@ -139,7 +144,11 @@ def correctness(device: torch.device) -> Iterator[tuple[str, float, float]]:
             assert isinstance(ours, list)
             assert isinstance(theirs, list)
             kind = str(dtype).removeprefix("torch.")
-            yield f"attention, head size {heads}, {kind}, and its gradients", _error(ours, theirs), limit
+            yield (
+                f"attention, head size {heads}, {kept} tokens kept, {kind}, and its gradients",
+                _error(ours, theirs),
+                limit,
+            )
     if device.type == "cuda":
         yield "a compiled model's gradients in bfloat16, online memory", _compiled(device), 5e-2
     yield "live memory and the same memory from a bank, bitwise", _live_and_stored(device), 0.0

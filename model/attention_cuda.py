@@ -8,7 +8,9 @@ memories, for some tokens and a group of heads at a time, straight from the pool
 
 The gradient of a softmax needs only the merged ``out`` and ``l``: given these, the library's backward kernel returns
 the exact gradients of the context, and a second Triton kernel adds what the other keys contribute. Statistics are
-at least float32. Either direction is one operator, opaque to torch.compile, which fuses what stands around it.
+at least float32. What was merged can be merged with more keys, so many are read some at a time, a launch each: a
+tile fits on a chip whatever is kept of a reference. Either direction is one operator, opaque to torch.compile, which
+fuses what stands around it.
 
 With ``TRITON_INTERPRET=1`` all of this runs on a CPU as well, slowly: that is how it is tested without a GPU.
 Not here: the definition, CPUs (``model/attention.py``).
@@ -26,7 +28,9 @@ from torch import Tensor
 from model.attention import MemoryKeys, PrefixKeys, reference_attention
 
 _TILE = 64
-"""Tokens that a program reads at a time, at most."""
+"""Tokens that a program reads for at a time, at most."""
+_READ = 64 * 128
+"""Numbers of keys that a program reads at a time, at most: 128 keys of 64, 64 of 80 (padded to 128)."""
 
 
 def merged_attention(
@@ -71,10 +75,11 @@ def _merged(
         extra = _Extra(
             q_BTHE, k_BTGE, prefix_k_PGE, prefix_v_PGE, pool_k_NGSE, pool_v_NGSE, kept_NGS, slots_BCK, chunk_tokens
         )  # fmt: skip
-        _merge[extra.grid](
-            q_BTHE, out_BTHE, lse_BHT, *extra.tensors, *q_BTHE.stride()[:3], *extra.strides,
-            *extra.sizes, **extra.constants, num_warps=4,
-        )  # fmt: skip
+        for first in extra.firsts:
+            _merge[extra.grid](
+                q_BTHE, out_BTHE, lse_BHT, *extra.tensors, *q_BTHE.stride()[:3], *extra.strides,
+                *extra.sizes, first, **extra.constants, num_warps=4,
+            )  # fmt: skip
     return out_BTHE, lse_BHT
 
 
@@ -115,10 +120,11 @@ def _merged_backward(
     parts = [
         q_BTHE.new_empty(*extra.grid, extra.keys, q_BTHE.shape[3], dtype=lse_BHT.dtype) for _ in range(2)
     ]
-    _merge_backward[extra.grid](
-        q_BTHE, grad_BTHE, out_BTHE, lse_BHT, grads[0], *parts, *extra.tensors, *q_BTHE.stride()[:3], *extra.strides,
-        *extra.sizes, **extra.constants, num_warps=8 if q_BTHE.shape[3] > 64 else 4,
-    )  # fmt: skip
+    for first in extra.firsts:
+        _merge_backward[extra.grid](
+            q_BTHE, grad_BTHE, out_BTHE, lse_BHT, grads[0], *parts, *extra.tensors, *q_BTHE.stride()[:3],
+            *extra.strides, *extra.sizes, first, **extra.constants, num_warps=extra.warps_backward,
+        )  # fmt: skip
     P = extra.prefix
     if prefix_k_PGE is not None:
         others[:2] = (_to_prefix(part[:, :, :, :P], q_BTHE.dtype) for part in parts)
@@ -244,7 +250,12 @@ def _to_pool(part_BCGJE: Tensor, pool_NGSE: Tensor, slots_BCK: Tensor) -> Tensor
 
 
 class _Extra:
-    """What the two Triton kernels are told: P keys of the prefix, and K * S of a chunk's memories."""
+    """What the two Triton kernels are told: P keys of the prefix, and K * S of a chunk's memories.
+
+    Attributes:
+        keys: How many there are in all.
+        firsts: The first key of each launch.
+    """
 
     def __init__(
         self,
@@ -274,7 +285,11 @@ class _Extra:
             strides = [x.stride(0) for x in inner]
             pool = [*inner[:2], inner[2].view(torch.uint8), slots_BCK.contiguous()]
         tile = min(_TILE, max(16, triton.next_power_of_2(chunk_tokens)))
+        size = max(16, triton.next_power_of_2(E))
         self.keys = self.prefix + K * S
+        at_a_time = max(16, min(_READ // size, triton.next_power_of_2(self.keys)))
+        self.firsts = range(0, self.keys, at_a_time)
+        self.warps_backward = 8 if at_a_time * size > 64 * 64 else 4
         self.grid = (B, C * -(-chunk_tokens // tile), G)
         self.tensors = [*prefixes, *pool]
         self.strides = strides
@@ -288,8 +303,8 @@ class _Extra:
             "S": S,
             "TILE": tile,
             "TILES": -(-chunk_tokens // tile),
-            "KEYS": max(16, triton.next_power_of_2(self.keys)),
-            "SIZE": max(16, triton.next_power_of_2(E)),
+            "KEYS": at_a_time,
+            "SIZE": size,
             "STATS": tl.float64 if q_BTHE.dtype is torch.float64 else tl.float32,
         }
 
@@ -301,11 +316,11 @@ def _inner_contiguous(x_N: Tensor) -> Tensor:
 
 @triton.jit
 def _extra_keys(
-    prefix_k, prefix_v, pool_k, pool_v, kept, slots, stride_k, stride_v, stride_kept, chunk, group, e,
+    prefix_k, prefix_v, pool_k, pool_v, kept, slots, stride_k, stride_v, stride_kept, chunk, group, first, e,
     G: tl.constexpr, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, S: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Return the prefix's and a chunk's memories' keys and values, (KEYS, SIZE), and which of them are there."""
-    j = tl.arange(0, KEYS)
+    """Return keys and values of prefix and a chunk's memories from the first on, (KEYS, SIZE), and which are there."""
+    j = first + tl.arange(0, KEYS)
     there = j < P
     at = (j * G + group)[:, None] * E + e[None, :]
     mask = there[:, None] & (e < E)[None, :]
@@ -328,7 +343,7 @@ def _extra_keys(
 @triton.jit
 def _merge(
     q, out, lse, prefix_k, prefix_v, pool_k, pool_v, kept, slots, stride_b, stride_t, stride_h,
-    stride_k, stride_v, stride_kept, tokens, chunk_tokens, scale,
+    stride_k, stride_v, stride_kept, tokens, chunk_tokens, scale, first,
     G: tl.constexpr, M: tl.constexpr, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
@@ -341,7 +356,7 @@ def _merge(
     mask = inside[:, None] & (e < E)[None, :]
     k, v, there = _extra_keys(
         prefix_k, prefix_v, pool_k, pool_v, kept, slots, stride_k, stride_v, stride_kept,
-        row * (tl.num_programs(1) // TILES) + chunk, group, e, G, E, P, K, S, KEYS,
+        row * (tl.num_programs(1) // TILES) + chunk, group, first, e, G, E, P, K, S, KEYS,
     )  # fmt: skip
     for m in range(M):
         head = group * M + m
@@ -365,7 +380,7 @@ def _merge(
 @triton.jit
 def _merge_backward(
     q, grad, out, lse, grad_q, part_k, part_v, prefix_k, prefix_v, pool_k, pool_v, kept, slots,
-    stride_b, stride_t, stride_h, stride_k, stride_v, stride_kept, tokens, chunk_tokens, scale,
+    stride_b, stride_t, stride_h, stride_k, stride_v, stride_kept, tokens, chunk_tokens, scale, first,
     G: tl.constexpr, M: tl.constexpr, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
@@ -378,7 +393,7 @@ def _merge_backward(
     mask = inside[:, None] & (e < E)[None, :]
     k, v, there = _extra_keys(
         prefix_k, prefix_v, pool_k, pool_v, kept, slots, stride_k, stride_v, stride_kept,
-        row * (tl.num_programs(1) // TILES) + chunk, group, e, G, E, P, K, S, KEYS,
+        row * (tl.num_programs(1) // TILES) + chunk, group, first, e, G, E, P, K, S, KEYS,
     )  # fmt: skip
     sum_k = tl.zeros([KEYS, SIZE], STATS)
     sum_v = tl.zeros([KEYS, SIZE], STATS)
@@ -399,7 +414,7 @@ def _merge_backward(
         through = tl.dot(grad_scores, k, input_precision="ieee", out_dtype=STATS)
         both = tl.load(grad_q + at, mask=mask, other=0.0) + through
         tl.store(grad_q + at, both.to(grad_q.dtype.element_ty), mask=mask)
-    j = tl.arange(0, KEYS)
+    j = first + tl.arange(0, KEYS)
     at = (((row * tl.num_programs(1) + tile) * G + group) * (P + K * S) + j[:, None]) * E + e[None, :]
     mask = (j < P + K * S)[:, None] & (e < E)[None, :]
     tl.store(part_k + at, sum_k, mask=mask)

@@ -97,6 +97,13 @@ def assert_equal(left: list[Tensor], right: list[Tensor], tolerance: float) -> N
         {"heads": 3, "kv_heads": 3},
         {"heads": 4, "kv_heads": 1},
         {"filled": False},
+        {
+            "kept": 90,
+            "rows": 1,
+            "tokens": 9,
+            "prefix": 5,
+            "head_size": 80,
+        },  # more keys than are read at a time
     ],
     ids=str,
 )
