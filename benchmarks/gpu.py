@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.files import write_atomic
+from launch import build
 from launch.bench_attention import Problem
 from launch.devices import DEVICES, device_here
 from launch.timing import machine
@@ -120,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             table.add_row(part.name, figure["what"], value, target, _verdict(figure["met"]))
     console = Console(width=150, record=True)
     console.print(table)
+    console.print(f"commit {build.code().get('commit', 'none')}")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "gpu.md", f"```\n{console.export_text()}```\n".encode())
     return int(failed)

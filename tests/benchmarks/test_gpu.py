@@ -20,7 +20,7 @@ def test_a_part_is_run_and_stands_in_the_table(monkeypatch: pytest.MonkeyPatch, 
     assert gpu.main(["--smallest", "--output", str(tmp_path)]) == 0
     table = (tmp_path / "gpu.md").read_text()
     assert "forward pass / compiling" in table
-    assert table.count("correct") == 5
+    assert table.count("correct") == 9
     assert (tmp_path / "tiny" / "bench_compile.json").exists()
 
 

@@ -306,7 +306,8 @@ def test_compiled_blocks_train_alike() -> None:
     (losses, _), (other_losses, _) = spawn(train_with, True, 1, {"compile": True})
     (plain, _), _ = spawn(train_with, True, 1, {})
     assert losses == other_losses
-    assert losses == pytest.approx(plain, abs=0.05)
+    assert losses[0] == pytest.approx(plain[0], abs=0.01)
+    assert losses == pytest.approx(plain, abs=0.2)  # bfloat16, rounded elsewhere
 
 
 def test_the_settings_of_deepspeed_are_derived() -> None:
