@@ -15,24 +15,22 @@ import importlib.util
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from data.files import write_atomic
 from launch.compose import CONF, compose_config, compose_unchecked
-from launch.config import LauncherKind, RunConfig
+from launch.config import RunConfig
 from launch.explain import unknown_choice
 from launch.lock import only_user
 from launch.space import Space, Value, read_space
-from launch.trial import EVALUATE, Jobs, Processes, TrialRun, Trials, total_steps
+from launch.trial import EVALUATE, Jobs, Processes, TrialRun, Trials, interruptible, on_slurm, total_steps
 from launch.units import duration
 
 if TYPE_CHECKING:
@@ -186,11 +184,9 @@ def control(
         settle = int(total_steps(config) * _SETTLING_SHARE)
         study = Study(folder, sweep.space.swept, seed=sweep.seed, settle_steps=settle)
         if not only_report:
-            previous = signal.signal(signal.SIGTERM, _interrupt)
-            try:
-                _run_trials(sweep, study, Path(config.paths.root), trials or _trials(config, folder))
-            finally:
-                signal.signal(signal.SIGTERM, previous)
+            where = trials or (Jobs(config, folder) if on_slurm(config) else Processes())
+            with interruptible():
+                _run_trials(sweep, study, Path(config.paths.root), where)
         print(write_report(sweep, config, study, folder))
     return 0
 
@@ -210,11 +206,6 @@ def _freeze(sweep: Sweep, folder: Path) -> None:
             f"{folder} holds a sweep of other settings:{''.join(changed)}\nchoose another --name, or give the old "
             "settings to go on"
         )
-
-
-def _trials(config: RunConfig, folder: Path) -> Trials:
-    on_slurm = config.launcher.kind is LauncherKind.slurm and config.launcher.slurm.submit
-    return Jobs(config, folder) if on_slurm else Processes()
 
 
 def _run_trials(sweep: Sweep, study: "Study", root: Path, trials: Trials) -> None:
@@ -377,7 +368,3 @@ def describe(values: Mapping[str, Value]) -> str:
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in values.items()
     )
-
-
-def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
