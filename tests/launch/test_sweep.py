@@ -370,6 +370,39 @@ def test_mistakes_are_one_line(arguments: list[str], said: str, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trails: 3\noverrides: [seed=0]", "there is no key trails; did you mean trials?"),
+        ("steps: 3\noverrides: [seed=0]", "there is no key steps; keys: overrides, trials, objective"),
+        ("trials: many\noverrides: [seed=0]", "trials: many must be a whole number, 1 or more, for example 20"),
+        ("trials: 0\noverrides: [seed=0]", "trials: 0 must be a whole number, 1 or more, for example 20"),
+        ("trials: true\noverrides: [seed=0]", "trials: True must be a whole number, 1 or more, for example 20"),
+        ("trials: 3", "overrides is missing; write '- KEY=VALUE' a line below it, and vary one of them"),
+        ("overrides: seed=0", "overrides seed=0 is not a list of settings; write '- KEY=VALUE' a line below it"),
+        ("overrides:\n  - seed: 0", "overrides [{'seed': 0}] is not a list of settings; write '- KEY=VALUE' a line"),
+        ("overrides: []\nobjective: fact", "objective: fact does not exist; did you mean facts? choices: text, facts"),
+        ("overrides: []\nobjective: 3", "objective: 3 does not exist; choices: text, facts"),
+        ("overrides: [seed=0", "expected ',' or ']'"),
+        ("a: !!python/name:os.system", "the file must be plain YAML, without tags"),
+        ("\t", "the file must be plain YAML, without tags"),
+        ("", "it has no keys; write trials: 20, and overrides: a list of settings"),
+        ("- seed=0,1", "it has no keys; write trials: 20, and overrides: a list of settings"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_files_name_the_file_and_the_key(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/mine.yaml").write_text(text)
+    monkeypatch.setattr(sweep, "CONF", tmp_path)
+    done = within("sweep", "sweep=mine")
+    assert done.code == 2
+    assert done.err.startswith("memory3 sweep: conf/sweep/mine.yaml: ")
+    assert said in done.err
+    assert done.err.count("\n") == 1
+
+
 def test_sweep_files_are_for_sweeps() -> None:
     done = within("pretrain", "sweep=memory")
     assert (
