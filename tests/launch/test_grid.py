@@ -4,6 +4,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -22,6 +23,15 @@ RATES = "warmup.peak_lr=1e-3,1e-2"
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid, "_POLL_SECONDS", 0.02)
+
+
+@pytest.fixture
+def allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs take as many steps as this file has bytes; they end after six."""
+    path = tmp_path / "allowed"
+    path.touch()
+    monkeypatch.setenv("STEPS_ALLOWED", str(path))
+    return path
 
 
 def of(root: Path, *settings: str) -> list[Combination]:
@@ -145,19 +155,29 @@ def test_a_combination_that_a_signal_ends_has_failed_and_goes_on_next_time(
     assert [len((each.folder / "metrics.jsonl").read_text().splitlines()) for each in runs] == [6, 6]
 
 
-def test_what_a_killed_controller_left_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_controller_left_is_waited_for(
+    tmp_path: Path, allowed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = of(tmp_path, RATES)
-    monkeypatch.setenv("STEP_SECONDS", "0.1")
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        allowed.write_bytes(bytes(6))
+        Event().wait(seconds)
+
+    monkeypatch.setattr(grid.time, "sleep", wait)
     left = TrialProcess(runs[0].folder, runs[0].config, runs[0].settings, PROGRAM)
     left.start()
     assert control(runs, PROGRAM) == 0
+    assert waited
     assert [starts(each.folder) for each in runs] == [1, 1]
     assert not left.is_alive()
 
 
+@pytest.mark.usefixtures("allowed")
 def test_an_interrupt_stops_the_run_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = of(tmp_path, RATES)
-    monkeypatch.setenv("STEP_SECONDS", "0.5")
 
     def interrupted(seconds: float) -> None:
         if seconds == grid._POLL_SECONDS:
@@ -186,15 +206,15 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_on_slurm_every_combination_is_a_job(
-    tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, cluster: Path, allowed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("STEP_SECONDS", "0.3")
     runs = of(tmp_path, RATES, "launcher=slurm", "launcher.slurm.gpus=false")
     assert control(runs, PROGRAM) == 0
     said = capsys.readouterr().out
     assert ("waiting: job 100 |" in said, "waiting: job 101 |" in said) == (True, True)
     assert control(runs, PROGRAM) == 0
     assert "waiting: job 100, submitted before |" in capsys.readouterr().out
+    allowed.write_bytes(bytes(6))
     jobs = sorted((cluster / "jobs").iterdir())
     assert [slurm.wait_for(job) for job in jobs] == [0, 0]
     assert control(runs, PROGRAM) == 0

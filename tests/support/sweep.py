@@ -6,7 +6,8 @@
 
 A trial reports losses that its settings decide, step by step, and goes on after the last step that its folder knows;
 one that is to be evaluated says that facts are the other way round: what text likes least they like best.
-Where STEPS_ALLOWED names a file, all trials together take as many steps as it has bytes, six for each.
+Where STEPS_ALLOWED names a file, all trials together take as many steps as it has bytes, six for each; a run without
+a number takes as many by itself.
 `logging.wandb_project` says what happens to it: `nan`, `memory` (out of memory), `killed` (always), `killed-once`.
 """
 
@@ -55,8 +56,9 @@ def trial(folder: Path, descriptor: int | None, settings: dict[str, str]) -> int
 
 def _is_allowed(folder: Path, step: int) -> bool:
     allowed = os.environ.get("STEPS_ALLOWED")
-    number = int(folder.name.rpartition("-")[2]) if allowed else 0
-    return allowed is None or 6 * number + step <= Path(allowed).stat().st_size
+    number = folder.name.rpartition("-")[2]
+    before = 6 * int(number) if number.isdigit() else 0
+    return allowed is None or before + step <= Path(allowed).stat().st_size
 
 
 def facts_loss(rate: float) -> float:
