@@ -21,6 +21,15 @@ settings are given in Hydra's grammar:
   continual.memory=null          switch a part off
 `memory3 pretrain --cfg [settings]` prints every key with its value."""
 
+_PRETRAIN = f"""\
+{_OVERRIDES}
+
+-m trains with every combination of listed settings, one after the other, or as a job each with launcher=slurm:
+  -m model=nano,micro seed=0,1                  four runs: RUN-model-nano-seed-0, RUN-model-nano-seed-1, ...
+  -m experiment=demo warmup.peak_lr=choice(1e-3,2e-3) 'continual.steps=range(100,301,100)'
+One that failed is reported, and the others go on; given again, the command trains none again that has finished.
+-m --cfg prints the command of each."""
+
 _SWEEP = """\
 settings are given in Hydra's grammar, and some of them vary:
   warmup.peak_lr=tag(log,interval(1e-4,1e-2))   numbers in between, drawn evenly over their logarithms
@@ -29,7 +38,8 @@ settings are given in Hydra's grammar, and some of them vary:
   retrieval.window=range(1,6)                   1 to 5
   sweep=memory                                  a sweep of conf/sweep/: learning_rate, memory
 
-Trials are drawn by Optuna's TPE and run one after the other. The loss of --objective text is that of the last
+Trials are drawn by Optuna's TPE and run one after the other; with launcher=slurm they are jobs,
+launcher.slurm.array_tasks of them at the same time. The loss of --objective text is that of the last
 validation inside training: held-out text, with memory where memory is read; bad trials are pruned. That of
 --objective facts is of the answers to the validation half's probes: each trial is evaluated when it is trained.
 Neither reads the test half. A sweep that was stopped, or killed, goes on when the same command is given again, and
@@ -54,7 +64,7 @@ class Command:
 
 COMMANDS = (
     Command("prepare", "corpus -> tokenizer -> token shards -> references -> search vectors", _OVERRIDES),
-    Command("pretrain", "train: the warmup stage, then the continual stage with its memory bank", _OVERRIDES),
+    Command("pretrain", "train: the warmup stage, then the continual stage with its memory bank", _PRETRAIN),
     Command("bank", "build, search, edit, verify, look into and copy the memory bank of a run", ""),
     Command("checkpoint", "list, verify, prune and export the checkpoints of a run", ""),
     Command("evaluate", "held-out text and fact probes, with memory, without, and with shuffled memory", ""),
@@ -387,6 +397,12 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         sub.add_argument("--root", default="runs", help="folder of run names (default: %(default)s)")
     if name == "pretrain":
         sub.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
+        sub.add_argument(
+            "-m",
+            "--multirun",
+            action="store_true",
+            help="train with every combination of listed settings, a run each (see below)",
+        )
         sub.add_argument(
             "--no-prepare",
             action="store_true",

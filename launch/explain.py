@@ -99,11 +99,16 @@ def explain(problem: Exception, overrides: Sequence[str], conf: Path) -> str:
 
 
 def _of_commas(overrides: Sequence[str]) -> str | None:
-    """A value with commas, which Hydra takes for several values."""
+    """Several values in place of one; Hydra takes a value with commas for several."""
     for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_interval_sweep():
+            return f"{override.input_line}: this is no single value; `memory3 sweep` draws from an interval"
         if override.is_sweep_override():
             key, _, value = str(override.input_line).partition("=")
-            return f"{override.input_line}: this is several values; quote one that has commas, \"{key}='{value}'\""
+            return (
+                f"{override.input_line}: this is several values; `memory3 pretrain -m` trains with each, `memory3 "
+                f"sweep` draws among them; one value that has commas is quoted, \"{key}='{value}'\""
+            )
     return None
 
 

@@ -31,7 +31,7 @@ _PARTS = {
     "A run, `<root>/NAME`": ("train.checkpoint", "train.metrics", "train.tracing", "train.export"),
     "Memories": ("memorybank.store", "memorybank.record", "memorybank.quantizer", "memorybank.cold"),
     "A bank that users edit, `RUN/bank/library`": ("memorybank.library", "memorybank.segment"),
-    "A sweep, `<root>/NAME`": ("launch.sweep", "launch.study", "launch.trial"),
+    "A sweep, `<root>/NAME`, and a grid": ("launch.sweep", "launch.study", "launch.trial", "launch.grid"),
 }
 
 _HEAD = """\

@@ -51,6 +51,12 @@ _USER_ERROR = 2
 def run(arguments: argparse.Namespace) -> int:
     """Compose, and print or train."""
     rank = announced()
+    if arguments.multirun:
+        from launch import grid
+
+        if rank is not None:
+            raise ValueError("-m starts runs of its own; give the command without torchrun or deepspeed")
+        return grid.run(arguments)
     if rank is not None and not arguments.cfg:
         from launch import joined
 
@@ -163,12 +169,29 @@ def freeze(config: RunConfig, folder: Path) -> int:
     Raises:
         ValueError: The folder holds a run of another configuration.
     """
+    num_references = fill_in(config)
+    refuse_other_run(config, folder)
+    save_config(config, folder / "config.yaml")
+    return num_references
+
+
+def fill_in(config: RunConfig) -> int:
+    """Fill in what the tokenizer decides; the references of the prepared corpus."""
     from data.prepare import open_prepared
     from launch.build import prepared_root
 
     prepared = open_prepared(config.data, prepared_root(config))
     config.model.prefix_ids = list(prepared.tokenizer.prefix_ids)
     config.model.vocab_size = prepared.tokenizer.vocab_size
+    return len(prepared.references)
+
+
+def refuse_other_run(config: RunConfig, folder: Path) -> None:
+    """Refuse a filled-in configuration that cannot go on with what stands in its folder.
+
+    Raises:
+        ValueError: The folder holds a run of another configuration, or any run where `resume=never`.
+    """
     path = folder / "config.yaml"
     if path.exists():
         if config.resume is Resume.never:
@@ -184,5 +207,3 @@ def freeze(config: RunConfig, folder: Path) -> int:
                 f"{folder} holds a run of another configuration:{lines}\nset run=NAME to a new folder, or give these "
                 "keys their old values to resume"
             )
-    save_config(config, path)
-    return len(prepared.references)

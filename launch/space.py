@@ -9,6 +9,7 @@ Not here: drawing values (`launch.study`), what a trial makes of its settings (`
 """
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -97,17 +98,9 @@ def read_space(overrides: Sequence[str]) -> Space:
     Raises:
         ValueError: Naming the override and what to write instead.
     """
-    refuse_unknown(overrides, CONF)
-    parsed: dict[str, Override] = {}
-    for text in overrides:
-        try:
-            (override,) = OverridesParser.create().parse_overrides([text])
-        except HydraException:
-            raise ValueError(
-                f"{text}: settings are written KEY=VALUE; what varies as interval(1e-4, 1e-2), "
-                "tag(log, interval(...)), choice(a, b) or range(1, 5)"
-            ) from None
-        parsed[override.key_or_group] = override
+    parsed = parse_overrides(
+        overrides, varied="interval(1e-4, 1e-2), tag(log, interval(...)), choice(a, b) or range(1, 5)"
+    )
     swept = {
         override.get_key_element(): (override, _dimension(override))
         for override in parsed.values()
@@ -119,15 +112,50 @@ def read_space(overrides: Sequence[str]) -> Space:
             "sweep=NAME"
         )
     return Space(
-        fixed=tuple(_text(override) for override in parsed.values() if not override.is_sweep_override()),
+        fixed=tuple(text_of(override) for override in parsed.values() if not override.is_sweep_override()),
         swept={key: dimension for key, (_, dimension) in swept.items()},
         texts={key: override.get_value_string() for key, (override, _) in swept.items()},
     )
 
 
+def parse_overrides(overrides: Sequence[str], *, varied: str) -> dict[str, Override]:
+    """Overrides by the key or group that they set; of two for the same one the later counts.
+
+    Args:
+        overrides: As they were written.
+        varied: How to write what varies, for messages.
+
+    Raises:
+        ValueError: Naming the override and what to write instead.
+    """
+    refuse_unknown(overrides, CONF)
+    parser = OverridesParser.create()
+    parsed: dict[str, Override] = {}
+    for text in overrides:
+        try:
+            (override,) = parser.parse_overrides([text])
+        except HydraException:
+            raise ValueError(f"{text}: settings are written KEY=VALUE; what varies as {varied}") from None
+        parsed[override.key_or_group] = override
+    return parsed
+
+
+def text_of(override: Override) -> str:
+    """An override as it was written."""
+    assert override.input_line is not None
+    return re.sub(r"\s+", " ", override.input_line)
+
+
+def quoted(setting: str) -> str:
+    """A setting as a shell takes it."""
+    if "'" in setting and not set(setting) & set('$`"\\'):
+        return f'"{setting}"'
+    return shlex.quote(setting)
+
+
 def _dimension(override: Override) -> Dimension:
     value = override.value()
-    text = _text(override)
+    text = text_of(override)
     tags = value.tags if isinstance(value, Sweep) else set()
     if tags - {"log"} or (tags and not isinstance(value, IntervalSweep)):
         raise ValueError(f"{text}: the one tag is log, of an interval: tag(log, interval(1e-4, 1e-2))")
@@ -148,7 +176,7 @@ def _dimension(override: Override) -> Dimension:
 
 
 def _interval(override: Override, value: IntervalSweep, *, log: bool) -> Numbers:
-    text = _text(override)
+    text = text_of(override)
     kind = None if unknown_key(override.key_or_group) else kind_of(override.key_or_group)
     if kind not in (int, float):
         raise ValueError(f"{text}: {override.key_or_group} is no number; write choice(a, b)")
@@ -175,8 +203,3 @@ def _range(text: str, value: RangeSweep) -> Numbers:
     last = start + ((stop - start) / step).to_integral_value("ROUND_CEILING") * step - step
     whole = all(isinstance(number, int) for number in (value.start, value.stop, value.step))
     return Numbers(float(start), float(last), whole=whole, step=float(step))
-
-
-def _text(override: Override) -> str:
-    assert override.input_line is not None
-    return re.sub(r"\s+", " ", override.input_line)

@@ -11,28 +11,27 @@ Not here: drawing (`launch.study`), a trial's processes (`launch.trial`), the re
 """
 
 import argparse
+import difflib
 import importlib.util
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from data.files import write_atomic
 from launch.compose import CONF, compose_config, compose_unchecked
-from launch.config import LauncherKind, RunConfig
+from launch.config import RunConfig
 from launch.explain import unknown_choice
 from launch.lock import only_user
 from launch.space import Space, Value, read_space
-from launch.trial import EVALUATE, Jobs, Processes, TrialRun, Trials, total_steps
+from launch.trial import EVALUATE, Jobs, Processes, TrialRun, Trials, interruptible, on_slurm, total_steps
 from launch.units import duration
 
 if TYPE_CHECKING:
@@ -148,16 +147,54 @@ def sweep_of(arguments: argparse.Namespace) -> Sweep:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    trials: int
     overrides: list[str]
-    objective: str = Objective.text.name
+    trials: int
+    objective: str
 
 
 def _read_file(name: str) -> _File:
     path = CONF / "sweep" / f"{name}.yaml"
     if not path.exists():
         raise ValueError(unknown_choice("sweep", name, CONF))
-    return _File(**yaml.safe_load(path.read_text()))
+    place = f"conf/sweep/{path.name}"
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise ValueError(
+            f"{place}: {' '.join(str(problem).split())}; the file must be plain YAML, without tags"
+        ) from problem
+    return _checked(read, place)
+
+
+def _checked(read: object, place: str) -> _File:
+    """What a file of conf/sweep/ says, each key of the type that it has in `_File`."""
+    if not isinstance(read, dict):
+        raise ValueError(
+            f"{place}: it has no keys; write trials: {DEFAULT_TRIALS}, and overrides: a list of settings"
+        )
+    names = [field.name for field in fields(_File)]
+    for key in read:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"keys: {', '.join(names)}"
+            raise ValueError(f"{place}: there is no key {key}; {hint}")
+    trials, overrides = read.get("trials", DEFAULT_TRIALS), read.get("overrides")
+    objective = read.get("objective", Objective.text.name)
+    if type(trials) is not int or trials < 1:
+        raise ValueError(
+            f"{place}: trials: {trials} must be a whole number, 1 or more, for example {DEFAULT_TRIALS}"
+        )
+    if not isinstance(overrides, list) or not all(isinstance(text, str) for text in overrides):
+        given = "is missing" if overrides is None else f"{overrides} is not a list of settings"
+        raise ValueError(
+            f"{place}: overrides {given}; write '- KEY=VALUE' a line below it, and vary one of them"
+        )
+    known = [each.name for each in Objective]
+    if objective not in known:
+        near = difflib.get_close_matches(str(objective), known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"{place}: objective: {objective} does not exist; {hint}choices: {', '.join(known)}")
+    return _File(overrides, trials, objective)
 
 
 def control(
@@ -186,11 +223,9 @@ def control(
         settle = int(total_steps(config) * _SETTLING_SHARE)
         study = Study(folder, sweep.space.swept, seed=sweep.seed, settle_steps=settle)
         if not only_report:
-            previous = signal.signal(signal.SIGTERM, _interrupt)
-            try:
-                _run_trials(sweep, study, Path(config.paths.root), trials or _trials(config, folder))
-            finally:
-                signal.signal(signal.SIGTERM, previous)
+            where = trials or (Jobs(config, folder) if on_slurm(config) else Processes())
+            with interruptible():
+                _run_trials(sweep, study, Path(config.paths.root), where)
         print(write_report(sweep, config, study, folder))
     return 0
 
@@ -210,11 +245,6 @@ def _freeze(sweep: Sweep, folder: Path) -> None:
             f"{folder} holds a sweep of other settings:{''.join(changed)}\nchoose another --name, or give the old "
             "settings to go on"
         )
-
-
-def _trials(config: RunConfig, folder: Path) -> Trials:
-    on_slurm = config.launcher.kind is LauncherKind.slurm and config.launcher.slurm.submit
-    return Jobs(config, folder) if on_slurm else Processes()
 
 
 def _run_trials(sweep: Sweep, study: "Study", root: Path, trials: Trials) -> None:
@@ -377,7 +407,3 @@ def describe(values: Mapping[str, Value]) -> str:
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in values.items()
     )
-
-
-def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt

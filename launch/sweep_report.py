@@ -4,14 +4,13 @@ Not here: running it (`launch.sweep`), the importances themselves (`launch.study
 """
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.files import write_atomic
 from launch.config import RunConfig
-from launch.space import Choice, Dimension, Value
+from launch.space import Choice, Dimension, Value, quoted
 from launch.study import Row, Study
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def render(sweep: "Sweep", config: RunConfig, rows: Sequence[Row], importances: 
             "",
             f"Best: trial {best.number}, loss {_loss(best):.4f}; its run is `{sweep.run_name(best.number)}`.",
             "",
-            f"    memory3 pretrain {' '.join(map(_quoted, sweep.settings(best.number, best.values)))}",
+            f"    memory3 pretrain {' '.join(map(quoted, sweep.settings(best.number, best.values)))}",
         ]
     return "\n".join(lines) + "\n"
 
@@ -184,13 +183,6 @@ def _loss(row: Row) -> float:
 
 def _shown(value: Value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _quoted(setting: str) -> str:
-    """A setting as a shell takes it."""
-    if "'" in setting and not set(setting) & set('$`"\\'):
-        return f'"{setting}"'
-    return shlex.quote(setting)
 
 
 def _place(value: Value, dimension: Dimension) -> float:

@@ -1,4 +1,4 @@
-"""One trial of a sweep: a run in a process group, or in a job, of its own, which says how it fares in files alone.
+"""A trial of a sweep, or a run of a grid: in a process group or a job of its own, known by its files alone.
 
     RUN/trial.lock       held by the trial's processes, however they were started; its text is the process group
     RUN/trial.json       of a job: its settings
@@ -11,7 +11,7 @@ A controller that did not start a trial can so watch, stop and judge it like its
 `python -m launch.trial FOLDER DESCRIPTOR SETTINGS`, where the descriptor is that of the lock; in a job it is
 `python -m launch.trial FOLDER`, and the queue says whether it lives. One of the settings may be `--evaluate`: then the
 trained run is evaluated as well.
-Not here: which trials there are (`launch.study`), what is made of their losses (`launch.sweep`).
+Not here: which trials there are (`launch.study`, `launch.grid`), what is made of their losses (`launch.sweep`).
 """
 
 import fcntl
@@ -24,19 +24,20 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from types import FrameType
+from typing import NoReturn, Protocol
 
 from data.files import write_atomic
 from launch import cli, slurm
-from launch.config import RunConfig
+from launch.config import LauncherKind, RunConfig
 from launch.lock import is_in_use
 from launch.slurm import Queue
 from memorybank.config import QueryMode
 
-_PROGRAM = (sys.executable, "-m", "launch.trial")
+PROGRAM = (sys.executable, "-m", "launch.trial")
 _STOP_SECONDS = 60
 """Within this time torchrun has ended its ranks, and killed those that did not listen."""
 _POLL_SECONDS = 0.1
@@ -162,7 +163,7 @@ class TrialProcess(TrialRun):
         program: What is started, before folder, descriptor and settings.
     """
 
-    program: Sequence[str] = _PROGRAM
+    program: Sequence[str] = PROGRAM
     _process: "subprocess.Popen[bytes] | None" = None
 
     def start(self) -> None:
@@ -225,15 +226,29 @@ class TrialProcess(TrialRun):
 
 @dataclass(slots=True)
 class TrialJob(TrialRun):
-    """A trial that is a task of an array of SLURM's jobs.
+    """A trial that is a job of SLURM.
 
     Attributes:
-        task: Its number.
-        queue: The sweep's jobs.
+        task: Its number in an array of jobs; None of a job of its own.
+        queue: The jobs of the sweep's name, or of the run's.
+        program: What a job of its own starts, before the folder.
     """
 
-    task: int
+    task: int | None
     queue: Queue
+    program: Sequence[str] = PROGRAM
+
+    def hand_over(self) -> None:
+        """Leave its settings to the job that will be submitted."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "trial-exit").unlink(missing_ok=True)
+        write_atomic(self.folder / "trial.json", json.dumps(list(self.settings)).encode())
+
+    def submit(self) -> str:
+        """Submit a job of its own, and return its number."""
+        self.hand_over()
+        command = shlex.join([*self.program, str(self.folder.resolve())])
+        return slurm.submit(self.folder, slurm.script(self.config, self.folder, command))
 
     def is_alive(self) -> bool:
         return self.task in self.queue.jobs()
@@ -268,7 +283,7 @@ class Trials(Protocol):
 class Processes:
     """Trials on this machine, one after the other."""
 
-    program: Sequence[str] = _PROGRAM
+    program: Sequence[str] = PROGRAM
     at_once: int = 1
 
     def run(self, number: int, folder: Path, config: RunConfig, settings: Sequence[str]) -> TrialRun:
@@ -289,7 +304,7 @@ class Jobs:
         program: What is started, before the trial's folder.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, program: Sequence[str] = _PROGRAM) -> None:
+    def __init__(self, config: RunConfig, folder: Path, program: Sequence[str] = PROGRAM) -> None:
         self.at_once = config.launcher.slurm.array_tasks
         prefix = shlex.quote(str(folder.resolve()))
         command = f'{shlex.join(program)} {prefix}-"$(printf %03d "$SLURM_ARRAY_TASK_ID")"'
@@ -305,12 +320,30 @@ class Jobs:
         tasks = []
         for run in runs:
             assert isinstance(run, TrialJob)
-            run.folder.mkdir(parents=True, exist_ok=True)
-            (run.folder / "trial-exit").unlink(missing_ok=True)
-            write_atomic(run.folder / "trial.json", json.dumps(list(run.settings)).encode())
+            assert run.task is not None
+            run.hand_over()
             tasks.append(run.task)
         slurm.submit(self._folder, self._script, tasks=tasks)
         self._queue.forget()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does."""
+
+    def interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def on_slurm(config: RunConfig) -> bool:
+    """Whether trials are handed to SLURM."""
+    return config.launcher.kind is LauncherKind.slurm and config.launcher.slurm.submit
 
 
 def total_steps(config: RunConfig) -> int:

@@ -122,8 +122,15 @@ REFUSED = {
     # grammar
     "warmup.steps": "warmup.steps: settings are written KEY=VALUE; quote values that hold spaces or brackets",
     "warmup.epoch_steps=0-5:1,5-:2": (
-        "warmup.epoch_steps=0-5:1,5-:2: this is several values; quote one that has commas, "
-        "\"warmup.epoch_steps='0-5:1,5-:2'\""
+        "warmup.epoch_steps=0-5:1,5-:2: this is several values; `memory3 pretrain -m` trains with each, `memory3 "
+        "sweep` draws among them; one value that has commas is quoted, \"warmup.epoch_steps='0-5:1,5-:2'\""
+    ),
+    "seed=range(0,2)": (
+        "seed=range(0,2): this is several values; `memory3 pretrain -m` trains with each, `memory3 sweep` draws among "
+        "them; one value that has commas is quoted, \"seed='range(0,2)'\""
+    ),
+    "warmup.peak_lr=interval(1,2)": (
+        "warmup.peak_lr=interval(1,2): this is no single value; `memory3 sweep` draws from an interval"
     ),
     "warmup.steps=[1": "warmup.steps=[1: settings are written KEY=VALUE; quote values that hold spaces or brackets",
     "~warmup.steps": "~warmup.steps: keys cannot be deleted; set warmup.steps=null where a key may be null",

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -186,14 +185,19 @@ def test_a_killed_controller_repeats_nothing(
 ) -> None:
     moments = random.Random(seed)
     command = [sys.executable, "-m", "tests.support.sweep", "control", str(tmp_path), "6"]
-    environment = {**os.environ, "STEP_SECONDS": "0.05"}
-    for _ in range(kills):
+    allowed = tmp_path / "allowed"
+    environment = {**os.environ, "STEPS_ALLOWED": str(allowed)}
+    allowed.touch()
+    for killed in range(kills):
         controller = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL)
-        run = tmp_path / f"s-{moments.randrange(5):03d}"
-        _wait_for(lambda controller=controller, run=run: run.exists() or controller.poll() is not None)  # type: ignore[misc]
+        _wait_until_it_holds(tmp_path / "s", controller)
+        with allowed.open("ab") as steps:  # of 30, which leave the last trial to the last controller
+            steps.write(bytes(30 * (killed + 1) // kills - 30 * killed // kills))
         time.sleep(moments.random() * 0.3)
+        assert controller.poll() is None  # each kill is one of a sweep at work
         controller.kill()
         controller.wait()
+    allowed.write_bytes(bytes(36))
     assert subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode == 0
     assert rows(tmp_path) == undisturbed
     assert [starts(tmp_path / f"s-{row.number:03d}") for row in undisturbed] == [1] * 6
@@ -370,6 +374,39 @@ def test_mistakes_are_one_line(arguments: list[str], said: str, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trails: 3\noverrides: [seed=0]", "there is no key trails; did you mean trials?"),
+        ("steps: 3\noverrides: [seed=0]", "there is no key steps; keys: overrides, trials, objective"),
+        ("trials: many\noverrides: [seed=0]", "trials: many must be a whole number, 1 or more, for example 20"),
+        ("trials: 0\noverrides: [seed=0]", "trials: 0 must be a whole number, 1 or more, for example 20"),
+        ("trials: true\noverrides: [seed=0]", "trials: True must be a whole number, 1 or more, for example 20"),
+        ("trials: 3", "overrides is missing; write '- KEY=VALUE' a line below it, and vary one of them"),
+        ("overrides: seed=0", "overrides seed=0 is not a list of settings; write '- KEY=VALUE' a line below it"),
+        ("overrides:\n  - seed: 0", "overrides [{'seed': 0}] is not a list of settings; write '- KEY=VALUE' a line"),
+        ("overrides: []\nobjective: fact", "objective: fact does not exist; did you mean facts? choices: text, facts"),
+        ("overrides: []\nobjective: 3", "objective: 3 does not exist; choices: text, facts"),
+        ("overrides: [seed=0", "expected ',' or ']'"),
+        ("a: !!python/name:os.system", "the file must be plain YAML, without tags"),
+        ("\t", "the file must be plain YAML, without tags"),
+        ("", "it has no keys; write trials: 20, and overrides: a list of settings"),
+        ("- seed=0,1", "it has no keys; write trials: 20, and overrides: a list of settings"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_files_name_the_file_and_the_key(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/mine.yaml").write_text(text)
+    monkeypatch.setattr(sweep, "CONF", tmp_path)
+    done = within("sweep", "sweep=mine")
+    assert done.code == 2
+    assert done.err.startswith("memory3 sweep: conf/sweep/mine.yaml: ")
+    assert said in done.err
+    assert done.err.count("\n") == 1
+
+
 def test_sweep_files_are_for_sweeps() -> None:
     done = within("pretrain", "sweep=memory")
     assert (
@@ -457,15 +494,20 @@ def test_real_trials_are_trained_once_whatever_is_killed(trials: int, kills: int
     (tmp_path / "prepared").symlink_to(prepared_root() / "prepared")
     command = ["sweep", f"--trials={trials}", *REAL, *corpus_settings(tmp_path, trained_corpus())]
     moments = random.Random(trials)
-    for _ in range(kills):
+    for killed in range(kills):
         controller = subprocess.Popen(
             [sys.executable, "-m", "launch.cli", *command],
             cwd=REPOSITORY,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        _wait_for((tmp_path / "sweep/sweep.json").exists)
-        time.sleep(moments.random() * 20)
+        _wait_until_it_holds(tmp_path / "sweep", controller)
+        latest = time.monotonic() + moments.random() * 10
+        most = 1 + killed * max(0, trials - 4) // kills  # what is left has to suffice for the kills to come
+        while time.monotonic() < latest and len(list(tmp_path.glob("sweep-*"))) <= most:
+            time.sleep(0.01)
+        time.sleep(moments.random())
+        assert controller.poll() is None  # each kill is one of a sweep at work
         controller.send_signal(signal.SIGKILL)
         controller.wait()
     done = memory3(*command, timeout_seconds=3000)
@@ -481,7 +523,11 @@ def test_real_trials_are_trained_once_whatever_is_killed(trials: int, kills: int
         assert (run / "trial-exit").read_text() == "0\n"
 
 
-def _wait_for(reached: Callable[[], bool]) -> None:
+def _wait_until_it_holds(folder: Path, controller: "subprocess.Popen[bytes]") -> None:
+    """Wait until a controller has a sweep's lock, after which there is nothing of it that a kill may not meet."""
+    lock, holder = folder / "lock", f"pid {controller.pid} on "
     deadline = time.monotonic() + HANG_SECONDS
-    while not reached() and time.monotonic() < deadline:
+    while not (lock.exists() and lock.read_text().startswith(holder)):
+        assert controller.poll() is None, "it has ended"
+        assert time.monotonic() < deadline
         time.sleep(0.005)

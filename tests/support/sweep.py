@@ -6,6 +6,8 @@
 
 A trial reports losses that its settings decide, step by step, and goes on after the last step that its folder knows;
 one that is to be evaluated says that facts are the other way round: what text likes least they like best.
+Where STEPS_ALLOWED names a file, all trials together take as many steps as it has bytes, six for each; a run without
+a number takes as many by itself.
 `logging.wandb_project` says what happens to it: `nan`, `memory` (out of memory), `killed` (always), `killed-once`.
 """
 
@@ -32,6 +34,8 @@ def trial(folder: Path, descriptor: int | None, settings: dict[str, str]) -> int
     metrics = folder / "metrics.jsonl"
     done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
     for step in range(done + 1, int(settings["warmup.steps"]) + 1):
+        while not _is_allowed(folder, step):
+            time.sleep(0.005)
         if step == 3 and (fate == "killed" or (fate == "killed-once" and done == 0)):
             os.killpg(os.getpid(), signal.SIGKILL)
         if step == 3 and fate == "memory":
@@ -48,6 +52,13 @@ def trial(folder: Path, descriptor: int | None, settings: dict[str, str]) -> int
     if "--evaluate" in settings:
         _evaluate(folder, float(settings["warmup.peak_lr"]))
     return _ended(folder, 0)
+
+
+def _is_allowed(folder: Path, step: int) -> bool:
+    allowed = os.environ.get("STEPS_ALLOWED")
+    number = folder.name.rpartition("-")[2]
+    before = 6 * int(number) if number.isdigit() else 0
+    return allowed is None or before + step <= Path(allowed).stat().st_size
 
 
 def facts_loss(rate: float) -> float:
