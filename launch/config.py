@@ -5,7 +5,9 @@ Field documentation stands under each field, here and in the packages that own t
 Not here: composing (`launch.compose`). This module imports no torch.
 """
 
+import difflib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -13,6 +15,7 @@ from typing import Any
 
 from data.config import DataConfig
 from data.config import check as check_data
+from data.config import labels_of
 from memorybank.config import (
     BankConfig,
     BankContext,
@@ -37,6 +40,10 @@ from train.config import (
     WatchdogConfig,
 )
 from train.schedule import epoch_ranges
+
+
+_SLURM_TIME = re.compile(r"(\d+-)?\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+|UNLIMITED")
+"""What sbatch takes, without bare minutes: a YAML file without quotes makes 1:30:00 to 5400, which would be those."""
 
 
 class Resume(Enum):
@@ -77,7 +84,7 @@ class SlurmConfig:
     gpus: bool = True
     """Ask for a GPU for each rank."""
     time: str = "24:00:00"
-    """Limit of a job; a run that needs longer goes on in the next one by itself."""
+    """Limit of a job, hours:minutes:seconds or days-hours; a run that needs longer goes on in the next one by itself."""
     signal_seconds: int = 300
     """So long before the limit SIGUSR1 comes: a checkpoint is published, and the job queued again."""
     options: list[str] = field(default_factory=list)
@@ -280,6 +287,13 @@ def _check_launcher(launcher: LauncherConfig, engine: EngineConfig) -> None:
         raise ValueError(
             f"launcher.hosts.port={launcher.hosts.port} is no port that users may open; set 1024 to 64535"
         )
+    if not launcher.hosts.shell.strip():
+        raise ValueError("launcher.hosts.shell='' runs nothing on a host; set for example ssh")
+    if not _SLURM_TIME.fullmatch(launcher.slurm.time):
+        raise ValueError(
+            f"launcher.slurm.time={launcher.slurm.time} is no limit of a job; set hours:minutes:seconds or "
+            "days-hours:minutes:seconds, in quotes where it stands in a file, for example '24:00:00'"
+        )
     _at_least(1, "launcher.slurm", launcher.slurm, "nodes", "array_tasks")
     _at_least(0, "launcher.slurm", launcher.slurm, "signal_seconds")
     if launcher.kind is LauncherKind.slurm and engine.num_ranks % launcher.slurm.nodes:
@@ -336,7 +350,18 @@ def _check_stage(name: str, stage: StageConfig, config: RunConfig) -> None:
         raise ValueError(
             f"{name}.final_lr={stage.final_lr} is not within 0 and {name}.peak_lr={stage.peak_lr}; set for example 0"
         )
-    for label, weight in stage.weights.items():
+    labels = [each for label, source in config.data.sources.items() for each in labels_of(label, source.kind)]
+    weights: dict[str, Any] = dict(stage.weights)  # OmegaConf lets sections and nulls through
+    for label, weight in weights.items():
+        if label not in labels:
+            near = difflib.get_close_matches(label, labels, n=1)
+            raise ValueError(
+                f"{name}.weights.{label}={weight}, but the corpus has no source {label}; "
+                + (f"did you mean {name}.weights.{near[0]}? " if near else "")
+                + f"sources: {', '.join(labels)}; leave it away with '~{name}.weights.{label}'"
+            )
+        if not isinstance(weight, float):
+            raise ValueError(f"{name}.weights.{label}={weight} must be a number, for example 1.5")
         if not weight >= 0:
             raise ValueError(f"{name}.weights.{label}={weight} is below 0; set 0 to draw nothing from it")
     if stage.epoch_steps is not None:

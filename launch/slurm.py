@@ -34,7 +34,7 @@ def job_name(folder: Path) -> str:
 
 
 def script(config: RunConfig, folder: Path, command: str, *, array: bool = False) -> str:
-    """The text that `sbatch` is given.
+    """The text that `sbatch` is given, which runs it in the folder that it is given in.
 
     Args:
         config: Of the run, or of any trial of a sweep.
@@ -62,7 +62,6 @@ def script(config: RunConfig, folder: Path, command: str, *, array: bool = False
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in options),
         *asked.setup,
-        f"cd {shlex.quote(str(Path.cwd()))}",
         path,
         f"exec {command}",
     ]
