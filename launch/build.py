@@ -247,7 +247,11 @@ def branch_source(run: Path, config: RunConfig) -> tuple[Path, StageConfig]:
             near = difflib.get_close_matches(stage.branch_from, runs, n=1)
             raise ValueError(
                 f"continual.branch_from={stage.branch_from}: {source} is not a run folder; "
-                + (f"did you mean continual.branch_from={near[0]}?" if near else "name a run that was warmed up")
+                + (
+                    f"did you mean continual.branch_from={near[0]}?"
+                    if near
+                    else "name a run that was warmed up"
+                )
             )
     warmup = load_config(source / "config.yaml").warmup
     if warmup is None:

@@ -106,4 +106,3 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def _flatten(config: RunConfig) -> dict[str, Any]:
     return flat(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
-

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from data.config import DataConfig
+from data.config import DataConfig, labels_of
 from data.config import check as check_data
-from data.config import labels_of
 from memorybank.config import (
     BankConfig,
     BankContext,
@@ -40,7 +39,6 @@ from train.config import (
     WatchdogConfig,
 )
 from train.schedule import epoch_ranges
-
 
 _SLURM_TIME = re.compile(r"(\d+-)?\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+|UNLIMITED")
 """What sbatch takes, without bare minutes: a YAML file without quotes makes 1:30:00 to 5400, which would be those."""
@@ -84,7 +82,7 @@ class SlurmConfig:
     gpus: bool = True
     """Ask for a GPU for each rank."""
     time: str = "24:00:00"
-    """Limit of a job, hours:minutes:seconds or days-hours; a run that needs longer goes on in the next one by itself."""
+    """Limit of a job, hours:minutes:seconds or days-hours; a run that needs longer goes on in the next one."""
     signal_seconds: int = 300
     """So long before the limit SIGUSR1 comes: a checkpoint is published, and the job queued again."""
     options: list[str] = field(default_factory=list)
@@ -247,9 +245,14 @@ def check(config: RunConfig) -> None:
 
 
 def _check_values(config: RunConfig) -> None:
-    for key, number in _numbers(config):
-        if not math.isfinite(number):
-            raise ValueError(f"{key}={number} is no finite number; set one that is")
+    for key, value in _leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value} is no finite number; set one that is")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, dict | list):  # OmegaConf does not look into these
+                raise ValueError(
+                    f"{key}={value}: {each} is no single value; set one, in quotes where it has brackets"
+                )
     for key, seed in (
         ("seed", config.seed),
         ("data.split_seed", config.data.split_seed),
@@ -261,17 +264,19 @@ def _check_values(config: RunConfig) -> None:
         raise ValueError("paths.root='' is no folder; set for example paths.root=runs")
 
 
-def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """All floats of a configuration, with their keys."""
-    if isinstance(section, dict):
-        named = list(section.items())
-    else:
-        named = [(each.name, getattr(section, each.name)) for each in fields(section)]
+def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All values of a configuration that are no sections, with their keys."""
+    of_labels = isinstance(section, dict)
+    named = (
+        section.items()
+        if of_labels
+        else [(each.name, getattr(section, each.name)) for each in fields(section)]
+    )
     for name, value in named:
-        if isinstance(value, float):
+        if is_dataclass(value) or (isinstance(value, dict) and not of_labels):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
             yield f"{prefix}{name}", value
-        elif isinstance(value, dict) or is_dataclass(value):
-            yield from _numbers(value, f"{prefix}{name}.")
 
 
 def _check_engine(engine: EngineConfig) -> None:
@@ -351,8 +356,7 @@ def _check_stage(name: str, stage: StageConfig, config: RunConfig) -> None:
             f"{name}.final_lr={stage.final_lr} is not within 0 and {name}.peak_lr={stage.peak_lr}; set for example 0"
         )
     labels = [each for label, source in config.data.sources.items() for each in labels_of(label, source.kind)]
-    weights: dict[str, Any] = dict(stage.weights)  # OmegaConf lets sections and nulls through
-    for label, weight in weights.items():
+    for label, weight in stage.weights.items():
         if label not in labels:
             near = difflib.get_close_matches(label, labels, n=1)
             raise ValueError(
@@ -360,8 +364,6 @@ def _check_stage(name: str, stage: StageConfig, config: RunConfig) -> None:
                 + (f"did you mean {name}.weights.{near[0]}? " if near else "")
                 + f"sources: {', '.join(labels)}; leave it away with '~{name}.weights.{label}'"
             )
-        if not isinstance(weight, float):
-            raise ValueError(f"{name}.weights.{label}={weight} must be a number, for example 1.5")
         if not weight >= 0:
             raise ValueError(f"{name}.weights.{label}={weight} is below 0; set 0 to draw nothing from it")
     if stage.epoch_steps is not None:

@@ -18,7 +18,9 @@ _KEYS = {
     "set STAGE.ramp_steps": "warmup_num_steps",
     "set STAGE.steps": "total_num_steps",
     "set engine.zero_stage": "zero_optimization stage legacy_stage1",
-    "set engine.zero_stage=3": "offload_param cpu_offload_param",
+    "set engine.zero_stage=3, which shares the parameters among the ranks: nothing is offloaded": (
+        "offload_param cpu_offload_param"
+    ),
     "set engine.zero_stage, which shares the optimizer's state among the ranks: nothing is offloaded": (
         "offload_optimizer cpu_offload cpu_offload_use_pin_memory zenflow"
     ),

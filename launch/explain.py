@@ -26,7 +26,6 @@ _KINDS = {
     float: "a number",
     bool: "true or false",
     str: "a text",
-    list: "a list, [a, b]",
     dict: "a section, {LABEL: ...}",
 }
 
@@ -189,7 +188,9 @@ def _of_key(text: str, overrides: Sequence[str], settings: Sequence[Setting], co
     """What is wrong with a key or its value."""
     found = re.search(r"full_key: ([\w.\-]+)", text)
     if found is None or "NoneType" in text:
-        return _of_shape(settings, conf) or _of_missing_section(overrides)
+        said = _of_shape(settings, conf) or _of_missing_section(overrides)
+        if said or found is None:
+            return said
     key = found[1]
     file = re.search(r"In '([^']+)': \w+ raised while", text)
     override = None if file else _override_of(key, overrides)
@@ -206,7 +207,8 @@ def _of_key(text: str, overrides: Sequence[str], settings: Sequence[Setting], co
     if absent:
         return f"{place}: {key} refers to {absent[1]}: {unknown_key(absent[1]) or 'it has no value'}"
     value = re.search(r"[Vv]alue '(.*?)'(?=[ ,])", text)
-    given = f"{key}={value[1]}" if value and not override else key
+    of_element = f"full_key: {key}[" in text
+    given = f"{key}={value[1]}" if value and not override and not of_element else key
     unknown = _unknown_in_file(key, conf) if file else unknown_key(key)
     return f"{place}: {unknown or f'{given} must be {_expected(key)}'}"
 
@@ -286,7 +288,9 @@ def unknown_key(key: str) -> str | None:
             names = [field.name for field in fields(kind)]
             if part not in names:
                 below = parts[len(path) + 1 :]
-                return f"there is no key {'.'.join([*path, part])}; {_nearest(part, path, names, below=below)}"
+                return (
+                    f"there is no key {'.'.join([*path, part])}; {_nearest(part, path, names, below=below)}"
+                )
         elif get_origin(kind) is not dict:
             return f"{at} has no keys of its own; {at} must be {_expected(at)}"
         kind = _required(_kind_below(kind, part))
@@ -329,6 +333,9 @@ def _expected(key: str) -> str:
     if isinstance(required, type) and issubclass(required, Enum):
         return "one of " + ", ".join(member.name for member in required)
     text = _KINDS.get(get_origin(required) or required, "of another type")
+    if get_origin(required) is list:
+        element = get_args(required)[0]
+        text = f"a list of {_KINDS[element].removeprefix('a ')}s, {'[a, b]' if element is str else '[1, 2]'}"
     if kind is not required:
         text += ", or null"
     defaults = {field.name: field.default for field in fields(parent)} if is_dataclass(parent) else {}

@@ -157,12 +157,23 @@ def test_corpus_prepared_with_other_settings_is_refused(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("branch_from", "said"),
-    [("nowhere", "nowhere is not a run folder"), ("c", "c has no warmup stage; name the run that has")],
+    [
+        ("nowhere", "nowhere is not a run folder; name a run that was warmed up"),
+        ("mm", "mm is not a run folder; did you mean continual.branch_from=m?"),
+        ("c", "c has no warmup stage; name the run that has"),
+    ],
 )
-def test_control_of_a_run_that_was_not_warmed_up_is_refused(root: Path, branch_from: str, said: str) -> None:
-    done = memory3(
-        "pretrain", "--no-prepare", *run_settings(root, "c"), "run=c2", f"continual.branch_from={branch_from}"
-    )
+def test_control_of_a_run_that_was_not_warmed_up_is_refused_before_ranks_start(
+    root: Path, branch_from: str, said: str
+) -> None:
+    settings = [*run_settings(root, "c"), "run=c2", f"continual.branch_from={branch_from}"]
+    done = within("pretrain", "--no-prepare", *settings)
     assert done.code == 2
-    assert said in done.err.splitlines()[-1]
-    assert "Traceback" not in done.err
+    assert done.err == f"memory3 pretrain: continual.branch_from={branch_from}: {root}/{said}\n"
+    assert not (root / "c2/config.yaml").exists()
+
+
+def test_a_run_that_has_branched_needs_the_other_no_more(root: Path) -> None:
+    shutil.rmtree(root / "m")
+    done = memory3("pretrain", "--no-prepare", *run_settings(root, "c"))
+    assert done.code == 0, done.err
