@@ -90,7 +90,7 @@ RULES = {
         "warmup.weights.factbok=1.0, but the corpus has no source factbok; did you mean warmup.weights.factbook? "
         "sources: factbook, factbook-facts; leave it away with '~warmup.weights.factbok'"
     ),
-    "data=jsonl data.path=x": "warmup.weights.factbook-facts=1.5, but the corpus has no source factbook-facts; sources:",
+    "data=jsonl data.path=x": "warmup.weights.factbook-facts=1.5, but the corpus has no source factbook-facts; ",
     "continual.epoch_steps=0": "continual.epoch_steps=0 is below 1; set null for one pass over the rows",
     "continual.epoch_steps='0-10:5,20-:10'": (
         "continual.epoch_steps=0-10:5,20-:10: '20-:10' leaves out the steps from 10; let it begin at 10"
