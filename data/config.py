@@ -99,6 +99,11 @@ class DataConfig:
     """Facts that the factbook's probes ask for."""
 
 
+def labels_of(source: str, kind: SourceKind) -> tuple[str, ...]:
+    """Labels under which a source stands in the corpus: its own, and of the factbook one for its facts, too."""
+    return (source, f"{source}-facts") if kind is SourceKind.factbook else (source,)
+
+
 def check(config: DataConfig) -> None:
     """Refuses settings that cannot work.
 

@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from data.config import DataConfig, SourceConfig, SourceKind
+from data.config import DataConfig, SourceConfig, SourceKind, labels_of
 from data.documents import Document, Probe, Split, Use
 from data.files import fingerprint, hash_files
 
@@ -73,7 +73,8 @@ def open_sources(
             # Two sources, so that a stage can weigh facts against sections.
             facts = [document for document in text.documents if document.use is Use.training]
             sections = [document for document in text.documents if document.use is not Use.training]
-            sources += [ListSource(label, sections), ListSource(f"{label}-facts", facts)]
+            of_sections, of_facts = labels_of(label, settings.kind)
+            sources += [ListSource(of_sections, sections), ListSource(of_facts, facts)]
             probes += text.probes
         else:
             records = _open_records(label, settings, config.path, cache, content=fingerprints.get(label, ""))

@@ -3,6 +3,7 @@
 Not here: anything worth a test of its own.
 """
 
+import difflib
 import logging
 import os
 import subprocess
@@ -144,14 +145,7 @@ class Context:
 
     def branch_point(self, run: Path, config: RunConfig, ranks: Ranks) -> Checkpoint:
         """The warmup checkpoint that the continual stage starts from: the last one before the decay."""
-        stage = config.continual
-        assert stage is not None
-        source = run if stage.branch_from is None else run_folder(stage.branch_from, config.paths.root)
-        warmup = load_config(source / "config.yaml").warmup
-        if warmup is None:
-            raise ValueError(
-                f"continual.branch_from={stage.branch_from}: {source} has no warmup stage; name the run that has"
-            )
+        source, warmup = branch_source(run, config)
         return self.checkpoints(source, ranks=ranks).last_of(
             "warmup", at_most=warmup.steps - warmup.decay_steps
         )
@@ -243,6 +237,37 @@ class Context:
             return PeakSpeed(products)
         peak = ranks.world_size * nominal * 1e12
         return PeakSpeed(products, palm=peak / flops.palm, causal=peak / flops.causal)
+
+
+def branch_source(run: Path, config: RunConfig) -> tuple[Path, StageConfig]:
+    """The folder of the run whose warmup the continual stage starts from, and that warmup.
+
+    Raises:
+        ValueError: There is no such run, or it had no warmup.
+    """
+    stage = config.continual
+    assert stage is not None
+    if stage.branch_from is None:
+        source = run
+    else:
+        source = run_folder(stage.branch_from, config.paths.root)
+        if not (source / "config.yaml").exists():
+            runs = [path.parent.name for path in Path(config.paths.root).glob("*/config.yaml")]
+            near = difflib.get_close_matches(stage.branch_from, runs, n=1)
+            raise ValueError(
+                f"continual.branch_from={stage.branch_from}: {source} is not a run folder; "
+                + (
+                    f"did you mean continual.branch_from={near[0]}?"
+                    if near
+                    else "name a run that was warmed up"
+                )
+            )
+    warmup = load_config(source / "config.yaml").warmup
+    if warmup is None:
+        raise ValueError(
+            f"continual.branch_from={stage.branch_from}: {source} has no warmup stage; name the run that has"
+        )
+    return source, warmup
 
 
 def training_dtype(config: RunConfig) -> torch.dtype:

@@ -9,18 +9,14 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from data.files import write_atomic
 from launch.config import RunConfig, check
-from launch.explain import explain, refuse_unknown
+from launch.explain import explain, refuse_unknown, with_files
+from launch.origins import REFUSALS, flat, settings_of_file, settings_of_files
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-_REFUSALS = (HydraException, OmegaConfBaseException, YAMLError, AttributeError, AssertionError, ValueError)
-"""What Hydra, OmegaConf and the YAML reader raise; keys of a section that is null end in their own assertions."""
 
 
 def compose_config(overrides: list[str], *, config_name: str = "config") -> RunConfig:
@@ -34,7 +30,11 @@ def compose_config(overrides: list[str], *, config_name: str = "config") -> RunC
         ValueError: Naming the offending key, and the nearest one that exists.
     """
     config = compose_unchecked(overrides, config_name=config_name)
-    check(config)
+    try:
+        check(config)
+    except ValueError as refused:
+        settings = settings_of_files(overrides, CONF, config_name)
+        raise ValueError(with_files(str(refused), overrides, CONF, settings)) from refused
     return config
 
 
@@ -51,8 +51,9 @@ def compose_unchecked(overrides: list[str], *, config_name: str = "config") -> R
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose(config_name, overrides=overrides)
         config = OmegaConf.to_object(composed)
-    except _REFUSALS as problem:
-        raise ValueError(explain(problem, overrides, CONF)) from problem
+    except REFUSALS as problem:
+        settings = settings_of_files(overrides, CONF, config_name)
+        raise ValueError(explain(problem, overrides, CONF, settings)) from problem
     assert isinstance(config, RunConfig)
     return config
 
@@ -80,8 +81,8 @@ def load_config(path: Path) -> RunConfig:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
         config = OmegaConf.to_object(merged)
-    except _REFUSALS as problem:
-        raise ValueError(f"{path}: {explain(problem, [], CONF)}") from problem
+    except REFUSALS as problem:
+        raise ValueError(f"{path}: {explain(problem, [], CONF, settings_of_file(path))}") from problem
     assert isinstance(config, RunConfig)
     return config
 
@@ -98,24 +99,10 @@ def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
 def read_settings(path: Path) -> dict[str, Any]:
     """A frozen configuration as flat keys, whichever version of the schema wrote it."""
     try:
-        return _flat(OmegaConf.to_container(OmegaConf.load(path)))
-    except _REFUSALS as problem:
+        return flat(OmegaConf.to_container(OmegaConf.load(path)))
+    except REFUSALS as problem:
         raise ValueError(f"{path}: {explain(problem, [], CONF)}") from problem
 
 
 def _flatten(config: RunConfig) -> dict[str, Any]:
-    return _flat(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
-
-
-def _flat(container: Any) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-
-    def visit(value: Any, key: str) -> None:
-        if isinstance(value, dict) and value:
-            for name, item in value.items():
-                visit(item, f"{key}.{name}" if key else str(name))
-        else:
-            flat[key] = value
-
-    visit(container, "")
-    return flat
+    return flat(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))

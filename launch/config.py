@@ -5,13 +5,15 @@ Field documentation stands under each field, here and in the packages that own t
 Not here: composing (`launch.compose`). This module imports no torch.
 """
 
+import difflib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from data.config import DataConfig
+from data.config import DataConfig, labels_of
 from data.config import check as check_data
 from memorybank.config import (
     BankConfig,
@@ -37,6 +39,9 @@ from train.config import (
     WatchdogConfig,
 )
 from train.schedule import epoch_ranges
+
+_SLURM_TIME = re.compile(r"(\d+-)?\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+|UNLIMITED")
+"""What sbatch takes, without bare minutes: a YAML file without quotes makes 1:30:00 to 5400, which would be those."""
 
 
 class Resume(Enum):
@@ -77,7 +82,7 @@ class SlurmConfig:
     gpus: bool = True
     """Ask for a GPU for each rank."""
     time: str = "24:00:00"
-    """Limit of a job; a run that needs longer goes on in the next one by itself."""
+    """Limit of a job, hours:minutes:seconds or days-hours; a run that needs longer goes on in the next one."""
     signal_seconds: int = 300
     """So long before the limit SIGUSR1 comes: a checkpoint is published, and the job queued again."""
     options: list[str] = field(default_factory=list)
@@ -240,9 +245,14 @@ def check(config: RunConfig) -> None:
 
 
 def _check_values(config: RunConfig) -> None:
-    for key, number in _numbers(config):
-        if not math.isfinite(number):
-            raise ValueError(f"{key}={number} is no finite number; set one that is")
+    for key, value in _leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value} is no finite number; set one that is")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, dict | list):  # OmegaConf does not look into these
+                raise ValueError(
+                    f"{key}={value}: {each} is no single value; set one, in quotes where it has brackets"
+                )
     for key, seed in (
         ("seed", config.seed),
         ("data.split_seed", config.data.split_seed),
@@ -254,17 +264,19 @@ def _check_values(config: RunConfig) -> None:
         raise ValueError("paths.root='' is no folder; set for example paths.root=runs")
 
 
-def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """All floats of a configuration, with their keys."""
-    if isinstance(section, dict):
-        named = list(section.items())
-    else:
-        named = [(each.name, getattr(section, each.name)) for each in fields(section)]
+def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All values of a configuration that are no sections, with their keys."""
+    of_labels = isinstance(section, dict)
+    named = (
+        section.items()
+        if of_labels
+        else [(each.name, getattr(section, each.name)) for each in fields(section)]
+    )
     for name, value in named:
-        if isinstance(value, float):
+        if is_dataclass(value) or (isinstance(value, dict) and not of_labels):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
             yield f"{prefix}{name}", value
-        elif isinstance(value, dict) or is_dataclass(value):
-            yield from _numbers(value, f"{prefix}{name}.")
 
 
 def _check_engine(engine: EngineConfig) -> None:
@@ -279,6 +291,13 @@ def _check_launcher(launcher: LauncherConfig, engine: EngineConfig) -> None:
     if not 1024 <= launcher.hosts.port < 64536:
         raise ValueError(
             f"launcher.hosts.port={launcher.hosts.port} is no port that users may open; set 1024 to 64535"
+        )
+    if not launcher.hosts.shell.strip():
+        raise ValueError("launcher.hosts.shell='' runs nothing on a host; set for example ssh")
+    if not _SLURM_TIME.fullmatch(launcher.slurm.time):
+        raise ValueError(
+            f"launcher.slurm.time={launcher.slurm.time} is no limit of a job; set hours:minutes:seconds or "
+            "days-hours:minutes:seconds, in quotes where it stands in a file, for example '24:00:00'"
         )
     _at_least(1, "launcher.slurm", launcher.slurm, "nodes", "array_tasks")
     _at_least(0, "launcher.slurm", launcher.slurm, "signal_seconds")
@@ -336,7 +355,15 @@ def _check_stage(name: str, stage: StageConfig, config: RunConfig) -> None:
         raise ValueError(
             f"{name}.final_lr={stage.final_lr} is not within 0 and {name}.peak_lr={stage.peak_lr}; set for example 0"
         )
+    labels = [each for label, source in config.data.sources.items() for each in labels_of(label, source.kind)]
     for label, weight in stage.weights.items():
+        if label not in labels:
+            near = difflib.get_close_matches(label, labels, n=1)
+            raise ValueError(
+                f"{name}.weights.{label}={weight}, but the corpus has no source {label}; "
+                + (f"did you mean {name}.weights.{near[0]}? " if near else "")
+                + f"sources: {', '.join(labels)}; leave it away with '~{name}.weights.{label}'"
+            )
         if not weight >= 0:
             raise ValueError(f"{name}.weights.{label}={weight} is below 0; set 0 to draw nothing from it")
     if stage.epoch_steps is not None:

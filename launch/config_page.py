@@ -24,9 +24,10 @@ PAGE = CONF.parent / "docs" / "config.md"
 _HEAD = """\
 # Configuration
 
-Every key that `memory3 prepare | pretrain | sweep | demo | cost` take as `KEY=VALUE`, in Hydra's grammar; made from the
-schema by `make docs`. `memory3 pretrain --cfg` prints them with the values that they have. Defaults are those of the
-schema: the files of `conf/` choose others.
+Every key that `memory3 prepare | pretrain | cost | sweep | plan | bench | demo` take as `KEY=VALUE`, in the grammar of
+Hydra; made from the schema by `make docs`. `memory3 pretrain --cfg` prints them with the values that they have.
+Defaults are those of the schema: the files of `conf/` set others, `model=nano`, `data=factbook` and `launcher=local`
+where no other file is chosen.
 
 A key that is misspelt, of the wrong type, out of range or in contradiction to another is refused before anything
 starts, with the nearest name that exists.

@@ -16,39 +16,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from yaml import YAMLError
 
+from data.config import SourceKind, labels_of
 from launch.config import RunConfig
+from launch.deepspeed_keys import DEEPSPEED
+from launch.origins import Setting
 
 _KINDS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
     str: "a text",
-    list: "a list, [a, b]",
+    dict: "a section, {LABEL: ...}",
 }
-
-_DEEPSPEED = {
-    "train_batch_size": "STAGE.rows_per_step",
-    "train_micro_batch_size_per_gpu": "STAGE.micro_rows",
-    "gradient_accumulation_steps": "STAGE.rows_per_step, which micro_rows and ranks divide",
-    "gradient_clipping": "optim.clip_norm",
-    "optimizer": "optim.beta1, optim.beta2, optim.eps, optim.weight_decay",
-    "scheduler": "STAGE.peak_lr, STAGE.ramp_steps, STAGE.decay_steps",
-    "zero_optimization": "engine.zero_stage",
-    "stage3_gather_16bit_weights_on_model_save": "engine.zero_stage",
-    "bf16": "engine.precision",
-    "fp16": "engine.precision",
-    "data_types": "engine.precision",
-    "zero_allow_untested_optimizer": "nothing: AdamW is DeepSpeed's own",
-    "steps_per_print": "logging.progress",
-    "wall_clock_breakdown": "nothing: metrics.jsonl splits the seconds of every step",
-    "tensorboard": "nothing: metrics.jsonl has every value",
-    "csv_monitor": "nothing: metrics.jsonl has every value",
-    "deepspeed": "engine",
-    "deepspeed_config": "engine",
-    "ds_config": "engine",
-    "local_rank": "engine.num_ranks",
-}
-"""What to set in place of DeepSpeed's own keys, whose JSON is derived (`train.engine`)."""
 
 
 def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
@@ -61,7 +40,11 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
         match = re.match(r"[+~]{0,2}([\w./-]+)", override)
         if override.startswith("sweep="):
             raise ValueError(f"{override}: files of conf/sweep/ are run by `memory3 sweep {override}`")
-        if match is None or (conf / match[1]).is_dir():  # left to Hydra's grammar, or the choice of a file
+        if match is None:  # left to Hydra's grammar
+            continue
+        if (conf / match[1]).is_dir():
+            if override[0] in "+~" or override[match.end() :].startswith("@"):  # Hydra may pass over these
+                raise ValueError(_choose(override, match[1], conf))
             continue
         unknown = unknown_key(match[1])
         if unknown:
@@ -74,13 +57,16 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
             )
 
 
-def explain(problem: Exception, overrides: Sequence[str], conf: Path) -> str:
+def explain(
+    problem: Exception, overrides: Sequence[str], conf: Path, settings: Sequence[Setting] = ()
+) -> str:
     """Say in one sentence what is wrong with a configuration.
 
     Args:
         problem: What Hydra, OmegaConf or the YAML reader raised.
         overrides: Settings of the command line; empty when a file was read.
         conf: Folder of the shipped YAML files.
+        settings: What the files set that were read.
     """
     if isinstance(problem, OverrideParseException):
         return (
@@ -89,13 +75,39 @@ def explain(problem: Exception, overrides: Sequence[str], conf: Path) -> str:
     if isinstance(problem, YAMLError):
         return f"{' '.join(str(problem).split())}; the file must be plain YAML, without tags"
     text = str(problem) + ("" if problem.__cause__ is None else f"\n{problem.__cause__}")
+    keys = [override for override in overrides if not (conf / _name(override)).is_dir()]
     return (
         _of_commas(overrides)
         or _of_group(text, overrides, conf)
-        or _of_present_key(text, overrides)
-        or _of_key(text, overrides)
+        or _of_present_key(text, keys)
+        or _of_key(text, keys, settings, conf)
         or " ".join(text.split())
     )
+
+
+def with_files(refused: str, overrides: Sequence[str], conf: Path, settings: Sequence[Setting]) -> str:
+    """A refusal of `launch.config.check`, with the files that set the keys that it names.
+
+    It begins with the file where one has set all of them; where others have a part in it, the command line among
+    them, the files stand behind.
+    """
+    keys = [override for override in overrides if not (conf / _name(override)).is_dir()]
+    files: dict[str, str] = {}
+    from_files = True
+    for key, equals in re.findall(r"(?<![\w.-])([a-z_]\w*(?:\.[\w-]+)*)(=?)", refused):
+        if unknown_key(key) or not ("." in key or equals or _is_optional_section(key)):
+            continue
+        if _override_of(key, keys):
+            from_files = False
+            continue
+        below = f"{key}." if "." in key else None
+        for each in settings:
+            if each.key == key or (below and each.key.startswith(below)):
+                files[key] = each.file
+    if from_files and len(set(files.values())) == 1:
+        return f"{next(iter(files.values()))}: {refused}"
+    listed = ", ".join(f"{key} is set in {file}" for key, file in files.items())
+    return f"{refused} ({listed})" if listed else refused
 
 
 def _of_commas(overrides: Sequence[str]) -> str | None:
@@ -114,18 +126,50 @@ def _of_commas(overrides: Sequence[str]) -> str | None:
 
 def _of_group(text: str, overrides: Sequence[str], conf: Path) -> str | None:
     """What is wrong with the choice of a file of `conf/`."""
-    missing = re.search(r"Could not find '([^']+)'", text)
+    file = re.search(r"^In '([^']+)'", text)
+    place = f"conf/{file[1]}.yaml: " if file else ""
+    missing = re.search(r"Could not (?:find|load) '([^']+)'", text)
     if missing:
         group, _, choice = missing[1].rpartition("/")
-        return unknown_choice(group, choice, conf)
+        if f"{group}={choice}" in overrides:
+            place = ""
+        elif place in ("", "conf/config.yaml: "):  # Hydra names the file whose choice was overridden
+            place = _file_that_overrides(group, choice, conf)
+        return f"{place}{unknown_choice(group, choice, conf)}"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown and file:
+        group = unknown[1]
+        if (conf / group).is_dir():
+            return f"{place}{_on_the_command_line(group)}"
+        groups = sorted(path.name for path in conf.iterdir() if path.is_dir())
+        near = difflib.get_close_matches(group, groups, n=1)
+        hint = f"did you mean 'override /{near[0]}'? " if near else ""
+        return f"{place}there is no group {group}; {hint}groups: {', '.join(groups)}"
     if not re.search(r"Config group override|[Mm]ultiple values for|more than once", text):
         return None
     for override in overrides:
         group = _name(override)
         if group and (conf / group).is_dir():
-            listed = ", ".join(_choices(conf / group))
-            return f"{override}: write {group}=NAME, once, or leave it away; choices: {listed}"
+            return _choose(override, group, conf)
     return None
+
+
+def _choose(override: str, group: str, conf: Path) -> str:
+    return f"{override}: write {group}=NAME, once, or leave it away; choices: {', '.join(_choices(conf / group))}"
+
+
+def _on_the_command_line(group: str) -> str:
+    if group == "sweep":
+        return "files of conf/sweep/ are run by `memory3 sweep sweep=NAME`"
+    return f"files of conf/{group}/ are chosen on the command line; give {group}=NAME there"
+
+
+def _file_that_overrides(group: str, choice: str, conf: Path) -> str:
+    """The first file of `conf/` whose list of defaults makes a choice; empty where none does."""
+    for path in sorted(conf.rglob("*.yaml")):
+        if re.search(rf"/?{re.escape(group)}: *{re.escape(choice)}\b", path.read_text(encoding="utf-8")):
+            return f"conf/{path.relative_to(conf)}: "
+    return ""
 
 
 def unknown_choice(group: str, choice: str, conf: Path) -> str:
@@ -145,38 +189,113 @@ def _of_present_key(text: str, overrides: Sequence[str]) -> str | None:
     return f"{override}: {_name(override)} exists; drop the +: '{override.lstrip('+')}'"
 
 
-def _of_key(text: str, overrides: Sequence[str]) -> str | None:
+def _of_key(text: str, overrides: Sequence[str], settings: Sequence[Setting], conf: Path) -> str | None:
     """What is wrong with a key or its value."""
     found = re.search(r"full_key: ([\w.\-]+)", text)
     if found is None or "NoneType" in text:
-        return _of_missing_section(overrides)
+        said = _of_shape(settings, conf) or _of_missing_section(overrides)
+        if said or found is None:
+            return said
     key = found[1]
     file = re.search(r"In '([^']+)': \w+ raised while", text)
-    override = _override_of(key, overrides)
+    override = None if file else _override_of(key, overrides)
     if (
         override and f".{key}." in f"{_name(override)}."
     ):  # OmegaConf names new elements without the keys above them
         key = re.sub(rf"(\.{re.escape(key)})\b.*", r"\1", _name(override))
-    place = f"conf/{file[1]}.yaml" if file else override or key
-    if "not in struct" in text and override and not is_dataclass(kind_of(key)):
-        return f"{place}: there is no {key} yet; add it with '+{override}'"
+    place = f"conf/{file[1]}.yaml" if file else override or _file_of(key, settings) or key
+    if "not in struct" in text and override:
+        return f"{place}: {_of_label(override, key, settings, overrides)}"
     if "mandatory value" in text:
         return f"{place}: a value is missing; set {key}=VALUE"
-    value = re.search(r"[Vv]alue '([^']*)'", text)
-    given = f"{key}={value[1]}" if value and not override else key
-    return f"{place}: {unknown_key(key) or f'{given} must be {_expected(key)}'}"
+    absent = re.search(r"Interpolation key '([^']+)' not found", text)
+    if absent:
+        return f"{place}: {key} refers to {absent[1]}: {unknown_key(absent[1]) or 'it has no value'}"
+    value = re.search(r"[Vv]alue '(.*?)'(?=[ ,])", text)
+    of_element = f"full_key: {key}[" in text
+    given = f"{key}={value[1]}" if value and not override and not of_element else key
+    unknown = _unknown_in_file(key, conf) if file else unknown_key(key)
+    return f"{place}: {unknown or f'{given} must be {_expected(key)}'}"
+
+
+def _of_shape(settings: Sequence[Setting], conf: Path) -> str | None:
+    """The first key of a file that holds a section where there is none, or none where there is one."""
+    for each in settings:
+        place = f"{each.file}: " if each.file else ""
+        if not each.key:
+            return f"{place}a file holds lines KEY: VALUE"
+        unknown = _unknown_in_file(each.key, conf)
+        if unknown:
+            return f"{place}{unknown}"
+        kind = kind_of(each.key)
+        is_section = is_dataclass(kind) or get_origin(kind) is dict
+        if not is_section or each.value is None or isinstance(each.value, dict):
+            continue
+        if each.file and isinstance(each.value, str) and (conf / each.key).is_dir():
+            if each.value not in _choices(conf / each.key):
+                return f"{place}{unknown_choice(each.key, each.value, conf)}"
+            return (
+                f"{place}{each.key}={each.value} must be a section; to choose conf/{each.key}/{each.value}.yaml write "
+                f"'defaults: [override /{each.key}: {each.value}]'"
+            )
+        return f"{place}{each.key}={each.value} must be {_expected(each.key)}"
+    return None
+
+
+def _unknown_in_file(key: str, conf: Path) -> str | None:
+    """Why a file cannot set a key; None when it can."""
+    unknown, group = unknown_key(key), key.partition(".")[0]
+    if unknown and group not in get_type_hints(RunConfig) and (conf / group).is_dir():
+        return f"there is no key {group}; {_on_the_command_line(group)}"
+    return unknown
+
+
+def _of_label(override: str, key: str, settings: Sequence[Setting], overrides: Sequence[str]) -> str:
+    """What to write in place of a label that a mapping does not hold."""
+    above, _, label = key.rpartition(".")
+    there = {
+        each.key.removeprefix(f"{above}.").partition(".")[0]
+        for each in settings
+        if each.key.startswith(f"{above}.")
+    }
+    if above == "data.sources":
+        near = difflib.get_close_matches(label, sorted(there), n=1)
+        right = override.replace(key, f"{above}.{near[0]}", 1) if near else ""
+        return f"there is no {key}; did you mean '{right}'?" if right else f"{key} must be {_expected(key)}"
+    sources = _labels_of_sources(settings)
+    complete = not any(_name(each).startswith("data.sources") for each in overrides)
+    near = difflib.get_close_matches(label, sorted({*sources, *there}), n=1)
+    if label in sources or not complete or not sources:
+        return f"there is no {key} yet; add it with '+{override}'"
+    if not near:
+        return f"there is no {key}; labels: {', '.join(sources)}"
+    plus = "" if near[0] in there else "+"
+    return f"there is no {key}; did you mean '{plus}{override.replace(key, f'{above}.{near[0]}', 1)}'?"
+
+
+def _labels_of_sources(settings: Sequence[Setting]) -> list[str]:
+    kinds = {}
+    for each in settings:
+        match = re.fullmatch(r"data\.sources\.([^.]+)\.kind", each.key)
+        if match and each.value in SourceKind.__members__:
+            kinds[match[1]] = SourceKind[each.value]
+    return [label for source, kind in kinds.items() for label in labels_of(source, kind)]
 
 
 def unknown_key(key: str) -> str | None:
     """Why the schema has no such key, with the nearest that it has; None when it has."""
     kind: Any = RunConfig
     path: list[str] = []
-    for part in key.split("."):
+    parts = key.split(".")
+    for part in parts:
         at = ".".join(path)
         if is_dataclass(kind):
             names = [field.name for field in fields(kind)]
             if part not in names:
-                return f"there is no key {'.'.join([*path, part])}; {_nearest(part, path, names)}"
+                below = parts[len(path) + 1 :]
+                return (
+                    f"there is no key {'.'.join([*path, part])}; {_nearest(part, path, names, below=below)}"
+                )
         elif get_origin(kind) is not dict:
             return f"{at} has no keys of its own; {at} must be {_expected(at)}"
         kind = _required(_kind_below(kind, part))
@@ -184,11 +303,15 @@ def unknown_key(key: str) -> str | None:
     return None
 
 
-def _nearest(part: str, path: Sequence[str], names: Sequence[str]) -> str:
+def _nearest(part: str, path: Sequence[str], names: Sequence[str], *, below: Sequence[str]) -> str:
     """Advice: the key in place of DeepSpeed's, the nearest one of the same section, else of any, else all there are."""
-    if part in _DEEPSPEED:
-        ours = _DEEPSPEED[part].replace("STAGE", "warmup" if "warmup" in path else "continual")
-        return f"{part} is DeepSpeed's, whose JSON is derived; set {ours}"
+    if part in DEEPSPEED:
+        part = next((each for each in reversed(below) if each in DEEPSPEED), part)
+        stage = next((f"{name}." for name in path if name in ("warmup", "continual")), None)
+        answer = re.sub(
+            r"STAGE\.(\w+)", rf"{stage}\1" if stage else r"warmup.\1 and continual.\1", DEEPSPEED[part]
+        )
+        return f"{part} is DeepSpeed's, whose JSON is derived; {answer}"
     prefix = "".join(f"{name}." for name in path)
     near = [f"{prefix}{name}" for name in difflib.get_close_matches(part, names, n=1)]
     if not near:
@@ -215,6 +338,9 @@ def _expected(key: str) -> str:
     if isinstance(required, type) and issubclass(required, Enum):
         return "one of " + ", ".join(member.name for member in required)
     text = _KINDS.get(get_origin(required) or required, "of another type")
+    if get_origin(required) is list:
+        element = get_args(required)[0]
+        text = f"a list of {_KINDS[element].removeprefix('a ')}s, {'[a, b]' if element is str else '[1, 2]'}"
     if kind is not required:
         text += ", or null"
     defaults = {field.name: field.default for field in fields(parent)} if is_dataclass(parent) else {}
@@ -256,6 +382,11 @@ def _override_of(key: str, overrides: Sequence[str]) -> str | None:
         if f"{key}.".startswith(f"{name}.") or f".{key}." in f".{name}.":
             return override
     return None
+
+
+def _file_of(key: str, settings: Sequence[Setting]) -> str | None:
+    """The file that has a key."""
+    return next((each.file for each in reversed(settings) if each.key == key), None)
 
 
 def _is_optional_section(key: str) -> bool:

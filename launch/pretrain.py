@@ -154,10 +154,22 @@ def make_ready(config: RunConfig, folder: Path) -> None:
     """Freeze the configuration, and look whether the disk has room.
 
     Raises:
-        ValueError: The folder holds a run of another configuration, or there is too little room.
+        ValueError: The folder holds a run of another configuration, the run that it branches from is none, or there
+            is too little room.
     """
+    _check_branch(config, folder)
     preflight.check(config, folder, num_references=freeze(config, folder))
     rank_memory.check(config)
+
+
+def _check_branch(config: RunConfig, folder: Path) -> None:
+    """Look for the run that the continual stage branches from, unless it has branched already."""
+    if config.continual is None or config.continual.branch_from is None:
+        return
+    if not any((folder / "checkpoints").glob("continual-*")):
+        from launch.build import branch_source
+
+        branch_source(folder, config)
 
 
 def freeze(config: RunConfig, folder: Path) -> int:

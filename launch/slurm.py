@@ -34,11 +34,11 @@ def job_name(folder: Path) -> str:
 
 
 def script(config: RunConfig, folder: Path, command: str, *, array: bool = False) -> str:
-    """The text that `sbatch` is given.
+    """The text that `sbatch` is given; its command runs in the folder where `sbatch` was called.
 
     Args:
         config: Of the run, or of any trial of a sweep.
-        folder: Of the run or the sweep; it takes the output.
+        folder: Of the run or the sweep, from the root for the same text everywhere; it takes the output.
         command: A line of shell; its process receives the signals.
         array: Whether this is an array of jobs, whose tasks `sbatch --array` names.
     """
@@ -62,7 +62,7 @@ def script(config: RunConfig, folder: Path, command: str, *, array: bool = False
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in options),
         *asked.setup,
-        f"cd {shlex.quote(str(Path.cwd()))}",
+        'cd "$SLURM_SUBMIT_DIR"',  # the lines above may have left it
         path,
         f"exec {command}",
     ]

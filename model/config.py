@@ -29,7 +29,7 @@ class Init(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """Sizes of a ``Memory3LM``; the defaults are the `nano` model."""
+    """Sizes of a ``Memory3LM``; runs take them from a file, `model=nano` where none is chosen."""
 
     vocab_size: int = 4096
     """Number of token ids."""

@@ -79,10 +79,24 @@ REFUSED = {
     "++warmup.stepz=3": "++warmup.stepz=3: there is no key warmup.stepz; did you mean warmup.steps?",
     "warmup={step: 4}": "warmup={step: 4}: there is no key warmup.step; did you mean warmup.steps?",
     "run.name=x": "run.name=x: run has no keys of its own; run must be a text, for example run",
-    "lr=3": "lr=3: there is no key lr; `memory3 pretrain --cfg` prints every key",
+    "lr=3": (
+        "lr=3: there is no key lr; lr is DeepSpeed's, whose JSON is derived; set warmup.peak_lr and continual.peak_lr"
+    ),
+    "learn=3": "learn=3: there is no key learn; `memory3 pretrain --cfg` prints every key",
     "optim.zzz=1": "optim.zzz=1: there is no key optim.zzz; optim has beta1, beta2, eps, weight_decay, clip_norm",
     "hydra.run.dir=x": "hydra.run.dir=x: there is no key hydra; `memory3 pretrain --cfg` prints every key",
-    "warmup.weights.a=1": "warmup.weights.a=1: there is no warmup.weights.a yet; add it with '+warmup.weights.a=1'",
+    "warmup.weights.factbook=1": (
+        "warmup.weights.factbook=1: there is no warmup.weights.factbook yet; add it with '+warmup.weights.factbook=1'"
+    ),
+    "warmup.weights.factbok-facts=1": (
+        "warmup.weights.factbok-facts=1: there is no warmup.weights.factbok-facts; did you mean "
+        "'+warmup.weights.factbook-facts=1'?"
+    ),
+    "warmup.weights.a=1": "warmup.weights.a=1: there is no warmup.weights.a; labels: factbook, factbook-facts",
+    "data.sources.factbok.weight=2": (
+        "data.sources.factbok.weight=2: there is no data.sources.factbok; did you mean "
+        "'data.sources.factbook.weight=2'?"
+    ),
     "+data.sources.x.kind=text": (
         "+data.sources.x.kind=text: data.sources.x must be a section; add it with '+data.sources={x: {kind: ...}}'"
     ),
@@ -100,6 +114,9 @@ REFUSED = {
         "model=null: write model=NAME, once, or leave it away; choices: base, micro, nano, paper_0b92, paper_2b4, small"
     ),
     "+data=jsonl": "+data=jsonl: write data=NAME, once, or leave it away; choices: factbook, jsonl",
+    "+debug=smoke": "+debug=smoke: write debug=NAME, once, or leave it away; choices: overfit, profile, smoke",
+    "~launcher": "~launcher: write launcher=NAME, once, or leave it away; choices: hosts, local, slurm",
+    "data@model=jsonl": "data@model=jsonl: write data=NAME, once, or leave it away; choices: factbook, jsonl",
     "continual={}": "continual={}: an empty section changes nothing; set its keys",
     # types
     "warmup.steps=abc": "warmup.steps=abc: warmup.steps must be a whole number, for example 100",
@@ -107,7 +124,8 @@ REFUSED = {
     "warmup.peak_lr=high": "warmup.peak_lr=high: warmup.peak_lr must be a number, for example 0.0008",
     "logging.progress=maybe": "logging.progress=maybe: logging.progress must be true or false",
     "engine.precision=fp16": "engine.precision=fp16: engine.precision must be one of bf16, fp32",
-    "model.prefix_ids=[a]": "model.prefix_ids=[a]: model.prefix_ids must be a list, [a, b]",
+    "data.relations=[null]": "data.relations=[null]: data.relations must be a list of texts, [a, b]",
+    "model.prefix_ids=[a]": "model.prefix_ids=[a]: model.prefix_ids must be a list of whole numbers, [1, 2]",
     "evaluation.max_probes=x": "evaluation.max_probes=x: evaluation.max_probes must be a whole number, or null",
     "seed=null": "seed=null: seed must be a whole number, for example 0",
     "warmup=3": "warmup=3: warmup must be a section; set its keys, warmup.steps=...",
@@ -140,6 +158,18 @@ REFUSED = {
         "choose a file of conf/ that sets it, such as experiment=quick"
     ),
 }  # fmt: skip
+
+
+def test_a_second_experiment_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^\+experiment=paper_2b4: write experiment=NAME, once, or leave it away; "
+    ):
+        compose_config(["experiment=demo", "+experiment=paper_2b4"])
+
+
+def test_a_label_that_a_file_sets_is_named_as_it_stands() -> None:
+    with pytest.raises(ValueError, match=r"; did you mean 'continual\.weights\.factbook-facts=2'\?$"):
+        compose_config(["experiment=demo", "continual.weights.factbok-facts=2"])
 
 
 @pytest.mark.parametrize("override", REFUSED)
@@ -188,6 +218,14 @@ def test_mistake_in_an_overlay_is_named_with_its_file(
             "must be plain YAML, without tags",
         ),
         (("run: demo", "_target_: os.system\nrun: demo"), "there is no key _target_"),
+        (
+            ("weights:\n    factbook-facts: 1.5", "weights: 3"),
+            "warmup.weights must be a section, {LABEL: ...}",
+        ),
+        (
+            ("model:\n", "model: nano\nx:\n"),
+            "model=nano must be a section; set its keys, model.vocab_size=...",
+        ),
     ],
 )
 def test_frozen_configuration_that_was_edited_is_refused(
@@ -209,10 +247,12 @@ def test_a_folder_without_configuration_is_no_run(tmp_path: Path) -> None:
 
 
 def test_entries_of_a_mapping_can_be_added_and_deleted() -> None:
-    added = compose_config(["experiment=quick", "+warmup.weights.a=2"]).warmup
+    added = compose_config(["experiment=quick", "+warmup.weights.factbook=2"]).warmup
     assert added is not None
-    assert added.weights == {"a": 2.0}
-    deleted = compose_config(["experiment=quick", "+warmup.weights.a=2", "~warmup.weights.a"]).warmup
+    assert added.weights == {"factbook": 2.0}
+    deleted = compose_config(
+        ["experiment=quick", "+warmup.weights.factbook=2", "~warmup.weights.factbook"]
+    ).warmup
     assert deleted is not None
     assert deleted.weights == {}
 

@@ -28,6 +28,10 @@ RULES = {
     "launcher.slurm.array_tasks=0": "launcher.slurm.array_tasks=0 is below 1; set 1 or more",
     "launcher.slurm.signal_seconds=-1": "launcher.slurm.signal_seconds=-1 is below 0; set 0 or more",
     "launcher.slurm.options=[x]": "launcher.slurm.options=['x']: 'x' is no option of sbatch; write for example --part",
+    "launcher.slurm.time=soon": "launcher.slurm.time=soon is no limit of a job; set hours:minutes:seconds or days-",
+    "launcher.slurm.time=90": "launcher.slurm.time=90 is no limit of a job",
+    "launcher.hosts.shell=": "launcher.hosts.shell='' runs nothing on a host; set for example ssh",
+    "launcher.slurm.options=[[x]]": "launcher.slurm.options=[['x']]: ['x'] is no single value; set one, in quotes",
     "logging.profile_steps=-1": "logging.profile_steps=-1 is below 0; set 0 or more",
     "logging.memory_snapshot=true": "logging.memory_snapshot=true records the steps that are traced, and logging.pro",
     "optim.beta1=1": "optim.beta1=1.0 is not within 0 and 1; set for example 0.95",
@@ -82,6 +86,11 @@ RULES = {
     "warmup.peak_lr=inf": "warmup.peak_lr=inf is no finite number; set one that is",
     "warmup.final_lr=1": "warmup.final_lr=1.0 is not within 0 and warmup.peak_lr=0.002; set for example 0",
     "+warmup.weights.factbook=-1": "warmup.weights.factbook=-1.0 is below 0; set 0 to draw nothing from it",
+    "+warmup.weights.factbok=1": (
+        "warmup.weights.factbok=1.0, but the corpus has no source factbok; did you mean warmup.weights.factbook? "
+        "sources: factbook, factbook-facts; leave it away with '~warmup.weights.factbok'"
+    ),
+    "data=jsonl data.path=x": "warmup.weights.factbook-facts=1.5, but the corpus has no source factbook-facts; ",
     "continual.epoch_steps=0": "continual.epoch_steps=0 is below 1; set null for one pass over the rows",
     "continual.epoch_steps='0-10:5,20-:10'": (
         "continual.epoch_steps=0-10:5,20-:10: '20-:10' leaves out the steps from 10; let it begin at 10"
@@ -144,6 +153,10 @@ def test_a_run_reads_memory_as_its_last_stage_did() -> None:
         ["evaluation.max_probes=null"],
         ["data.reference_tokens=64", "model.reference_tokens=64"],
         ["bank.context=document"],
+        *(
+            [f"launcher.slurm.time={limit}"]
+            for limit in ("24:00:00", "30:00", "2-12", "7-00:00:00", "UNLIMITED")
+        ),
     ],
 )
 def test_what_is_allowed(overrides: list[str]) -> None:

@@ -180,8 +180,7 @@ def slurm_config(*more: str) -> list[str]:
     ]
 
 
-def test_the_script_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_script_of_a_job(tmp_path: Path) -> None:
     config = compose_config(
         slurm_config('launcher.slurm.options=["--partition=gpu"]', "launcher.slurm.setup=[module load cuda]")
     )
@@ -200,7 +199,7 @@ def test_the_script_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "#SBATCH --gpus-per-node=8\n"
         "#SBATCH --partition=gpu\n"
         "module load cuda\n"
-        f"cd {tmp_path}\n"
+        'cd "$SLURM_SUBMIT_DIR"\n'
         f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}\n"
         "exec memory3 pretrain\n"
     )  # fmt: skip

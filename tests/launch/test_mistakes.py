@@ -15,9 +15,9 @@ import pytest
 from launch import compose
 from launch.compose import CONF, compose_config
 from launch.config import RunConfig, check
-from launch.explain import _DEEPSPEED
+from launch.deepspeed_keys import DEEPSPEED
 
-BASE = ["experiment=demo", "data=jsonl", "data.path=corpus.jsonl"]
+BASE = ["experiment=quick", "data=jsonl", "data.path=corpus.jsonl"]
 
 
 def required(kind: Any) -> Any:
@@ -98,7 +98,40 @@ PAIRS = {
     "codec.kind=int8 codec.separate=true": "codec.separate=true, but codec.kind=int8 learns nothing",
     "data.validation_fraction=0.6 data.test_fraction=0.5": "leave nothing to train on; their sum must be below 1",
 }  # fmt: skip
-DEEPSPEED = [f"{place}{key}=1" for place in ("", "+", "engine.", "continual.") for key in _DEEPSPEED]
+
+FILES = {
+    # sections
+    "model: nano": "model=nano must be a section; to choose conf/model/nano.yaml write 'defaults: [override /mod",
+    "model: nao": "model=nao does not exist; did you mean model=nano?",
+    "debug: smoke": "there is no key debug; files of conf/debug/ are chosen on the command line; give debug=NAME there",
+    "sweep: memory": "there is no key sweep; files of conf/sweep/ are run by `memory3 sweep sweep=NAME`",
+    "warmup: 3": "warmup=3 must be a section; set its keys, warmup.steps=...",
+    "warmup: {weights: [a]}": "warmup.weights=['a'] must be a section, {LABEL: ...}",
+    "data: {sources: {documents: null}}": "data.sources.documents must be a section",
+    "engine:": "engine must be a section; set its keys, engine.zero_stage=...",
+    "seed: {a: 1}": "seed={'a': 1} must be a whole number, for example 0",
+    "model: {prefix_ids: {a: 1}}": "model.prefix_ids has no keys of its own; model.prefix_ids must be a list of whole",
+    "- seed": "a file holds lines KEY: VALUE",
+    # within lists and labels
+    "launcher: {slurm: {options: [{a: b}]}}": "launcher.slurm.options=[{'a': 'b'}]: {'a': 'b'} is no single value; set",
+    "launcher: {slurm: {setup: [null]}}": "launcher.slurm.setup must be a list of texts, [a, b]",
+    "warmup: {weights: {documents: {a: 1}}}": "warmup.weights.documents={'a': 1}: {'a': 1} is no single value",
+    # other files
+    "defaults: [qick]": "experiment=qick does not exist; did you mean experiment=quick?",
+    "defaults: [override /model: nao]": "model=nao does not exist; did you mean model=nano?",
+    "defaults: [override /modle: nano]": "there is no group modle; did you mean 'override /model'? groups: data,",
+    "defaults: [override /debug: smoke]": "files of conf/debug/ are chosen on the command line; give debug=NAME there",
+    "warmup: {steps: '${warmup.stepz}'}": "warmup.steps refers to warmup.stepz: there is no key warmup.stepz; did you",
+    "warmup: {steps: '${run}'}": "warmup.steps=run must be a whole number, for example 100",
+    # rules
+    "seed: -1": "seed=-1 is below 0; set 0 or more",
+    "warmup: {rows_per_step: 7}": "warmup.rows_per_step=7 is not a multiple of warmup.micro_rows=8 x engine.",
+    "warmup: {peak_lr: .nan}": "warmup.peak_lr=nan is no finite number; set one that is",
+    "warmup: {weights: {document: 2}}": "warmup.weights.document=2.0, but the corpus has no source document; did you",
+    "warmup: null": "warmup and continual are both null: nothing would be trained; set one of them",
+    "engine: {zero_stage: 7}": "engine.zero_stage=7 does not exist; set 0, 1, 2 or 3",
+    "launcher: {slurm: {time: 24:00:00}}": "launcher.slurm.time=86400 is no limit of a job; set hours:minutes:seconds",
+}  # fmt: skip
 
 
 @cache
@@ -109,6 +142,22 @@ def base() -> RunConfig:
 def refusal(*overrides: str) -> str:
     with pytest.raises(ValueError) as refused:  # noqa: PT011 (the caller looks at the message)
         compose_config([*BASE, *overrides])
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of `experiment=mine`."""
+    conf = Path(shutil.copytree(CONF, tmp_path / "conf"))
+    monkeypatch.setattr(compose, "CONF", conf)
+    return conf / "experiment/mine.yaml"
+
+
+def refusal_of_file(mine: Path, yaml: str, *overrides: str) -> str:
+    mine.write_text(f"# @package _global_\n{yaml}\n")
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the caller looks at the message)
+        compose_config(["data=jsonl", "data.path=corpus.jsonl", "experiment=mine", *overrides])
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -157,16 +206,71 @@ def test_a_contradictory_pair_is_named_with_both(overrides: str) -> None:
     assert PAIRS[overrides] in refusal(*overrides.split(" "))
 
 
-def test_keys_of_deepspeed_are_answered_with_ours() -> None:
-    for override in DEEPSPEED:
-        said = refusal(override)
-        assert "is DeepSpeed's, whose JSON is derived; set " in said, override
-    assert "set continual.rows_per_step" in refusal("continual.train_batch_size=8")
-    assert "set engine.zero_stage" in refusal("engine.zero_optimization.stage=2")
-    ours = {key for key, *_ in keys(compose_config(BASE))}
-    for text in _DEEPSPEED.values():
-        for key in re.findall(r"[a-zA-Z]+\.\w+", text.replace("STAGE", "continual")):
-            assert key in ours | {"metrics.jsonl"}
+class Asked(dict[str, Any]):
+    """A configuration that remembers which keys were looked for."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.keys_asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.keys_asked.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        return self
+
+
+def keys_of_deepspeed() -> set[str]:
+    """What the installed DeepSpeed looks for in its JSON, and in the section of ZeRO."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    asked = Asked({"train_batch_size": 8})
+    DeepSpeedConfig(asked)
+    zero = DeepSpeedZeroConfig.model_fields
+    return asked.keys_asked | zero.keys() | {each.alias for each in zero.values() if each.alias is not None}
+
+
+def test_every_key_of_deepspeed_is_answered_with_ours() -> None:
+    theirs = keys_of_deepspeed()
+    assert {"train_batch_size", "flops_profiler", "overlap_comm", "stage3_max_live_parameters"} <= theirs
+    same_name = {key.rpartition(".")[2] for key, *_ in keys(base())}
+    for key in sorted(theirs | DEEPSPEED.keys()):
+        for place in ("", "engine."):
+            said = refusal(f"{place}{key}=1")
+            if key in same_name:
+                assert re.search(rf"did you mean [\w.]+\.{key}( or [\w.]+)?\?", said), said
+            else:
+                assert f"{key} is DeepSpeed's, whose JSON is derived; " in said, said
+
+
+def test_answers_for_deepspeed_name_keys_that_there_are() -> None:
+    ours = {key for key, *_ in keys(base())}
+    for answer in set(DEEPSPEED.values()):
+        named = re.findall(r"[a-zA-Z]+\.\w+", answer.replace("STAGE", "continual"))
+        assert set(named) <= ours | {"metrics.jsonl"}
+        assert answer.startswith(("set ", "leave it away: "))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train_batch_size=8", "set warmup.rows_per_step and continual.rows_per_step"),
+        ("+continual.train_batch_size=8", "set continual.rows_per_step"),
+        ("engine.zero_optimization.stage=2", "stage is DeepSpeed's, whose JSON is derived; set engine.zero_stage"),
+        ("zero_optimization.offload_optimizer.device=cpu", "offload_optimizer is DeepSpeed's, whose JSON is derived; "),
+        ("optimizer.params.lr=1", "lr is DeepSpeed's, whose JSON is derived; set warmup.peak_lr and continual.peak_lr"),
+        ("tensorboard.enabled=true", "there is no key tensorboard; did you mean logging.tensorboard?"),
+        ("amp.enabled=true", "there is no key amp; amp is DeepSpeed's, whose JSON is derived; set engine.precision"),
+    ],
+)  # fmt: skip
+def test_a_key_of_deepspeed_is_answered_where_it_stands(override: str, said: str) -> None:
+    assert said in refusal(override)
 
 
 @pytest.mark.parametrize(
@@ -179,11 +283,35 @@ def test_keys_of_deepspeed_are_answered_with_ours() -> None:
         ("model: {width: wide}", "model.width=wide must be a whole number, for example 256"),
     ],
 )  # fmt: skip
-def test_mistakes_in_a_file_are_named_with_the_file(
-    yaml: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    conf = Path(shutil.copytree(CONF, tmp_path / "conf"))
-    (conf / "experiment/mine.yaml").write_text(f"# @package _global_\n{yaml}\n")
-    monkeypatch.setattr(compose, "CONF", conf)
-    with pytest.raises(ValueError, match=re.escape(f"conf/experiment/mine.yaml: {said}")):
-        compose_config(["experiment=mine"])
+def test_unknown_keys_in_a_file_are_named_with_the_file(yaml: str, said: str, mine: Path) -> None:
+    assert refusal_of_file(mine, yaml).startswith(f"conf/experiment/mine.yaml: {said}")
+
+
+@pytest.mark.parametrize("yaml", FILES)
+def test_mistakes_in_a_file_are_named_with_file_key_and_remedy(yaml: str, mine: Path) -> None:
+    assert refusal_of_file(mine, yaml).startswith(f"conf/experiment/mine.yaml: {FILES[yaml]}")
+
+
+def test_a_value_of_the_wrong_shape_at_any_key_of_a_file_is_named(mine: Path) -> None:
+    for number, (key, holder, name, kind) in enumerate(keys(base())):
+        is_section = is_dataclass(getattr(holder, name)) or get_origin(kind) is dict
+        if number % (4 if is_section else 16) == 0:
+            *above, last = key.split(".")
+            yaml = "".join(f"{part}: {{" for part in above) + f"{last}: "
+            said = refusal_of_file(mine, yaml + ("7" if is_section else "{a: 1}") + "}" * len(above))
+            assert re.match(rf"conf/experiment/mine.yaml: {re.escape(key)}\b.* must be ", said), said
+
+
+def test_what_file_and_command_line_contradict_in_is_named_with_both(mine: Path) -> None:
+    said = refusal_of_file(mine, "warmup: {rows_per_step: 12}", "warmup.micro_rows=5")
+    assert said == (
+        "warmup.rows_per_step=12 is not a multiple of warmup.micro_rows=5 x engine.num_ranks=2; set it to a multiple "
+        "of 10 (warmup.rows_per_step is set in conf/experiment/mine.yaml)"
+    )
+    said = refusal_of_file(mine, "warmup: {rows_per_step: 12}", "warmup.rows_per_step=7", "model=nano")
+    assert said.startswith("warmup.rows_per_step=7 is not a multiple of warmup.micro_rows=8 x")
+    assert "mine" not in said
+    (mine.parents[1] / "model/wide.yaml").write_text("num_heads: 3\n")
+    assert refusal_of_file(mine, "seed: 1", "model=wide").startswith(
+        "conf/model/wide.yaml: model.num_kv_heads=2: set a divisor of model.num_heads=3"
+    )

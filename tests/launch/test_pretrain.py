@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.documentation import corpus_settings, topics
 from launch import launchers, preflight, pretrain
-from launch.compose import compose_config
+from launch.compose import compose_config, save_config
 from launch.config import RunConfig
 from launch.lock import one_of_ranks, only_user
 from tests.support.launch import Finished, memory3, run_settings, trained, within
@@ -155,14 +155,33 @@ def test_corpus_prepared_with_other_settings_is_refused(root: Path) -> None:
     assert "tokenizer was prepared with other settings; run: memory3 prepare data=jsonl" in done.err
 
 
+def control(root: Path, *changes: str) -> Finished:
+    """Train a control inside this process, where no corpus is prepared, beside runs that there are by name only."""
+    stages = ["warmup=null", "continual.memory=null", "continual.branch_from=m"]
+    settings = ["experiment=quick", "data=jsonl", "data.path=x", f"paths.root={root}", "run=c2", *stages]
+    save_config(compose_config([*settings[:-3], "run=m"]), root / "m/config.yaml")
+    save_config(compose_config([*settings, "run=c"]), root / "c/config.yaml")
+    return within("pretrain", "--no-prepare", *settings, *changes)
+
+
 @pytest.mark.parametrize(
     ("branch_from", "said"),
-    [("nowhere", "nowhere is not a run folder"), ("c", "c has no warmup stage; name the run that has")],
+    [
+        ("nowhere", "nowhere is not a run folder; name a run that was warmed up"),
+        ("mm", "mm is not a run folder; did you mean continual.branch_from=m?"),
+        ("c", "c has no warmup stage; name the run that has"),
+    ],
 )
-def test_control_of_a_run_that_was_not_warmed_up_is_refused(root: Path, branch_from: str, said: str) -> None:
-    done = memory3(
-        "pretrain", "--no-prepare", *run_settings(root, "c"), "run=c2", f"continual.branch_from={branch_from}"
-    )
+def test_control_of_a_run_that_was_not_warmed_up_is_refused_before_ranks_start(
+    tmp_path: Path, branch_from: str, said: str
+) -> None:
+    done = control(tmp_path, f"continual.branch_from={branch_from}")
     assert done.code == 2
-    assert said in done.err.splitlines()[-1]
-    assert "Traceback" not in done.err
+    assert done.err == f"memory3 pretrain: continual.branch_from={branch_from}: {tmp_path}/{said}\n"
+
+
+def test_a_control_that_has_branched_needs_the_other_run_no_more(tmp_path: Path) -> None:
+    refused = f"{tmp_path}/prepared/jsonl/corpus is not prepared"
+    assert refused in control(tmp_path).err
+    (tmp_path / "c2/checkpoints/continual-00000002").mkdir(parents=True)
+    assert refused in control(tmp_path, "continual.branch_from=nowhere").err

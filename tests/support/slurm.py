@@ -45,6 +45,7 @@ def sbatch(folder: Path, arguments: list[str]) -> str:
         environment = {
             **os.environ,
             "SLURM_JOB_ID": job.name,
+            "SLURM_SUBMIT_DIR": os.getcwd(),
             "SLURM_JOB_NODELIST": "node[1-9]",
             **({} if task is None else {"SLURM_ARRAY_TASK_ID": task}),
         }
