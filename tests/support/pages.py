@@ -2,8 +2,8 @@
 
 Fenced blocks whose info string begins with `sh` are run by bash, page after page, in one folder. `memory3` answers
 inside this process; what a page says about sizes is made small by settings that are appended. Hosts and clusters are
-this machine: `ssh` runs its line here, SLURM is `tests.support.slurm`, whose jobs are waited for. `sh slow` is left to
-the slow tests, `sh elsewhere` cannot be run.
+this machine: `ssh` runs its line here, SLURM is `tests.support.slurm`, whose jobs are waited for. Of the campaign of
+faults the short form is run, once. `sh slow` is left to the slow tests, `sh elsewhere` cannot be run.
 """
 
 import json
@@ -127,6 +127,9 @@ class Reader:
         ):
             (tools / name).write_text(f"#!/bin/sh\nexec {command}\n")
             (tools / name).chmod(0o755)
+        campaign = f'exec {sys.executable} {ROOT}/"$@" --short --work {tools / "campaign"}'
+        python = f'case $1 in benchmarks/campaign.py) {campaign};; esac\nexec {sys.executable} "$@"'
+        (tools / "python").write_text(f"#!/bin/sh\n{python}\n")
         self._cluster = tools / "cluster"
         path = [str(tools), str(slurm.install(self._cluster)), os.environ["PATH"]]
         self._environment = {"PATH": os.pathsep.join(path), "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
