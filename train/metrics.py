@@ -121,8 +121,8 @@ class Mirror:
 class Wandb:
     """A wandb run of the run folder's id: the same after every resume.
 
-    Offline where `WANDB_API_KEY` is not set, or where the server does not answer at the start: `wandb sync` brings
-    it up later. `WANDB_MODE` decides otherwise.
+    Offline where there is no key, or where the server does not answer at the start: `wandb sync` brings it up later.
+    `WANDB_MODE` decides otherwise.
     """
 
     def __init__(self, run: Path, *, project: str, config: Mapping[str, Any]) -> None:
@@ -140,7 +140,7 @@ class Wandb:
                 settings=wandb.Settings(init_timeout=_MIRROR_SECONDS),
             )
 
-        mode = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+        mode = os.environ.get("WANDB_MODE", "online" if has_wandb_key() else "offline")
         try:
             self._run = start(mode)
         except Exception as problem:
@@ -267,6 +267,14 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield from ((f"{name}/{place}", item) for place, item in enumerate(value))
         elif isinstance(value, int | float):
             yield name, value
+
+
+def has_wandb_key() -> bool:
+    """Whether there is a key for wandb: in `WANDB_API_KEY`, or where `wandb login` leaves it."""
+    left = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return bool(os.environ.get("WANDB_API_KEY")) or (
+        left.is_file() and "api.wandb.ai" in left.read_text(errors="replace")
+    )
 
 
 def _within_a_minute(action: Callable[[], None]) -> bool:

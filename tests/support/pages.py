@@ -117,19 +117,17 @@ class Reader:
         self._socket = tools / "socket"
         (tools / "shim.py").write_text(_SHIM.format(path=str(self._socket)))
         added = " ".join([*SMALL, "debug=smoke"])
-        for name, command in (
-            ("memory3", f'{sys.executable} -S {tools / "shim.py"} "$@"'),
-            ("python", f'{sys.executable} "$@"'),
-            ("torchrun", f'{sys.executable} -m torch.distributed.run "$@" {added}'),
-            ("deepspeed", f'{sys.executable} {Path(sys.executable).parent / "deepspeed"} "$@" {added}'),
-            ("ssh", """sh -c "$(printf %s "$2" | sed 's/worker-[12]/127.0.0.1/g')\""""),
-            ("chromium", f'{shutil.which("chromium") or "true"} --user-data-dir={tools / "browser"} "$@"'),
-        ):
-            (tools / name).write_text(f"#!/bin/sh\nexec {command}\n")
-            (tools / name).chmod(0o755)
         campaign = f'exec {sys.executable} {ROOT}/"$@" --short --work {tools / "campaign"}'
-        python = f'case $1 in benchmarks/campaign.py) {campaign};; esac\nexec {sys.executable} "$@"'
-        (tools / "python").write_text(f"#!/bin/sh\n{python}\n")
+        for name, command in (
+            ("memory3", f'exec {sys.executable} -S {tools / "shim.py"} "$@"'),
+            ("python", f'case $1 in benchmarks/campaign.py) {campaign};; *) exec {sys.executable} "$@";; esac'),
+            ("torchrun", f'exec {sys.executable} -m torch.distributed.run "$@" {added}'),
+            ("deepspeed", f'exec {sys.executable} {Path(sys.executable).parent / "deepspeed"} "$@" {added}'),
+            ("ssh", """exec sh -c "$(printf %s "$2" | sed 's/worker-[12]/127.0.0.1/g')\""""),
+            ("chromium", f'exec {shutil.which("chromium") or "true"} --user-data-dir={tools / "browser"} "$@"'),
+        ):
+            (tools / name).write_text(f"#!/bin/sh\n{command}\n")
+            (tools / name).chmod(0o755)
         self._cluster = tools / "cluster"
         path = [str(tools), str(slurm.install(self._cluster)), os.environ["PATH"]]
         self._environment = {"PATH": os.pathsep.join(path), "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}

@@ -167,9 +167,14 @@ def fake_wandb(
 
     fake = types.SimpleNamespace(init=init, Settings=dict, teardown=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    without_key(monkeypatch)
+    return started
+
+
+def without_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETRC", "nothing")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    return started
 
 
 def wandb_mirror(run: Path) -> Mirror:
@@ -192,6 +197,14 @@ def test_wandb_is_offline_without_a_key_and_keeps_its_run_id_on_resume(
     ]
     assert started[0][1].axes == {"warmup/*": "warmup/step", "continual/*": "continual/step"}
     assert started[0][1].finished == 1
+
+
+def test_a_key_that_wandb_login_left_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = fake_wandb(monkeypatch)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password k\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wandb_mirror(tmp_path)
+    assert [settings["mode"] for settings, _ in started] == ["online"]
 
 
 def test_an_outage_of_wandb_at_the_start_leaves_an_offline_run_of_the_same_id(
@@ -289,8 +302,7 @@ def test_wandb_itself_writes_an_offline_run_that_can_be_synced_later(
 ) -> None:
     """The package itself, twice under one id, without a network."""
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    without_key(monkeypatch)
     for step in (1, 2):
         sink = wandb_mirror(tmp_path)
         sink.log({"stage": "warmup", "step": step, "loss": 2.0})
