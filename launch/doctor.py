@@ -443,4 +443,6 @@ def _wandb(_: Path) -> Iterator[Finding]:
         yield Finding("wandb", State.ok, f"{_WANDB[0]} answers, a key is set")
     else:
         says = f"{_WANDB[0]} answers, no key is set: {offline}"
-        yield Finding("wandb", State.ok, says, "`wandb login`, or WANDB_API_KEY, brings runs up while they train")
+        yield Finding(
+            "wandb", State.ok, says, "`wandb login`, or WANDB_API_KEY, brings runs up while they train"
+        )

@@ -115,7 +115,15 @@ def test_torchruns_of_two_nodes_train_the_same(root: Path) -> None:
         said = [
             nodes.submit(
                 start,
-                [*torchrun, "--rdzv-backend=c10d", meeting, f"--node-rank={node}", "-m", "launch.cli", *settings(root, "nodes")],
+                [
+                    *torchrun,
+                    "--rdzv-backend=c10d",
+                    meeting,
+                    f"--node-rank={node}",
+                    "-m",
+                    "launch.cli",
+                    *settings(root, "nodes"),
+                ],
             )
             for node in range(2)
         ]

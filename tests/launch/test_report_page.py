@@ -138,7 +138,13 @@ def test_a_rollback_is_a_fault_survived_and_no_resume(tmp_path: Path) -> None:
 
 
 def test_a_crash_is_listed_with_its_cause_and_what_followed(tmp_path: Path) -> None:
-    crash = {"stage": "warmup", "step": 12, "event": "crashed", "cause": "rank 1 was killed", "reason": "restart 1"}
+    crash = {
+        "stage": "warmup",
+        "step": 12,
+        "event": "crashed",
+        "cause": "rank 1 was killed",
+        "reason": "restart 1",
+    }
     written = [*lines(warmup=12, continual=0), {**crash, "restarted_after": 4.0, "time": 2e9}]
     text = page([RunLog.read(run_folder(tmp_path / "m", written))]).text
     assert "crashed: rank 1 was killed; restart 1" in text

@@ -120,11 +120,17 @@ class Reader:
         campaign = f'exec {sys.executable} {ROOT}/"$@" --short --work {tools / "campaign"}'
         for name, command in (
             ("memory3", f'exec {sys.executable} -S {tools / "shim.py"} "$@"'),
-            ("python", f'case $1 in benchmarks/campaign.py) {campaign};; *) exec {sys.executable} "$@";; esac'),
+            (
+                "python",
+                f'case $1 in benchmarks/campaign.py) {campaign};; *) exec {sys.executable} "$@";; esac',
+            ),
             ("torchrun", f'exec {sys.executable} -m torch.distributed.run "$@" {added}'),
             ("deepspeed", f'exec {sys.executable} {Path(sys.executable).parent / "deepspeed"} "$@" {added}'),
             ("ssh", """exec sh -c "$(printf %s "$2" | sed 's/worker-[12]/127.0.0.1/g')\""""),
-            ("chromium", f'exec {shutil.which("chromium") or "true"} --user-data-dir={tools / "browser"} "$@"'),
+            (
+                "chromium",
+                f'exec {shutil.which("chromium") or "true"} --user-data-dir={tools / "browser"} "$@"',
+            ),
         ):
             (tools / name).write_text(f"#!/bin/sh\n{command}\n")
             (tools / name).chmod(0o755)
