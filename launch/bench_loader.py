@@ -149,6 +149,7 @@ def _verifying(scene: Scene) -> Side:
 def _stalls(loop: Loop) -> list[float]:
     """Return, step by step, the share of its time that a step waited for memories."""
     return [
-        line["seconds_stalled"] / (line["seconds_data"] + line["seconds_compute"] + line["seconds_update"])
+        line["seconds_retrieve"]
+        / sum(line[f"seconds_{part}"] for part in ("data", "retrieve", "compute", "update"))
         for line in read_metrics(loop.path)
     ]

@@ -43,7 +43,6 @@ from memorybank.store import Generation, GenerationSettings
 from memorybank.writer import batch_for, compile_generation
 from model.config import ModelConfig
 from model.flops import count_parameters, step_flops, text_token_flops
-from model.loss import TOKENS_AT_A_TIME
 from model.transformer import Memory3LM
 from train import distributed
 from train.config import DivergenceConfig, OptimConfig, StageConfig
@@ -53,6 +52,7 @@ from train.inputs import InputsAhead
 from train.loop import train_epoch
 from train.metrics import JsonLines, Metrics
 from train.optim import parameter_groups
+from train.products import products
 from train.schedule import Schedule
 from train.stages import MemoryStage, PlainStage, Stage
 from train.state import RunState
@@ -327,42 +327,6 @@ def _first_step(scene: Scene) -> Iterator[ModelInput]:
         for _ in range(settings.rows_per_step // settings.micro_rows):
             batch = next(rows)
             yield ModelInput(batch.inputs.to(scene.ranks.device), batch.targets.to(scene.ranks.device))
-
-
-@dataclass(frozen=True, slots=True)
-class Products:
-    """The matrix products of one layer and of the head, forward and backward, for a micro-batch."""
-
-    run: Side
-    flops: float
-
-
-def products(model: ModelConfig, *, tokens: int, dtype: torch.dtype, device: torch.device) -> Products:
-    """Make random operands and return their products; attention's are left out."""
-    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_size
-    shapes = [
-        (model.width, heads, tokens),
-        (model.num_heads * model.head_size, model.width, tokens),
-        (model.width, 2 * model.ffn_width, tokens),
-        (model.ffn_width, model.width, tokens),
-        (model.width, model.vocab_size, min(tokens, TOKENS_AT_A_TIME)),
-    ]
-    operands = [
-        (
-            torch.randn(count, size_in, device=device).to(dtype),
-            torch.randn(size_out, size_in, device=device).to(dtype),
-            torch.randn(count, size_out, device=device).to(dtype),
-        )
-        for size_in, size_out, count in shapes
-    ]
-
-    def run() -> None:
-        for x, weight, grad in operands:
-            x @ weight.T
-            grad @ weight
-            grad.T @ x
-
-    return Products(run, sum(6.0 * count * size_in * size_out for size_in, size_out, count in shapes))
 
 
 def measure(config: RunConfig, conditions: Conditions) -> Bench:

@@ -20,6 +20,7 @@ from data.prepare import Prepared, open_prepared
 from data.references import ReferenceSource
 from launch.compose import load_config
 from launch.config import RunConfig
+from launch.devices import DEVICES, device_here
 from memorybank import embedder as embedders
 from memorybank.embedder import Embedder, VectorCache
 from memorybank.search import RowSearch
@@ -35,6 +36,7 @@ from train.evaluate import TextSet
 from train.loop import PeakSpeed
 from train.metrics import Metrics
 from train.probes import search_probes
+from train.products import products_rate
 from train.rows import held_out_rows
 from train.run import Parts
 from train.schedule import schedule_of
@@ -212,7 +214,7 @@ class Context:
             metrics=metrics,
             ranks=ranks,
             row_tokens=config.model.row_tokens,
-            peak=self._peak(ranks),
+            peak=self._peak(stage, ranks),
             cache_bytes=config.bank.cache_mib << 20,
             seed=config.seed,
             divergence=config.divergence,
@@ -227,13 +229,20 @@ class Context:
             stop=stop or Stop(),
         )
 
-    def _peak(self, ranks: Ranks) -> PeakSpeed | None:
-        """What all devices would train on at their stated peak: MFU is the share of it."""
-        if self.config.logging.peak_tflops is None:
-            return None
-        peak = self.config.logging.peak_tflops * 1e12 * ranks.world_size
-        flops = text_token_flops(self.config.model)
-        return PeakSpeed(palm=peak / flops.palm, causal=peak / flops.causal)
+    def _peak(self, stage: StageConfig, ranks: Ranks) -> PeakSpeed:
+        """What all devices would train on at their nominal peak, where one is known, and at that of the products."""
+        model, flops = self.config.model, text_token_flops(self.config.model)
+        tokens, dtype = stage.micro_rows * model.row_tokens, training_dtype(self.config)
+        measured = products_rate(model, tokens=tokens, dtype=dtype, device=ranks.device)
+        products = ranks.world_size * measured / flops.causal
+        nominal = self.config.logging.peak_tflops
+        if nominal is None and ranks.device.type == "cuda":
+            name, _ = device_here()
+            nominal = None if name == "cpu" else DEVICES[name].peak(self.config.engine.precision)
+        if nominal is None:
+            return PeakSpeed(products)
+        peak = ranks.world_size * nominal * 1e12
+        return PeakSpeed(products, palm=peak / flops.palm, causal=peak / flops.causal)
 
 
 def training_dtype(config: RunConfig) -> torch.dtype:

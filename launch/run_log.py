@@ -136,11 +136,10 @@ class RunLog:
 
 
 def spent(line: Line) -> dict[str, float]:
-    """What a line says that time went to; the wait for memories is a part of the wait for data."""
-    stalled = line.get("seconds_stalled", 0.0)
+    """What a line says that time went to."""
     return {
-        "data": line.get("seconds_data", 0.0) - stalled,
-        "retrieve": stalled,
+        "data": line.get("seconds_data", 0.0),
+        "retrieve": line.get("seconds_retrieve", 0.0),
         "compute": line.get("seconds_compute", 0.0),
         "update": line.get("seconds_update", 0.0),
         "search": line.get("bank_seconds_search", 0.0),

@@ -287,7 +287,8 @@ class Memory3LM(nn.Module):
                 )
             return self.attention(q_BTHE, k_BTGE, v_BTGE, **reads)
 
-        self._rows(tokens_BT, memory, None, recording)
+        with torch.compiler.set_stance("force_eager"):  # who looks on is another function at every layer
+            self._rows(tokens_BT, memory, None, recording)
         return AttentionShares(*(torch.stack(part) for part in zip(*shares, strict=True)))
 
     def rotation(self, start: int, tokens: int) -> Rotation:

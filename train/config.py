@@ -154,7 +154,7 @@ class LoggingConfig:
     line_every: int = 20
     """Steps between two lines where the output is no terminal."""
     peak_tflops: float | None = None
-    """Peak of one rank's device in the type of training, TFLOP/s (H100, bf16: 989), for MFU; null: none is shown."""
+    """Peak of one rank's device in the type of training, TFLOP/s, for MFU; null: its maker's, if it is a known GPU."""
     tensorboard: bool = False
     """Mirror the metrics to `<run>/tensorboard`, a folder for each stage (needs the extra `tensorboard`)."""
     wandb: bool = False

@@ -75,7 +75,8 @@ class StepResult:
         tokens: Targets behind the loss, over all ranks.
         grad_norm: Global norm before clipping; None in float32 without ZeRO, where DeepSpeed does not keep it.
         skipped: Whether the update was left out because the gradient was not finite.
-        seconds_update: What the optimizer took of the step: exchange of gradients, clipping, update.
+        seconds_update: What the optimizer took of the step: clipping, update, exchange of parameters. Gradients are
+            exchanged before, at the end of the backward pass.
     """
 
     loss: float

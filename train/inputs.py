@@ -32,12 +32,10 @@ class BankReading:
     Attributes:
         cache_hit_rate: Share of the records that the cache held; None when none were read.
         bytes_read: Bytes of the records that it did not hold.
-        seconds_stalled: Time that the step waited for memories, of its `seconds_data`.
     """
 
     cache_hit_rate: float | None
     bytes_read: int
-    seconds_stalled: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +45,13 @@ class StepInputs:
     Attributes:
         micro: Its micro-batches, on this rank.
         cursor: Rows of the plan consumed by the whole run once the step is done.
+        seconds_retrieve: Time that was waited for what the rows read; the rest of the wait was for the rows.
         reading: None for a stage that reads no bank.
     """
 
     micro: list[ModelInput]
     cursor: int
+    seconds_retrieve: float
     reading: BankReading | None
 
 
@@ -101,19 +101,19 @@ class InputsAhead:
 
     def __next__(self) -> StepInputs:
         micro: list[ModelInput] = []
-        stalled = 0.0
+        waited = 0.0
         for _ in range(self._accumulate):
             asked = time.perf_counter()
             made = next(self._ahead)
             # While this waited, the thread fetched the rows first; from then on, it read their memories.
-            stalled += max(0.0, time.perf_counter() - max(asked, made.begun))
+            waited += max(0.0, time.perf_counter() - max(asked, made.begun))
             micro.append(made.inputs)
         if made.counts is None:
-            return StepInputs(micro, made.cursor, None)
+            return StepInputs(micro, made.cursor, waited, None)
         read, self._counted = made.counts.since(self._counted), made.counts
         asked_for = read.held + read.missed
         rate = read.held / asked_for if asked_for else None
-        return StepInputs(micro, made.cursor, BankReading(rate, read.bytes_read, stalled))
+        return StepInputs(micro, made.cursor, waited, BankReading(rate, read.bytes_read))
 
     def __enter__(self) -> Self:
         return self

@@ -24,15 +24,17 @@ Save = Callable[[RunState], None]
 
 @dataclass(frozen=True, slots=True)
 class PeakSpeed:
-    """Tokens per second if the devices did nothing but the text's operations, at their stated peak.
+    """Tokens per second if the devices did nothing but the text's operations.
 
     Attributes:
-        palm: By the PaLM formula: every score of the T x T matrix counts.
-        causal: By those that a causal kernel computes.
+        products: At the measured rate of the model's matrix products, by the operations of a causal kernel.
+        palm: At the nominal peak, by the PaLM formula: every score of the T x T matrix counts; None: no peak is known.
+        causal: At the nominal peak, by the operations of a causal kernel.
     """
 
-    palm: float
-    causal: float
+    products: float
+    palm: float | None = None
+    causal: float | None = None
 
 
 def train_epoch(
@@ -65,7 +67,7 @@ def train_epoch(
         validate: Reads held-out text.
         save: Publishes a checkpoint.
         divergence: When training counts as gone wrong.
-        peak: What the devices' stated peak would make of the text's operations; None: MFU is not reported.
+        peak: What the devices could make of the text's operations; None: no share of it is reported.
         stopping: Whether to return early; a collective, asked after every step.
 
     Raises:
@@ -73,6 +75,7 @@ def train_epoch(
     """
     collected = gc.isenabled()
     gc.collect()
+    gc.freeze()  # what is there now stays, and need not be looked at again
     gc.disable()  # a collection in the middle of a step stalls every rank
     try:
         while state.step < last_step:
@@ -101,9 +104,11 @@ def train_epoch(
                     skipped=result.skipped,
                     tokens=state.tokens,
                     tokens_per_second=rate,
-                    mfu=None if peak is None else rate / peak.palm,
-                    mfu_causal=None if peak is None else rate / peak.causal,
-                    seconds_data=fetched - started,
+                    mfu=_share(rate, peak.palm if peak else None),
+                    mfu_causal=_share(rate, peak.causal if peak else None),
+                    matmul_share=_share(rate, peak.products if peak else None),
+                    seconds_data=fetched - started - given.seconds_retrieve,
+                    seconds_retrieve=given.seconds_retrieve,
                     seconds_compute=ended - fetched - result.seconds_update,
                     seconds_update=result.seconds_update,
                     generation=state.generation,
@@ -125,6 +130,11 @@ def train_epoch(
             if state.step % 100 == 0:
                 gc.collect()
     finally:
+        gc.unfreeze()
         if collected:
             gc.enable()
     return state
+
+
+def _share(rate: float, peak: float | None) -> float | None:
+    return None if peak is None else rate / peak

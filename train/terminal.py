@@ -67,6 +67,8 @@ class Status:
         shown.append(("tokens/s", f"{v['tokens_per_second']:,.0f}"))
         if v.get("mfu") is not None:
             shown.append(("MFU", f"{v['mfu']:.1%}"))
+        if v.get("matmul_share") is not None:
+            shown.append(("of matmul", f"{v['matmul_share']:.0%}"))
         if v.get("skips"):
             shown.append(("skipped", str(v["skips"])))
         return shown

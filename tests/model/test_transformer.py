@@ -192,6 +192,16 @@ def test_attention_shares_are_measured_at_every_memory_layer() -> None:
     assert model.attention_shares(rows, None).memory_BTK.shape == (2, 2, 32, 0)
 
 
+def test_looking_at_attention_compiles_nothing() -> None:
+    """What looks on would be another function at every layer, and a block may not be compiled that often."""
+    rows, references = random_tokens(2, 32), random_references(2, 4)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = tiny_model(compile=True).attention_shares(rows, references)
+    assert not counters["stats"]
+    torch.testing.assert_close(compiled, tiny_model().attention_shares(rows, references), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "change",
     [{"activation_checkpointing": True}, pytest.param({"compile": True}, marks=pytest.mark.slow)],

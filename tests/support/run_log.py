@@ -31,8 +31,8 @@ def lines(*, warmup: int = 40, continual: int = 40, has_memory: bool = True) -> 
             }
             update |= {"skipped": False, "tokens": tokens, "tokens_per_second": 2.0, "mfu": None}
             update |= {
-                "seconds_data": 0.3 if reads else 0.1,
-                "seconds_stalled": 0.2 if reads else 0.0,
+                "seconds_data": 0.1,
+                "seconds_retrieve": 0.2 if reads else 0.0,
                 "seconds_compute": 0.6 if reads else 0.8,
                 "seconds_update": 0.1,
             }

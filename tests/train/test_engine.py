@@ -21,9 +21,9 @@ STEPS = 12
 ROWS = 4
 
 
-def model() -> Memory3LM:
+def model(**switches: bool) -> Memory3LM:
     torch.manual_seed(0)
-    return Memory3LM(model_config(row_tokens=64))
+    return Memory3LM(model_config(row_tokens=64, **switches))
 
 
 def rows(ranks: Ranks, step: int, *, micro_rows: int, memory: bool = False) -> list[ModelInput]:
@@ -42,9 +42,16 @@ def rows(ranks: Ranks, step: int, *, micro_rows: int, memory: bool = False) -> l
     return inputs
 
 
-def engine(ranks: Ranks, *, zero_stage: int = 1, micro_rows: int = 2, **optim: float) -> DeepSpeedEngine:
+def engine(
+    ranks: Ranks,
+    *,
+    zero_stage: int = 1,
+    micro_rows: int = 2,
+    switches: dict[str, bool] | None = None,
+    **optim: float,
+) -> DeepSpeedEngine:
     return DeepSpeedEngine(
-        model(),
+        model(**(switches or {})),
         optim=OptimConfig(**optim),
         engine=EngineConfig(zero_stage=zero_stage),
         rows_per_step=ROWS,
@@ -76,7 +83,10 @@ def check_everything(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = {f"zero {stage}": trained(ranks, zero_stage=stage) for stage in (0, 1, 2)}
         found["again"] = trained(ranks)
         found["accumulated"] = trained(ranks, micro_rows=1)
-        found["online"] = trained(ranks, memory=True)
+        for stage in (0, 1, 2):
+            found[f"online, zero {stage}"] = trained(ranks, memory=True, zero_stage=stage)
+        recomputing = {"activation_checkpointing": True}
+        found["online, recomputed"] = trained(ranks, memory=True, switches=recomputing)
         found["rate 0"] = _rate_of_zero(ranks)
         found["clipped"] = trained(ranks, clip_norm=1e-4)["norms"]
         found["forward"] = _forward(ranks)
@@ -160,7 +170,10 @@ def both(folder: Path) -> list[dict[str, Any]]:
     return spawn(check_everything, folder)
 
 
-@pytest.mark.parametrize("kind", ["zero 0", "zero 1", "zero 2", "accumulated", "online"])
+ONLINE = [f"online, zero {stage}" for stage in (0, 1, 2)]
+
+
+@pytest.mark.parametrize("kind", ["zero 0", "zero 1", "zero 2", "accumulated", *ONLINE, "online, recomputed"])
 def test_the_loss_falls_alike_on_all_ranks(kind: str, both: list[dict[str, Any]]) -> None:
     first, second = (found[kind] for found in both)
     assert first["losses"][-1] < first["losses"][0] - 1
@@ -266,21 +279,34 @@ def test_saved_engine_files_hold_masters_and_moments_of_every_rank_and_no_script
     assert min(by_rank) > 0.9 * max(by_rank)
 
 
-def train_with_zero_3() -> tuple[list[float], int]:
+def test_memory_trains_alike_with_every_zero_stage_and_recomputed(both: list[dict[str, Any]]) -> None:
+    plain = both[0]["online, zero 1"]["losses"]
+    for kind in ONLINE:
+        assert both[0][kind]["losses"] == pytest.approx(plain, abs=0.02)
+    assert both[0]["online, recomputed"]["losses"] == plain
+
+
+def train_with(memory: bool, zero_stage: int, switches: dict[str, bool]) -> tuple[list[float], int]:
     with two_ranks() as ranks:
-        found = trained(ranks, zero_stage=3)
+        found = trained(ranks, memory=memory, zero_stage=zero_stage, switches=switches)
         return found["losses"], sum(weight.numel() for weight in found["weights"].values())
 
 
 @pytest.mark.slow
-def test_zero_3_trains() -> None:
-    try:
-        (losses, numbers), (other_losses, others) = spawn(train_with_zero_3)
-    except RuntimeError as problem:
-        pytest.skip(f"ZeRO-3 does not run here: {str(problem).strip().splitlines()[-1]}")
+@pytest.mark.parametrize("memory", [False, True])
+def test_zero_3_trains(memory: bool) -> None:
+    (losses, numbers), (other_losses, others) = spawn(train_with, memory, 3, {})
     assert losses == other_losses
     assert losses[-1] < losses[0] - 1
     assert (numbers, others) == (sum(p.numel() for p in model().parameters()), 0)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike() -> None:
+    (losses, _), (other_losses, _) = spawn(train_with, True, 1, {"compile": True})
+    (plain, _), _ = spawn(train_with, True, 1, {})
+    assert losses == other_losses
+    assert losses == pytest.approx(plain, abs=0.05)
 
 
 def test_the_settings_of_deepspeed_are_derived() -> None:

@@ -159,8 +159,8 @@ def test_only_waiting_for_memories_is_a_stall(generation: Generation, plan: RowP
         slow.release.release(1000)
     assert isinstance(first.reading, BankReading)
     assert isinstance(second.reading, BankReading)
-    assert first.reading.seconds_stalled > 0.25
-    assert second.reading.seconds_stalled < 0.2
+    assert first.seconds_retrieve > 0.25
+    assert second.seconds_retrieve < 0.2
 
 
 def test_a_stage_without_a_bank_has_nothing_to_report(plan: RowPlan) -> None:

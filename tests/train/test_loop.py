@@ -63,7 +63,7 @@ class Trained:
             rows = [torch.full((2, 5), self.handed_out + first) for first in (0, 2)]
             self.handed_out += 4
             micro = [ModelInput(tokens[:, :-1], tokens[:, 1:]) for tokens in rows]
-            yield StepInputs(micro, self.handed_out, self.reading)
+            yield StepInputs(micro, self.handed_out, 0.0, self.reading)
 
 
 def test_counts_updates_and_gives_each_its_micro_batches_and_its_rate(tmp_path: Path) -> None:
@@ -92,27 +92,35 @@ def test_goes_on_from_a_state_and_reports_each_step_once(tmp_path: Path) -> None
     assert [line["step"] for line in lines if "validation_none" in line] == [4, 8]
 
 
-def test_a_line_splits_the_step_into_data_computing_and_update(tmp_path: Path) -> None:
+def test_a_line_splits_the_step_into_data_retrieving_computing_and_update(tmp_path: Path) -> None:
     line = read_metrics(Trained(tmp_path, CountingEngine()).path)[0]
     assert {"loss", "grad_norm", "lr", "tokens", "tokens_per_second", "generation_age"} <= line.keys()
     assert line["seconds_data"] >= 0
     assert line["seconds_compute"] >= 0
+    assert line["seconds_retrieve"] == 0.0
     assert line["seconds_update"] == 0.0
 
 
-def test_mfu_is_told_by_both_formulas_where_a_peak_is_stated(tmp_path: Path) -> None:
-    line = read_metrics(Trained(tmp_path, CountingEngine(), peak=PeakSpeed(palm=2e9, causal=4e9)).path)[0]
+def test_mfu_is_told_by_both_formulas_where_a_peak_is_known_and_beside_the_products_always(
+    tmp_path: Path,
+) -> None:
+    peak = PeakSpeed(products=1e9, palm=2e9, causal=4e9)
+    line = read_metrics(Trained(tmp_path, CountingEngine(), peak=peak).path)[0]
     assert line["mfu"] == line["tokens_per_second"] / 2e9
     assert line["mfu_causal"] == line["mfu"] / 2
+    assert line["matmul_share"] == line["tokens_per_second"] / 1e9
+    unknown = read_metrics(Trained(tmp_path / "unknown", CountingEngine(), peak=PeakSpeed(1e9)).path)[0]
+    assert (unknown["mfu"], unknown["mfu_causal"]) == (None, None)
+    assert unknown["matmul_share"] > 0
     assert read_metrics(Trained(tmp_path / "none", CountingEngine()).path)[0]["mfu_causal"] is None
 
 
 def test_a_line_says_how_memories_came_from_the_bank(tmp_path: Path) -> None:
-    reading = BankReading(cache_hit_rate=0.25, bytes_read=300, seconds_stalled=0.5)
+    reading = BankReading(cache_hit_rate=0.25, bytes_read=300)
     line = read_metrics(Trained(tmp_path, CountingEngine(), reading=reading).path)[0]
-    assert (line["cache_hit_rate"], line["bytes_read"], line["seconds_stalled"]) == (0.25, 300, 0.5)
+    assert (line["cache_hit_rate"], line["bytes_read"]) == (0.25, 300)
     without = read_metrics(Trained(tmp_path / "plain", CountingEngine()).path)[0]
-    assert not {"cache_hit_rate", "bytes_read", "seconds_stalled"} & without.keys()
+    assert not {"cache_hit_rate", "bytes_read"} & without.keys()
 
 
 def test_updates_without_finite_gradient_are_left_out_and_too_many_in_a_row_diverge(tmp_path: Path) -> None:

@@ -463,7 +463,7 @@ def test_every_step_that_reads_the_bank_says_how_its_records_came(runs: Path) ->
     for line in lines:
         assert 0 <= line["cache_hit_rate"] <= 1
         assert line["bytes_read"] % record_bytes == 0
-        assert 0 <= line["seconds_stalled"] <= line["seconds_data"]
+        assert min(line["seconds_data"], line["seconds_retrieve"]) >= 0
     first_of_epoch = [lines[step]["cache_hit_rate"] for step in (0, 8, 16)]
     assert first_of_epoch == [0, 0, 0]  # another generation, other records
     assert max(line["cache_hit_rate"] for line in lines) > 0.3
