@@ -3,7 +3,7 @@
 Nothing is inferred that can be tried: processes add numbers through gloo and NCCL, files are written, renamed, mapped
 and locked in the folder of runs. A check states `ok`, `note` (works, but not as well as it could) or `fail` (no run is
 possible); only a `fail` makes the exit code 1. What was written for a check is deleted again.
-Not here: what a run needs of memory and disk (`memory3 plan`).
+Not here: what a run needs of memory and disk (`memory3 plan`); other hosts, whose view of a shared folder may differ.
 """
 
 import argparse
@@ -369,7 +369,7 @@ def _rename(work: Path) -> str:
     write_atomic(published / "file", b"second")
     if (published / "file").read_bytes() != b"second" or aside.exists():
         raise OSError("a renamed folder, or a replaced file, is not what was written")
-    return "folders are published by one rename, files replaced in one piece, both synced"
+    return "on this host folders are published by one rename, files replaced in one piece, both synced"
 
 
 def _map(work: Path) -> str:
@@ -382,7 +382,7 @@ def _map(work: Path) -> str:
 
 
 def _lock(work: Path) -> Finding:
-    """A lock that is held here has to keep another process out, and to be free again once it is released."""
+    """A lock that is held here has to keep another process of this host out, and to be free again once released."""
     path = work / "lock"
     path.touch()
     other = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
@@ -396,7 +396,7 @@ def _lock(work: Path) -> Finding:
         kept_out, freed = False, False
         says = f"files cannot be locked: {problem}"
     else:
-        says = "a lock keeps other processes out" if kept_out and freed else "a lock keeps nobody out"
+        says = f"on this host a lock keeps {'other processes' if kept_out and freed else 'nobody'} out"
     if kept_out and freed:
         return Finding("locks", State.ok, says)
     return Finding(
@@ -429,17 +429,20 @@ def _limits(_: Path) -> Iterator[Finding]:
 
 def _wandb(_: Path) -> Iterator[Finding]:
     """Look whether its server answers; without it runs log offline, so that this is never a failure."""
-    home = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    key = "WANDB_API_KEY" in os.environ or (
-        home.is_file() and "api.wandb.ai" in home.read_text(errors="replace")
-    )
+    from train.metrics import has_wandb_key
+
+    offline = "logging.wandb=true writes offline"
     try:
         socket.create_connection(_WANDB, timeout=_WANDB_SECONDS).close()
     except OSError as problem:
-        says = (
-            f"{_WANDB[0]} does not answer ({problem.strerror or problem}): logging.wandb=true writes offline"
-        )
-        yield Finding("wandb", State.ok, says)
+        says = f"{_WANDB[0]} does not answer ({problem.strerror or problem}): {offline}"
+        remedy = "`wandb sync RUN/wandb/offline-*` brings a run up from a machine that reaches it"
+        yield Finding("wandb", State.ok, says, remedy)
         return
-    says = f"{_WANDB[0]} answers, {'a key is set' if key else 'no key is set: logging.wandb=true writes offline'}"
-    yield Finding("wandb", State.ok, says)
+    if has_wandb_key():
+        yield Finding("wandb", State.ok, f"{_WANDB[0]} answers, a key is set")
+    else:
+        says = f"{_WANDB[0]} answers, no key is set: {offline}"
+        yield Finding(
+            "wandb", State.ok, says, "`wandb login`, or WANDB_API_KEY, brings runs up while they train"
+        )

@@ -202,12 +202,12 @@ def _stability_charts(logs: Sequence[RunLog]) -> list[Chart]:
         norms.append(Series("", thinned(points, max), number, Look.faint))
         norms.append(Series(log.label, thinned(smoothed(points, max(10, len(points) // 40)), mean), number))
         rates.append(Series(log.label, thinned(log.points(steps, "lr"), mean), number))
-        skipped += [x for x, _ in log.points(log.skipped, "step")]
+        skipped += [x for x, _ in log.points([*log.skipped, *log.rollbacks], "step")]
     return [
         Chart(
             "Gradient norm",
             _TOKENS,
-            "before clipping; dotted lines: skipped steps",
+            "before clipping; dotted lines: skipped steps, rollbacks",
             norms,
             skipped,
             is_log=True,
@@ -329,13 +329,12 @@ def _tiles(log: RunLog) -> Iterator[str]:
             f"{newest['bank_references']:,}",
             f"after {len(log.epochs)} refreshes; {newest['bank_compiled']:,} compiled in the last",
         )
-    survived = len(log.resumes) + len(log.skipped)
+    survived = len(log.resumes) + len(log.rollbacks) + len(log.skipped)
     repeated = sum(event.get("steps_repeated", 0) for event in log.events)
-    yield tile(
-        "faults survived",
-        str(survived),
-        f"{len(log.resumes)} resumes, {repeated} steps repeated; {len(log.skipped)} skipped updates",
-    )
+    said = [f"{len(log.resumes)} resumes, {repeated} steps repeated"]
+    if log.rollbacks:
+        said.append(f"{len(log.rollbacks)} rollbacks, {len(log.passed_over)} updates passed over")
+    yield tile("faults survived", str(survived), "; ".join([*said, f"{len(log.skipped)} skipped updates"]))
     yield "</section>\n"
 
 
@@ -366,6 +365,7 @@ def _runs(logs: Sequence[RunLog]) -> Iterator[str]:
         "attention": lambda log: _number((log.validation or {}).get("memory_attention"), ".1%"),
         "hours": lambda log: f"{log.hours():.2f}",
         "skipped": lambda log: str(len(log.skipped)),
+        "rollbacks": lambda log: str(len(log.rollbacks)) if log.rollbacks else "–",
         "resumes": lambda log: str(len(log.resumes)),
     }
     rows = [[log.label, *(cell(log) for cell in columns.values())] for log in logs]
@@ -404,18 +404,15 @@ def _faults(logs: Sequence[RunLog]) -> Iterator[str]:
     rows = []
     for log in logs:
         for event in log.events:
-            checkpoint = event.get("checkpoint")
-            what = event["event"] + ("" if checkpoint is None else f" from {checkpoint}")
-            if event["event"] == "crashed":
-                what = f"crashed: {event['cause']}; {event['reason']}"
-            repeated = event.get("steps_repeated")
-            cost = "" if repeated is None else f"{repeated:,} steps repeated"
-            rows.append((event["time"], [log.label, _when(event), _where(event), what, cost]))
+            rows.append((event["time"], [log.label, _when(event), _where(event), *_happened(event)]))
         for line in log.skipped:
             what = "update skipped: a gradient was not finite"
             rows.append((line["time"], [log.label, _when(line), _where(line), what, ""]))
     if not rows:
-        yield '<p class="note faults">No resume, no restart and no skipped update stands in these runs\' lines.</p>\n'
+        yield (
+            '<p class="note faults">No resume, no restart, no rollback and no skipped update stands in these runs\' '
+            "lines.</p>\n"
+        )
         return
     rows.sort(key=lambda row: row[0])
     shown = [cell for _, cell in rows[:_FAULTS]]
@@ -426,6 +423,23 @@ def _faults(logs: Sequence[RunLog]) -> Iterator[str]:
 
 
 _FAULTS = 30
+
+
+def _happened(event: Line) -> tuple[str, str]:
+    """What an event was, and what it cost."""
+    if event["event"] == "crashed":
+        return f"crashed: {event['cause']}; {event['reason']}", ""
+    if event["event"] == "rollback":
+        window = f"updates {event['passed_over_first']:,} to {event['passed_over_last']:,}"
+        return (
+            f"went back from step {event['diverged_at']:,} to {event['checkpoint']}: {event['reason']}",
+            f"{event['steps_undone']:,} steps undone, {event['rows_passed_over']:,} rows passed over ({window})",
+        )
+    checkpoint, repeated = event.get("checkpoint"), event.get("steps_repeated")
+    return (
+        event["event"] + ("" if checkpoint is None else f" from {checkpoint}"),
+        "" if repeated is None else f"{repeated:,} steps repeated",
+    )
 
 
 def _evaluations(evaluations: Sequence[Evaluation]) -> Iterator[str]:

@@ -92,7 +92,17 @@ class RunLog:
     @property
     def resumes(self) -> list[Line]:
         """How often the run was started again."""
-        return [line for line in self.events if line["event"] != "crashed"]
+        return [line for line in self.events if line["event"] in ("resumed", "restarted")]
+
+    @property
+    def rollbacks(self) -> list[Line]:
+        """How often training diverged and went back."""
+        return [line for line in self.events if line["event"] == "rollback"]
+
+    @property
+    def passed_over(self) -> list[Line]:
+        """The steps whose rows were passed over after a rollback: they made no update."""
+        return [line for line in self.lines if line.get("passed_over")]
 
     @property
     def skipped(self) -> list[Line]:
@@ -140,8 +150,11 @@ def spent(line: Line) -> dict[str, float]:
 
 
 def _gap(before: Line, line: Line) -> float:
-    """Seconds from a line to the next of which the next does not tell what they went to."""
-    if "event" in line:
+    """Seconds from a line to the next of which the next does not tell what they went to.
+
+    Before a rollback the run was at work, on updates whose lines are gone; before any other event it was not there.
+    """
+    if line.get("event", "rollback") != "rollback":
         return 0.0
     return max(0.0, float(line["time"] - before["time"]) - sum(spent(line).values()))
 

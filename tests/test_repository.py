@@ -62,5 +62,6 @@ def test_every_test_that_the_page_of_faults_names_exists() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     names = set(re.findall(r"`(?:tests/[\w/]+\.py::)?(test_\w+)", page))
     assert len(names) > 30
+    assert sorted(map(int, re.findall(r"^\| (\d+) \|", page, re.M))) == list(range(1, 29))
     assert [name for name in sorted(names) if f"def {name}(" not in source] == []
     assert [path for path in re.findall(r"`(tests/[\w/]+\.py)", page) if not (ROOT / path).exists()] == []

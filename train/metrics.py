@@ -2,8 +2,9 @@
 
 `metrics.jsonl` holds each step once: a resumed run cuts off the lines after its checkpoint and goes on. Every line
 names its stage and step; a validation says which tokens, query mode and filter its losses cover. A line with an
-`event` (`resumed`, `restarted`) tells what happened to the run, and is never cut off. A mirror has the same names,
-below the stage's, and never disturbs training.
+`event` (`resumed`, `restarted`, `crashed`, `rollback`) tells what happened to the run, and is never cut off, not even
+by a resume from an older checkpoint, which knows nothing of it. A mirror has the same names, below the stage's, and
+never disturbs training.
 Not here: what is measured (`loop`, `evaluate`), the live view (`terminal`).
 """
 
@@ -12,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
@@ -95,16 +97,15 @@ class Mirror:
 
     def rewind(self, stage: str, step: int) -> None:
         if self._sink is not None:
-            self._sink.rewind(stage, step)
+            try:
+                self._sink.rewind(stage, step)
+            except Exception as problem:
+                self._give_up("could not go back", problem)
 
     def close(self) -> None:
         """Flush, for no longer than a minute: a server that is gone must not keep a finished run."""
-        if self._sink is not None:
-            closing = Thread(target=self._close, args=(self._sink,), daemon=True)
-            closing.start()
-            closing.join(_MIRROR_SECONDS)
-            if closing.is_alive():
-                self._give_up("was left behind", f"it did not finish within {_MIRROR_SECONDS} s")
+        if self._sink is not None and not _within_a_minute(partial(self._close, self._sink)):
+            self._give_up("was left behind", f"it did not finish within {_MIRROR_SECONDS} s")
 
     def _close(self, sink: Sink) -> None:
         try:
@@ -120,8 +121,8 @@ class Mirror:
 class Wandb:
     """A wandb run of the run folder's id: the same after every resume.
 
-    Offline where `WANDB_API_KEY` is not set, or where the server does not answer at the start: `wandb sync` brings
-    it up later. `WANDB_MODE` decides otherwise.
+    Offline where there is no key, or where the server does not answer at the start: `wandb sync` brings it up later.
+    `WANDB_MODE` decides otherwise.
     """
 
     def __init__(self, run: Path, *, project: str, config: Mapping[str, Any]) -> None:
@@ -139,13 +140,14 @@ class Wandb:
                 settings=wandb.Settings(init_timeout=_MIRROR_SECONDS),
             )
 
-        mode = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+        mode = os.environ.get("WANDB_MODE", "online" if has_wandb_key() else "offline")
         try:
             self._run = start(mode)
         except Exception as problem:
             if mode == "offline":
                 raise
             log.warning("wandb is offline: %s; `wandb sync` brings %s/wandb up later", problem, run)
+            _within_a_minute(wandb.teardown)  # its service holds the id of the run that did not start
             self._run = start("offline")
         for stage in STAGES:
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
@@ -265,6 +267,22 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield from ((f"{name}/{place}", item) for place, item in enumerate(value))
         elif isinstance(value, int | float):
             yield name, value
+
+
+def has_wandb_key() -> bool:
+    """Whether there is a key for wandb: in `WANDB_API_KEY`, or where `wandb login` leaves it."""
+    left = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return bool(os.environ.get("WANDB_API_KEY")) or (
+        left.is_file() and "api.wandb.ai" in left.read_text(errors="replace")
+    )
+
+
+def _within_a_minute(action: Callable[[], None]) -> bool:
+    """Do it for no longer than a mirror gets, and say whether it was done; what goes on after that is left behind."""
+    acting = Thread(target=action, daemon=True)
+    acting.start()
+    acting.join(_MIRROR_SECONDS)
+    return not acting.is_alive()
 
 
 def _run_id(run: Path) -> str:

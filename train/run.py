@@ -257,11 +257,15 @@ def _go_back(parts: Parts, problem: DivergedError) -> tuple[RunState, History]:
     parts.metrics.log(
         stage=state.stage,
         step=state.step,
+        event="rollback",
+        checkpoint=checkpoint.folder.name,
+        reason=problem.reason,
         rollback=health.rollbacks,
         diverged_at=problem.step,
-        reason=problem.reason,
+        steps_undone=problem.step - state.step,
         passed_over_first=first + 1,
         passed_over_last=last,
+        rows_passed_over=(min(last, parts.schedule.num_steps) - first) * parts.config.rows_per_step,
         lr_factor=health.lr_factor,
     )
     parts.checkpoints.save(parts.engine, state, checkpoint.history, checkpoint.read, keep=checkpoint.keep)

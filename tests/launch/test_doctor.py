@@ -3,7 +3,9 @@
 import json
 import shutil
 import socket
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,8 +30,10 @@ def test_this_machine_can_train_and_nothing_is_left_behind(tmp_path: Path) -> No
     assert "torch==2" in found["packages"]["says"]
     assert "deepspeed==0" in found["packages"]["says"]
     assert "2 processes on this host added 1 MiB" in found["gloo"]["says"]
-    assert found["locks"]["says"] == "a lock keeps other processes out"
+    assert found["locks"]["says"] == "on this host a lock keeps other processes out"
+    assert found["rename"]["says"].startswith("on this host ")
     assert "writes offline" in found["wandb"]["says"]
+    assert found["wandb"]["remedy"].startswith("`wandb sync ")
     assert {finding["state"] for finding in found.values()} <= {"ok", "note"}
     assert all(finding["remedy"] for finding in found.values() if finding["state"] != "ok")
     assert list(root.iterdir()) == []
@@ -80,7 +84,7 @@ def test_a_folder_that_cannot_be_written_is_a_failure(
 def test_locks_that_keep_nobody_out_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor.fcntl, "flock", lambda *_: None)  # as on a file system without locks
     finding = doctor._lock(tmp_path)
-    assert (finding.state, finding.says) == (State.note, "a lock keeps nobody out")
+    assert (finding.state, finding.says) == (State.note, "on this host a lock keeps nobody out")
     assert finding.remedy
 
 
@@ -96,12 +100,108 @@ def test_processes_that_cannot_meet_say_why() -> None:
     assert isinstance(doctor.all_reduce_seconds("no-such-backend", 1), str)
 
 
-def test_wandb_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_that_answers_with_a_key_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETRC", "nothing")
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(doctor, "_WANDB", server.getsockname())
         monkeypatch.setenv("WANDB_API_KEY", "k")
-        [finding] = doctor._wandb(Path())
-    assert "a key is set" in finding.says
+        [known] = doctor._wandb(Path())
+        monkeypatch.delenv("WANDB_API_KEY")
+        [unknown] = doctor._wandb(Path())
+    assert known.says.endswith("answers, a key is set")
+    assert known.remedy is None
+    assert unknown.says.endswith("answers, no key is set: logging.wandb=true writes offline")
+    assert unknown.remedy == "`wandb login`, or WANDB_API_KEY, brings runs up while they train"
+
+
+@pytest.mark.parametrize(
+    ("installed", "state", "said"),
+    [
+        ({}, State.fail, "no variant is installed"),
+        ({"faiss-cpu": "1.9", "faiss-gpu": "1.8"}, State.note, "several are installed: faiss-cpu, faiss-gpu"),
+    ],
+)
+def test_faiss_is_wanted_in_one_variant(
+    installed: dict[str, str], state: State, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [SimpleNamespace(name=name, version=version) for name, version in installed.items()]
+    monkeypatch.setattr(doctor.metadata, "distributions", lambda: iter(found))
+    [finding] = doctor._faiss(Path())
+    assert (finding.state, finding.says) == (state, said)
+    assert finding.remedy == "pip install faiss-cpu (or faiss-gpu), one of them alone"
+
+
+def test_faiss_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        doctor.metadata, "distributions", lambda: iter([SimpleNamespace(name="faiss-gpu", version="1.8")])
+    )
+    monkeypatch.setitem(sys.modules, "memorybank.index", None)
+    [finding] = doctor._faiss(Path())
+    assert finding.state == State.fail
+    assert finding.says.startswith("faiss-gpu 1.8 cannot be loaded: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "state", "said"),
+    [("avx512f avx512_bf16", State.ok, "avx512_bf16"), ("avx2", State.note, "no bfloat16 instructions")],
+)
+def test_processors_without_bfloat16_are_better_off_with_float32(
+    flags: str, state: State, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda path: f"{path} flags: {flags}")
+    [finding] = doctor._processor(Path())
+    assert finding.state == state
+    assert finding.says.endswith(f"cores, {said}")
+    assert ("engine.precision=fp32" in (finding.remedy or "")) == (state == State.note)
+
+
+def test_gpus_are_told_with_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [70 << 30, 8 << 30]
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: 2,
+        get_device_properties=lambda number: SimpleNamespace(name=f"H{number}"),
+        mem_get_info=lambda number: (free[number], 75 << 30),
+    )
+    monkeypatch.setitem(
+        sys.modules, "torch", SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="12.8"))
+    )
+    empty, held = doctor._gpus(Path())
+    assert (empty.name, empty.state, held.name, held.state) == ("gpu 0", State.ok, "gpu 1", State.note)
+    assert held.says == "H1, 75.0 GiB, 8.00 GiB free, CUDA 12.8"
+    assert held.remedy == "nvidia-smi names the processes that hold it"
+
+
+@pytest.mark.parametrize("has_driver", [False, True])
+def test_a_driver_without_a_gpu_of_torch_is_worth_a_note(
+    has_driver: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = SimpleNamespace(is_available=lambda: False)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, __version__="2.0"))
+    monkeypatch.setattr(Path, "exists", lambda _: has_driver)
+    [finding] = doctor._gpus(Path())
+    assert finding.state == (State.note if has_driver else State.ok)
+    assert ("CUDA build" in (finding.remedy or "")) == has_driver
+
+
+def test_torch_that_cannot_be_loaded_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    [finding] = doctor._gpus(Path())
+    assert (finding.name, finding.state, finding.remedy) == ("torch", State.fail, "pip install torch")
+    assert list(doctor._collectives(Path())) == []
+
+
+def test_little_memory_and_few_files_are_worth_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    for available, limits, expected in (
+        (64 << 30, (20_000, 20_000), [State.ok, State.ok]),
+        (1 << 30, (1024, 4096), [State.note, State.note]),
+    ):
+        monkeypatch.setattr(doctor, "available_here", lambda available=available: available)
+        monkeypatch.setattr(doctor.resource, "getrlimit", lambda _, limits=limits: limits)
+        memory, files = doctor._limits(Path())
+        assert [memory.state, files.state] == expected
+    assert "`memory3 plan` says what a run takes" in str(memory.remedy)
+    assert str(files.remedy).startswith("ulimit -n 4096: ")
 
 
 def test_the_file_system_is_that_of_the_deepest_mount(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -91,6 +93,43 @@ def test_ranks_that_another_launcher_started_train_the_same(
         "warmup-00000002",
         "warmup-00000004",
     ]
+
+
+@pytest.mark.slow
+def test_torchrun_may_start_the_command_itself(root: Path, tmp_path: Path) -> None:
+    command = tmp_path / "memory3"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m launch.cli "$@"\n')
+    command.chmod(0o755)
+    torchrun = [*TORCHRUN[: TORCHRUN.index("-m", 2)], "--no-python", "memory3"]
+    start([*torchrun, *settings(root, "no-python")], PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert first_loss(root / "no-python") == expected()
+
+
+@pytest.mark.slow
+def test_torchruns_of_two_nodes_train_the_same(root: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = f"--rdzv-endpoint=127.0.0.1:{probe.getsockname()[1]}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    with ThreadPoolExecutor() as nodes:
+        said = [
+            nodes.submit(
+                start,
+                [
+                    *torchrun,
+                    "--rdzv-backend=c10d",
+                    meeting,
+                    f"--node-rank={node}",
+                    "-m",
+                    "launch.cli",
+                    *settings(root, "nodes"),
+                ],
+            )
+            for node in range(2)
+        ]
+        for each in said:
+            each.result()
+    assert first_loss(root / "nodes") == expected()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 from launch.report_page import Evaluation, loss_charts, pictures, render
 from launch.run_log import SECONDS, RunLog
 from tests.support.browser import Elements, boxes, screenshot
-from tests.support.run_log import lines, run_folder
+from tests.support.run_log import lines, rollback, run_folder
 from train.arms import Arm
 from train.evaluate import ArmResult, TextItem, table
 
@@ -120,7 +120,35 @@ def test_faults_that_were_survived_are_listed(tmp_path: Path) -> None:
     assert "update skipped: a gradient was not finite" in text
     assert "No resume" not in text
     quiet = page([RunLog.read(run_folder(tmp_path / "quiet", lines()))]).text
-    assert "No resume, no restart and no skipped update stands in these runs' lines." in quiet
+    assert "No resume, no restart, no rollback and no skipped update stands in these runs' lines." in quiet
+
+
+def test_a_rollback_is_a_fault_survived_and_no_resume(tmp_path: Path) -> None:
+    written = lines(warmup=12, continual=0)
+    written[8:] = [{"stage": "warmup", "step": step, "passed_over": True, "time": 2e9} for step in (9, 10)]
+    written.insert(8, rollback())
+    log = RunLog.read(run_folder(tmp_path / "m", written))
+    text = page([log]).text
+    assert "0 resumes, 0 steps repeated; 1 rollbacks, 2 updates passed over; 0 skipped updates" in text
+    assert "went back from step 11 to warmup-00000008: loss 9.000 stands out, 2 bad updates in a row" in text
+    assert "3 steps undone, 16 rows passed over (updates 9 to 10)" in text
+    assert "No resume" not in text
+    [norm] = [drawn for drawn in pictures([log])["stability"] if drawn.title == "Gradient norm"]
+    assert norm.marks == [16.0]
+
+
+def test_a_crash_is_listed_with_its_cause_and_what_followed(tmp_path: Path) -> None:
+    crash = {
+        "stage": "warmup",
+        "step": 12,
+        "event": "crashed",
+        "cause": "rank 1 was killed",
+        "reason": "restart 1",
+    }
+    written = [*lines(warmup=12, continual=0), {**crash, "restarted_after": 4.0, "time": 2e9}]
+    text = page([RunLog.read(run_folder(tmp_path / "m", written))]).text
+    assert "crashed: rank 1 was killed; restart 1" in text
+    assert "0 resumes" in text
 
 
 def test_settings_that_differ_stand_side_by_side(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from launch.run_log import RunLog, are_seeds, different_settings
-from tests.support.run_log import lines, run_folder
+from tests.support.run_log import lines, rollback, run_folder
 
 
 def test_both_stages_are_told_apart(tmp_path: Path) -> None:
@@ -62,6 +62,15 @@ def test_time_that_no_key_tells_is_between_steps_and_a_crash_is_left_out(tmp_pat
     log = RunLog.read(run_folder(tmp_path / "m", [*written, resumed]))
     assert log.seconds("warmup")["between steps"] == pytest.approx(5)
     assert log.events == [resumed]
+
+
+def test_a_rollback_is_no_resume_and_the_time_before_it_was_spent(tmp_path: Path) -> None:
+    written = lines(warmup=8, continual=0)
+    back = {**rollback(), "time": written[-1]["time"] + 3}
+    passed = {"stage": "warmup", "step": 9, "passed_over": True, "time": back["time"] + 1}
+    log = RunLog.read(run_folder(tmp_path / "m", [*written, back, passed]))
+    assert (log.resumes, log.rollbacks, log.passed_over) == ([], [back], [passed])
+    assert log.seconds("warmup")["between steps"] == pytest.approx(3 + 1)
 
 
 def test_seeds_differ_in_their_seed_alone(tmp_path: Path) -> None:

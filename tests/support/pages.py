@@ -2,8 +2,8 @@
 
 Fenced blocks whose info string begins with `sh` are run by bash, page after page, in one folder. `memory3` answers
 inside this process; what a page says about sizes is made small by settings that are appended. Hosts and clusters are
-this machine: `ssh` runs its line here, SLURM is `tests.support.slurm`, whose jobs are waited for. `sh slow` is left to
-the slow tests, `sh elsewhere` cannot be run.
+this machine: `ssh` runs its line here, SLURM is `tests.support.slurm`, whose jobs are waited for. Of the campaign of
+faults the short form is run, once. `sh slow` is left to the slow tests, `sh elsewhere` cannot be run.
 """
 
 import json
@@ -117,15 +117,22 @@ class Reader:
         self._socket = tools / "socket"
         (tools / "shim.py").write_text(_SHIM.format(path=str(self._socket)))
         added = " ".join([*SMALL, "debug=smoke"])
+        campaign = f'exec {sys.executable} {ROOT}/"$@" --short --work {tools / "campaign"}'
         for name, command in (
-            ("memory3", f'{sys.executable} -S {tools / "shim.py"} "$@"'),
-            ("python", f'{sys.executable} "$@"'),
-            ("torchrun", f'{sys.executable} -m torch.distributed.run "$@" {added}'),
-            ("deepspeed", f'{sys.executable} {Path(sys.executable).parent / "deepspeed"} "$@" {added}'),
-            ("ssh", """sh -c "$(printf %s "$2" | sed 's/worker-[12]/127.0.0.1/g')\""""),
-            ("chromium", f'{shutil.which("chromium") or "true"} --user-data-dir={tools / "browser"} "$@"'),
+            ("memory3", f'exec {sys.executable} -S {tools / "shim.py"} "$@"'),
+            (
+                "python",
+                f'case $1 in benchmarks/campaign.py) {campaign};; *) exec {sys.executable} "$@";; esac',
+            ),
+            ("torchrun", f'exec {sys.executable} -m torch.distributed.run "$@" {added}'),
+            ("deepspeed", f'exec {sys.executable} {Path(sys.executable).parent / "deepspeed"} "$@" {added}'),
+            ("ssh", """exec sh -c "$(printf %s "$2" | sed 's/worker-[12]/127.0.0.1/g')\""""),
+            (
+                "chromium",
+                f'exec {shutil.which("chromium") or "true"} --user-data-dir={tools / "browser"} "$@"',
+            ),
         ):
-            (tools / name).write_text(f"#!/bin/sh\nexec {command}\n")
+            (tools / name).write_text(f"#!/bin/sh\n{command}\n")
             (tools / name).chmod(0o755)
         self._cluster = tools / "cluster"
         path = [str(tools), str(slurm.install(self._cluster)), os.environ["PATH"]]

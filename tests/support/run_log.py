@@ -60,6 +60,19 @@ def lines(*, warmup: int = 40, continual: int = 40, has_memory: bool = True) -> 
     return written
 
 
+def rollback() -> dict[str, Any]:
+    """A rollback of the warmup from step 11 to step 8, past the rows of two updates."""
+    event: dict[str, Any] = {
+        "stage": "warmup",
+        "step": 8,
+        "event": "rollback",
+        "checkpoint": "warmup-00000008",
+    }
+    event |= {"reason": "loss 9.000 stands out, 2 bad updates in a row", "rollback": 1, "diverged_at": 11}
+    event |= {"steps_undone": 3, "passed_over_first": 9, "passed_over_last": 10, "rows_passed_over": 16}
+    return {**event, "lr_factor": 1.0, "time": 1.5e9}
+
+
 def run_folder(folder: Path, written: list[dict[str, Any]], settings: str = "seed: 0\n") -> Path:
     """A run folder with these lines."""
     folder.mkdir(parents=True)

@@ -34,8 +34,8 @@ def sbatch(folder: Path, arguments: list[str]) -> str:
     options = dict(
         option.partition("=")[::2] for option in re.findall(r"^#SBATCH --(\S+)", script.read_text(), re.M)
     )
+    options = {"job-name": script.name, "output": "slurm-%j.out"} | options
     given = dict(argument[2:].partition("=")[::2] for argument in arguments[:-1])
-    assert "parsable" in given
     number = 100 + len({path.name.partition("_")[0] for path in (folder / "jobs").iterdir()})
     for task in given["array"].split(",") if "array" in given else [None]:
         job = folder / "jobs" / (str(number) if task is None else f"{number}_{task}")
@@ -55,7 +55,7 @@ def sbatch(folder: Path, arguments: list[str]) -> str:
                 env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
             )  # fmt: skip
         (job / "daemon").write_text(str(process.pid))
-    return str(number)
+    return str(number) if "parsable" in given else f"Submitted batch job {number}\n"
 
 
 def daemon(folder: Path, arguments: list[str]) -> str:

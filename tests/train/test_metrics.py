@@ -1,13 +1,18 @@
 import json
 import logging
+import os
+import subprocess
 import sys
 import threading
+import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.spawn import HANG_SECONDS
+from tests.support.wandb_server import server
 from train.metrics import JsonLines, Metrics, Mirror, TensorBoard, Wandb, read_metrics
 from train.terminal import PlainLines
 
@@ -94,6 +99,23 @@ def test_what_happened_to_a_run_is_never_cut_off(tmp_path: Path) -> None:
     assert positions(path) == [("warmup", 9), ("warmup", 10), ("warmup", 9)]
 
 
+def test_a_rollback_survives_the_next_one_and_a_resume_from_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path, stage="warmup", step=0)
+    for step in range(1, 7):
+        lines.log({"stage": "warmup", "step": step, "loss": 2.5})
+    for step in (4, 2):
+        lines.rewind("warmup", step)
+        lines.log({"stage": "warmup", "step": step, "event": "rollback"})
+    lines.close()
+    JsonLines(path, stage="warmup", step=1).close()
+    assert [(line["step"], line.get("event")) for line in read_metrics(path)] == [
+        (1, None),
+        (4, "rollback"),
+        (2, "rollback"),
+    ]
+
+
 def test_steps_that_are_repeated_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = JsonLines(path, stage="warmup", step=0)
@@ -143,11 +165,16 @@ def fake_wandb(
         started.append((settings, FakeRun(fails)))
         return started[-1][1]
 
-    fake = types.SimpleNamespace(init=init, Settings=dict)
+    fake = types.SimpleNamespace(init=init, Settings=dict, teardown=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    without_key(monkeypatch)
+    return started
+
+
+def without_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETRC", "nothing")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    return started
 
 
 def wandb_mirror(run: Path) -> Mirror:
@@ -170,6 +197,14 @@ def test_wandb_is_offline_without_a_key_and_keeps_its_run_id_on_resume(
     ]
     assert started[0][1].axes == {"warmup/*": "warmup/step", "continual/*": "continual/step"}
     assert started[0][1].finished == 1
+
+
+def test_a_key_that_wandb_login_left_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = fake_wandb(monkeypatch)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password k\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wandb_mirror(tmp_path)
+    assert [settings["mode"] for settings, _ in started] == ["online"]
 
 
 def test_an_outage_of_wandb_at_the_start_leaves_an_offline_run_of_the_same_id(
@@ -215,6 +250,32 @@ def test_a_mirror_that_cannot_start_changes_nothing(
     ]
 
 
+@pytest.mark.parametrize("does", ["log", "rewind", "close"])
+def test_a_mirror_whose_sink_fails_stops_neither_a_step_nor_a_rollback_nor_the_end(
+    does: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            def act(*_: object) -> None:
+                if name == does:
+                    raise OSError("no space left on device")
+
+            return act
+
+    path = tmp_path / "metrics.jsonl"
+    with (
+        caplog.at_level(logging.WARNING),
+        Metrics([JsonLines(path, stage="warmup", step=0), Mirror("TensorBoard", Full)]) as metrics,
+    ):
+        for step in (1, 2):
+            metrics.log(stage="warmup", step=step)
+        metrics.rewind("warmup", 1)
+        metrics.log(stage="warmup", step=2)
+    assert positions(path) == [("warmup", 1), ("warmup", 2)]
+    [record] = caplog.records
+    assert "no space left on device; metrics.jsonl has everything" in record.message
+
+
 def test_a_mirror_that_does_not_finish_is_left_behind(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -241,8 +302,7 @@ def test_wandb_itself_writes_an_offline_run_that_can_be_synced_later(
 ) -> None:
     """The package itself, twice under one id, without a network."""
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    without_key(monkeypatch)
     for step in (1, 2):
         sink = wandb_mirror(tmp_path)
         sink.log({"stage": "warmup", "step": step, "loss": 2.0})
@@ -251,6 +311,69 @@ def test_wandb_itself_writes_an_offline_run_that_can_be_synced_later(
     runs = list((tmp_path / "wandb").glob(f"offline-run-*-{name}"))
     assert runs
     assert all(list(run.glob("run-*.wandb")) for run in runs)
+
+
+LOGS = """
+import sys
+from pathlib import Path
+from launch.worker import leave
+from train import metrics
+
+metrics._MIRROR_SECONDS = 10
+run = Path(sys.argv[1])
+wandb = metrics.Mirror("wandb", lambda: metrics.Wandb(run, project="memory3", config={}))
+with metrics.Metrics([metrics.JsonLines(run / "metrics.jsonl", stage="warmup", step=0), wandb]) as lines:
+    for step in range(1, 21):
+        if step == 6:
+            print("five steps", flush=True)
+            sys.stdin.readline()
+        lines.log(stage="warmup", step=step, loss=2.0)
+leave(0)
+"""
+"""A run of twenty steps that waits after the fifth; a mirror gets ten seconds."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outage", ["silent from the start", "dies", "falls silent"])
+def test_wandb_itself_without_its_server_costs_no_line_and_a_bounded_time(
+    outage: str, tmp_path: Path
+) -> None:
+    """The package itself, online, with a key, and a server of this machine that goes away."""
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("WANDB_")}
+    with server() as wandb:
+        environment |= {"WANDB_BASE_URL": wandb.url, "WANDB_API_KEY": "x" * 40}
+        if outage == "silent from the start":
+            wandb.fall_silent()
+        run = subprocess.Popen(
+            [sys.executable, "-c", LOGS, str(tmp_path)], cwd=Path(__file__).parents[2], env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert run.stdout is not None
+            assert "five steps\n" in run.stdout
+            reached = len(wandb.asked)
+            if outage == "dies":
+                wandb.die()
+            if outage == "falls silent":
+                wandb.fall_silent()
+            begun = time.monotonic()
+            _, said = run.communicate("\n", timeout=HANG_SECONDS)
+            seconds = time.monotonic() - begun
+        finally:
+            run.kill()
+            run.communicate()
+    assert run.returncode == 0, said
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 21))
+    assert seconds < 60  # ten for wandb, and what a busy machine adds
+    name = (tmp_path / "wandb-id").read_text()
+    if outage in ("dies", "falls silent"):
+        assert reached > 2
+        assert "wandb is offline" not in said
+        assert list((tmp_path / "wandb").glob(f"run-*-{name}/run-{name}.wandb"))
+    else:
+        assert "wandb is offline: " in said
+        assert "wandb is off: " not in said
+        assert list((tmp_path / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
 
 
 def test_tensorboard_has_the_names_of_the_lines_and_hides_what_is_repeated(tmp_path: Path) -> None:

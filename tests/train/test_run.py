@@ -404,10 +404,12 @@ def test_every_step_with_memory_says_what_it_read(runs: Path) -> None:
 def test_a_spike_on_one_rank_takes_all_back_and_past_its_rows(runs: Path) -> None:
     """Fault 12. The poison follows the rows: met again, they would spike again."""
     lines = read_metrics(runs / "d" / "metrics.jsonl")
-    (back,) = [line for line in lines if "rollback" in line]
+    (back,) = [line for line in lines if line.get("event") == "rollback"]
     assert (back["step"], back["diverged_at"], back["rollback"]) == (8, 11, 1)
+    assert (back["checkpoint"], back["steps_undone"]) == ("warmup-00000008", 3)
     assert "stands out, 2 bad updates in a row" in back["reason"]
     assert (back["passed_over_first"], back["passed_over_last"]) == (9, 12)
+    assert back["rows_passed_over"] == 4 * 8
     assert [line["step"] for line in lines if line.get("passed_over")] == [9, 10, 11, 12]
     assert [line["step"] for line in steps(runs, "d")] == [*range(1, 9), *range(13, 21)]
     state = checkpoint(runs, "d", "warmup-20").state
@@ -426,6 +428,8 @@ def test_a_run_killed_after_a_rollback_passes_the_same_rows_over(runs: Path) -> 
         root / "d" / "checkpoints" / "warmup-00000020" for root in (runs, resumed_root(runs, "d", "warmup-8"))
     ]
     assert differences(*ends) == []
+    lines = read_metrics(resumed_root(runs, "d", "warmup-8") / "d" / "metrics.jsonl")
+    assert [line["event"] for line in lines if "event" in line] == ["rollback", "resumed"]
 
 
 def test_a_nan_on_one_rank_is_left_out_on_all(runs: Path) -> None:
