@@ -137,7 +137,8 @@ def main() -> int:
     references, encode = opened.context.prepared.references, opened.engine.encode
     ids = np.unique(reference_ids(memory))
     read = Kept(ids, encode_records(encode, references, ids, exact, batch=64))
-    unseen_ids, _ = codecs.draw(CodecConfig(kind=CodecKind.pq16x8), shape, opened.bank_ids)
+    drawn, _ = codecs.draw(CodecConfig(kind=CodecKind.pq16x8), shape, len(opened.bank_ids))
+    unseen_ids = opened.bank_ids[drawn]
     unseen = exact.decode(encode_records(encode, references, unseen_ids, exact, batch=64))
     baseline = _losses(opened, held_out, memory, BankReader(read, exact))
     without = _losses(opened, held_out, none, BankReader(read, exact))
