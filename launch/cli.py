@@ -234,10 +234,18 @@ def _add_bank_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         )
     if name in ("add", "replace"):
         sub.add_argument("files", nargs="+", metavar="FILE", help="JSON lines, perhaps gzipped")
+        new = name == "add"
         sub.add_argument(
-            "--source", default="added", help="label under which they are kept (default: %(default)s)"
+            "--source",
+            default="added" if new else None,
+            help=f"label under which they are kept (default: {'%(default)s' if new else 'that of the old text'})",
         )
-        sub.add_argument("--licence", default="", help="licence of the texts, shown with every reference")
+        sub.add_argument(
+            "--licence",
+            default="" if new else None,
+            help="licence of the texts, shown with every reference"
+            + ("" if new else " (default: that of the old text)"),
+        )
         for field in ("id", "title", "text"):
             sub.add_argument(
                 f"--{field}-field", default=field, help=f"field that holds the {field} (default: %(default)s)"
