@@ -52,6 +52,20 @@ def ensure(config: RunConfig) -> None:
         report_retrieval(context)
 
 
+def refuse_without_validation(config: RunConfig) -> None:
+    """Training validates: refuse what is prepared where it holds out less than a row for that.
+
+    Raises:
+        ValueError: It does; the message says what to change.
+    """
+    from data.documents import Split
+    from launch import build
+    from train.rows import held_out
+
+    shards = build.context(config).prepared.shards
+    held_out(shards, Split.validation, row_tokens=config.model.row_tokens)
+
+
 def _unless_needed(config: RunConfig) -> Callable[[Path], None]:
     """What refuses to replace a corpus that trained runs read: nothing could be asked of them any more."""
 

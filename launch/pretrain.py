@@ -84,6 +84,9 @@ def _prepare_and_train(arguments: argparse.Namespace, config: RunConfig) -> int:
         from launch import prepare
 
         prepare.ensure(config)
+        prepare.refuse_without_validation(
+            config
+        )  # before there is a run folder, which would hold these settings
     return pretrain(config)
 
 

@@ -89,3 +89,13 @@ def test_a_corpus_that_runs_were_trained_on_is_not_replaced(tmp_path: Path) -> N
         assert "trained with it: mine; give this corpus a place of its own, data.name=NAME" in done.err
     assert all(path.read_bytes() == content for path, content in before.items())
     assert within("prepare", *settings, "data.split_seed=1", "data.name=other").code == 0
+
+
+def test_a_corpus_that_holds_nothing_out_is_refused_before_a_run_begins(tmp_path: Path) -> None:
+    corpus, root = topics(tmp_path / "topics.jsonl", limit=2000), tmp_path / "runs"
+    settings = [*corpus_settings(root, corpus), "experiment=quick", "debug=smoke", "run=mine"]
+    done = within("pretrain", *settings, "data.validation_fraction=0")
+    assert done.code == 2
+    assert "the validation split holds 0 of " in done.err
+    assert "set data.validation_fraction higher than it is (0.1, say), or give more text" in done.err
+    assert not (root / "mine").exists()  # so that the same run may begin with other settings
