@@ -138,7 +138,10 @@ def open_prepared(config: DataConfig, root: Path) -> Prepared:
         ValueError: Something is not prepared, was prepared with other settings, or is damaged.
     """
     folder = root / config.name
-    remedy = f"run: memory3 prepare data={config.name}"
+    remedy = (
+        "run `memory3 prepare` with all settings of the run, or name the folder in which it and its corpus lie: "
+        "--root, paths.root"
+    )
     for kind, settings in _settings(config).items():
         if not is_finished(folder / kind, kind=kind, version=_VERSIONS[kind], settings=settings):
             state = "was prepared with other settings" if (folder / kind).exists() else "is not prepared"

@@ -8,6 +8,7 @@ Not here: what is done with the folder (`launch.pretrain`, `launch.worker`).
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,10 @@ def only_user(folder: Path, *, other: str = "set run=NAME") -> Iterator[None]:
             fcntl.flock(ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            gone = f", which is gone: `pkill -f 'launch.agent {folder.resolve()}'` ends it, with a checkpoint"
             raise ValueError(
-                f"{folder} is in use by a run that {holder or 'another process'} started; wait for it, or {other}"
+                f"{folder} is in use by a run that {holder or 'another process'} started"
+                f"{gone * _is_gone(holder)}; wait for it, or {other}"
             ) from None
         fcntl.flock(ranks, fcntl.LOCK_UN)
         os.ftruncate(descriptor, 0)
@@ -56,6 +59,20 @@ def is_in_use(folder: Path) -> bool:
             fcntl.flock(ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    return False
+
+
+def _is_gone(holder: str) -> bool:
+    """Whether the launcher that `lock` names was one of this machine, and lives no more."""
+    match = re.fullmatch(r"pid (\d+) on (.*)", holder)
+    if match is None or match[2] != os.uname().nodename:
+        return False
+    try:
+        os.kill(int(match[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
     return False
 
 

@@ -96,10 +96,12 @@ def test_prepared_corpus_needs_no_source(path: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_not_prepared_so_is_refused(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"corpus is not prepared; run: memory3 prepare data=small"):
+    with pytest.raises(ValueError, match=r"corpus is not prepared; run `memory3 prepare` with all settings"):
         open_prepared(data_config(path), tmp_path)
     prepare(data_config(path), tmp_path)
-    with pytest.raises(ValueError, match="references was prepared with other settings; run: memory3 prepare"):
+    with pytest.raises(
+        ValueError, match="references was prepared with other settings; run `memory3 prepare` with"
+    ):
         open_prepared(data_config(path, reference_tokens=64), tmp_path)
     with pytest.raises(ValueError, match="tokenizer was prepared with other settings"):
         open_prepared(data_config(path, vocab_size=700), tmp_path)

@@ -1,7 +1,9 @@
 """Run folders: resumed, finished, in use, of another configuration; and what a failing rank says."""
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from threading import Barrier, Thread
 from time import sleep
@@ -82,6 +84,26 @@ def test_used_folder_is_refused_while_its_launcher_or_a_rank_lives(root: Path) -
         pass
 
 
+def test_ranks_whose_launcher_was_killed_are_told_and_how_to_end_them(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as launcher:
+        pass
+    (tmp_path / "lock").write_text(f"pid {launcher.pid} on {os.uname().nodename}\n")
+    with (
+        one_of_ranks(tmp_path),
+        pytest.raises(ValueError, match="started, which is gone") as refused,
+        only_user(tmp_path),
+    ):
+        pass
+    assert f"`pkill -f 'launch.agent {tmp_path}'` ends it, with a checkpoint" in str(refused.value)
+    (tmp_path / "lock").write_text(f"pid {launcher.pid} on elsewhere\n")
+    with (
+        one_of_ranks(tmp_path),
+        pytest.raises(ValueError, match="on elsewhere started; wait"),
+        only_user(tmp_path),
+    ):
+        pass
+
+
 def test_of_two_jobs_launched_in_the_same_second_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,13 +170,13 @@ def test_corpus_that_is_not_prepared_is_named_with_the_command(tmp_path: Path) -
     )
     assert done.code == 2
     assert done.err.startswith(f"memory3 pretrain: {tmp_path}/runs/prepared/jsonl/corpus is not prepared; ")
-    assert "memory3 prepare data=jsonl" in done.err
+    assert "run `memory3 prepare` with all settings of the run" in done.err
 
 
 def test_corpus_prepared_with_other_settings_is_refused(root: Path) -> None:
     done = again(root, "run=new", "data.vocab_size=700")
     assert done.code == 2
-    assert "tokenizer was prepared with other settings; run: memory3 prepare data=jsonl" in done.err
+    assert "tokenizer was prepared with other settings; run `memory3 prepare` with all" in done.err
 
 
 def control(root: Path, *changes: str) -> Finished:
