@@ -26,11 +26,11 @@ from data.files import write_json_atomic
 from launch import rank_memory
 from launch.supervise import FAILURE
 from launch.watchdog import PULSES, Watchdog, stacks_in
-from train.stopping import STOPPED
+from train.stopping import STOPPED, heeds_hangup
 
 HUNG = 4
 PRETRAIN = "memory3 pretrain"
-_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,8 @@ def main(*argv: str) -> int:
     parser.add_argument("--worker", default="launch.worker", help="module of a rank")
     given = parser.parse_args(argv)
     logging.disable(logging.CRITICAL)  # torchrun's own words about a failure; ours follow
-    launch = [f"--nproc-per-node={given.num_ranks}", f"--signals-to-handle={_SIGNALS}"]
+    signals = [*_SIGNALS, *(["SIGHUP"] if heeds_hangup() else [])]
+    launch = [f"--nproc-per-node={given.num_ranks}", f"--signals-to-handle={','.join(signals)}"]
     if given.nodes == 1:
         launch.append("--standalone")
     else:

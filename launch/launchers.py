@@ -22,6 +22,7 @@ from pathlib import Path
 
 from launch import slurm
 from launch.config import LauncherKind, RunConfig
+from train.stopping import heeds_hangup
 
 _PASSED_ON = ("NCCL_", "GLOO_", "CUDA_", "TORCH_", "DS_", "HF_", "MALLOC_", "MEMORY3_")
 """Variables whose names begin so reach the ranks on other hosts; `srun` passes on all."""
@@ -168,13 +169,14 @@ def _run(started: Sequence[Sequence[str]], config: RunConfig, *, remote: bool = 
 
     handlers = {
         number: signal.signal(number, lambda number, _: tell(number))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
+        for number in (signal.SIGTERM, signal.SIGUSR1, *([signal.SIGHUP] if heeds_hangup() else []))
     }
     try:
         return _wait(agents, tell)
     except KeyboardInterrupt:
         tell(signal.SIGTERM)
-        return _wait(agents, tell)
+        code = _wait(agents, tell)
+        return 128 + signal.SIGINT if code == 128 + signal.SIGTERM else code
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

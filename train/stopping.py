@@ -1,6 +1,6 @@
 """Stopping on a signal, with nothing lost.
 
-    SIGTERM, SIGINT, SIGUSR1     what torchrun, terminals and SLURM send before they kill
+    SIGTERM, SIGINT, SIGUSR1, SIGHUP     what torchrun, terminals, SLURM and terminals that are closed send
 
 While updates are made, a signal is only noted: all ranks agree after the update, publish a checkpoint and end. At all
 other times (reading, searching, compiling a bank, saving the last checkpoint of an epoch) what was published is all
@@ -16,9 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock, Thread
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STOPPED = tuple(128 + number for number in SIGNALS)
 """Exit codes of a process that a signal stopped, as shells count them, with nothing lost."""
+
+
+def heeds_hangup() -> bool:
+    """Whether SIGHUP ends this process: not so under `nohup`, whose wish a handler would undo."""
+    return signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
 
 
 class StoppedError(Exception):
@@ -55,7 +60,10 @@ class Stop:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, lambda *_: None)  # the interpreter itself writes the number into the pipe
+            if number != signal.SIGHUP or heeds_hangup():
+                signal.signal(
+                    number, lambda *_: None
+                )  # the interpreter itself writes the number into the pipe
         Thread(target=self._watch, args=(reader,), name="stop", daemon=True).start()
 
     @contextmanager

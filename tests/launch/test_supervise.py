@@ -16,7 +16,7 @@ CRASH = End(1, "RuntimeError: lost node 1:4000", "warmup", 12, "warmup-00000010"
 RULES = SupervisionConfig(max_restarts=3, backoff_seconds=10, max_backoff_seconds=25)
 
 
-@pytest.mark.parametrize("code", [2, 3, 130, 138, 143])
+@pytest.mark.parametrize("code", [2, 3, 129, 130, 138, 143])
 def test_a_mistake_divergence_and_a_signal_are_final(code: int) -> None:
     assert judge([replace(CRASH, code=code)], RULES).wait_seconds is None
 

@@ -17,6 +17,7 @@ def leave(code):
     print("left", flush=True)
     os._exit(code)
 
+{before}
 stop = Stop()
 stop.listen(leave)
 def kill(number):
@@ -27,8 +28,8 @@ print("end", stop.requested, stop.exit_code)
 """
 
 
-def ended(body: str) -> tuple[int, str]:
-    program = PROGRAM.format(body=body)
+def ended(body: str, *, before: str = "") -> tuple[int, str]:
+    program = PROGRAM.format(body=body, before=before)
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(__file__).parents[2],
@@ -40,9 +41,14 @@ def ended(body: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_between_updates_the_process_ends_at_once(number: int) -> None:
     assert ended(f"kill({number})\ntime.sleep(20)") == (128 + number, "left\n")
+
+
+def test_under_nohup_a_terminal_that_closes_stops_nothing() -> None:
+    code, said = ended("kill(1)", before="signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+    assert (code, said) == (0, "end False 143\n")
 
 
 def test_a_main_thread_that_waits_outside_the_interpreter_delays_nothing() -> None:
