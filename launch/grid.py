@@ -91,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.no_prepare:
         _prepare(grid)
     for each in grid:
+        pretrain.check_branch(each.config, each.folder)
         pretrain.fill_in(each.config)
         pretrain.refuse_other_run(each.config, each.folder)
     return control(grid)

@@ -69,6 +69,22 @@ def test_runs_are_named_after_the_experiment_and_what_can_stand_in_a_path() -> N
 
 
 @pytest.mark.parametrize(
+    "command", [["pretrain", "-m", "--no-prepare", "seed=0,1"], ["sweep", "seed=choice(0,1)"]]
+)
+def test_a_run_to_branch_from_is_looked_for_before_the_first_one_starts(
+    command: list[str], tmp_path: Path
+) -> None:
+    branch = ["experiment=quick", "warmup=null", "continual.branch_from=nowhere"]
+    done = within(*command, *branch, f"paths.root={tmp_path}")
+    assert done.code == 2
+    assert done.err == (
+        f"memory3 {command[0]}: continual.branch_from=nowhere: {tmp_path}/nowhere is not a run folder; "
+        "name a run that was warmed up\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["-m", "seed=1"], "nothing varies: write at least one setting as KEY=a,b or range(1, 5), or leave -m away"),
