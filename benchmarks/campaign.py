@@ -582,7 +582,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch = left[: _BATCH if left[0][0].startswith("corruption") else 1]
         log = campaign.work / "trial.log"
         log.unlink(missing_ok=True)
-        forked(lambda batch=batch: [_append(campaign.results, trial()) for _, trial in batch], log)
+        forked(partial(_make, batch, campaign.results), log)
         done = {each.id: each for each in _done(campaign.results)}
         for id, _ in batch:
             print(f"{id}: {done[id].outcome} ({done[id].seconds:.1f} s)", flush=True)
@@ -670,9 +670,12 @@ def _done(path: Path) -> list[Trial]:
     return [Trial(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
-def _append(path: Path, trial: Trial) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(trial)) + "\n")
+def _make(batch: Sequence[tuple[str, Callable[[], Trial]]], path: Path) -> None:
+    """Make trials, and add each to the results when it is done."""
+    for _, trial in batch:
+        line = json.dumps(asdict(trial()))
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -238,7 +239,7 @@ def _measure(
     losses: Losses,
     baseline: Losses,
 ) -> Measured:
-    fitted = {"num_vectors": 0, "cpu_seconds": 0.0}
+    fitted: dict[str, Any] = {"num_vectors": 0, "cpu_seconds": 0.0}
     if config.kind in STAGES:
         folder = codecs.folder_of(codec.name, opened.bank)
         fitted = dict(open_manifest(folder, kind=quantizer.KIND, version=quantizer.VERSION).extra)

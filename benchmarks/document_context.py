@@ -214,15 +214,15 @@ def compare_pasts(opened: OpenedRun, split: Split) -> tuple[list[Line], str]:
     others = [*range(1, len(documents)), 0]
     sums: dict[str, list[float]] = {}
     for number, tokens in enumerate(documents.values()):
-        read = {"no past": (None, QueryMode.own)}
+        read: dict[str, tuple[Past | None, QueryMode]] = {"no past": (None, QueryMode.own)}
         for query in QueryMode:
             read |= {
                 f"past, document, query {query.name}": (pasts["document"][number], query),
                 f"past, reference, query {query.name}": (pasts["reference"][number], query),
                 f"another's past, document, query {query.name}": (pasts["document"][others[number]], query),
             }
-        for name, (past, query) in read.items():
-            sums.setdefault(name, []).append(_row_loss(opened, tokens, past, query, embedder))
+        for name, (memories, query) in read.items():
+            sums.setdefault(name, []).append(_row_loss(opened, tokens, memories, query, embedder))
     counts = np.full(len(documents), float(model.row_tokens))
     lines = []
     for name, values in sums.items():

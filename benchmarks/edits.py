@@ -49,7 +49,7 @@ from train.arms import fold
 from train.evaluate import Setting, answer_losses
 from train.probes import question_text
 from train.stages import Reader
-from train.statistics import Interval, group_sums, mean_interval
+from train.statistics import Floats, Interval, group_sums, mean_interval
 
 Ids = NDArray[np.int64]
 
@@ -592,7 +592,7 @@ def _less(one: _Measure, other: _Measure) -> _Measure:
     return lambda measured: one(measured) - other(measured)
 
 
-def _values(run: Sequence[Measured], measure: _Measure) -> tuple[Ids, Ids]:
+def _values(run: Sequence[Measured], measure: _Measure) -> tuple[Floats, Floats]:
     _, sums, counts = group_sums([measure(one) for one in run], [one.edit.probe.group for one in run])
     return sums, counts
 
