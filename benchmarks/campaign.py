@@ -57,7 +57,8 @@ import torch  # noqa: E402
 from benchmarks import small_bank  # noqa: E402
 from benchmarks.corruptions import Artefact, Passed, corrupt, of_corpus, of_library, of_run  # noqa: E402
 from benchmarks.documentation import corpus_settings, topics  # noqa: E402
-from benchmarks.kill_and_resume import _commit, _cpu, differences, newest_checkpoint  # noqa: E402
+from benchmarks.kill_and_resume import differences, newest_checkpoint  # noqa: E402
+from benchmarks.origin import commit, cpu  # noqa: E402
 from launch import prepare, worker  # noqa: E402
 from launch.compose import compose_config  # noqa: E402
 from launch.config import RunConfig  # noqa: E402
@@ -623,8 +624,8 @@ def summary(trials: Sequence[Trial], arguments: argparse.Namespace) -> dict[str,
     return {
         "command": f"python benchmarks/campaign.py --seed {arguments.seed} --kills {arguments.kills} "
         f"--corruptions {arguments.corruptions}",
-        "commit": _commit(),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "commit": commit(),
+        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
         "rows": rows,
         "damages": dict(damages),
         "lost": [asdict(trial) for trial in trials if not trial.ok],

@@ -28,7 +28,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.kill_and_resume import _commit, _cpu, _descendants, _pretrain, prepare  # noqa: E402
+from benchmarks.kill_and_resume import _descendants, _pretrain, prepare  # noqa: E402
+from benchmarks.origin import commit, cpu  # noqa: E402
 from launch.compose import compose_config  # noqa: E402
 from launch.run_log import RunLog, spent  # noqa: E402
 
@@ -54,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {
         "command": f"python benchmarks/goodput.py --period {arguments.period} --seed {arguments.seed} "
         + " ".join(arguments.overrides),
-        "commit": _commit(),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "commit": commit(),
+        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
         "exit_code": launcher.returncode,
         "kills": len(kills),
         **shares(RunLog.read(work / "killed" / config.run), started, time.time(), kills),
