@@ -11,6 +11,7 @@ that a rank is gone, pauses, starts (the first one, too), updates made again; th
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     due = arguments.period
     while launcher.poll() is None:
         time.sleep(0.1)
-        if time.time() - started > due:
+        if time.time() - started > due and len(kills) < (arguments.kills or math.inf):
             due += arguments.period
             if ranks := _ranks(launcher.pid):
                 kills.append(time.time())
@@ -125,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prepared", type=Path, help="a prepared corpus that is copied; without it one is made"
     )
     parser.add_argument("--period", type=float, default=60.0, help="seconds between two kills")
+    parser.add_argument("--kills", type=int, help="at most so many; without it there is no end to them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="+", help="settings of the run")
