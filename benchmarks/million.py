@@ -26,12 +26,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import count, pairwise
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -136,11 +138,33 @@ class Progress:
         write_atomic(self._path, json.dumps(self.phases).encode())
 
 
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A rank of a phase (`memorybank.team`)."""
+
+    rank: int
+    world_size: int
+    meeting: Barrier
+    told: "SimpleQueue[Any]"
+
+    def barrier(self) -> None:
+        self.meeting.wait()
+
+    def broadcast(self, value: Any) -> Any:
+        if self.rank == 0:
+            for _ in range(1, self.world_size):
+                self.told.put(value)
+        else:
+            value = self.told.get()
+        self.barrier()
+        return value
+
+
 def run_phase(name: str, arguments: argparse.Namespace, progress: Progress) -> None:
     """Run a phase in its own processes, and watch them."""
     num = arguments.ranks if name == "build" or name.startswith("add") else 1
     context = multiprocessing.get_context("spawn")
-    barrier, done = context.Barrier(num), context.Value("q", 0)
+    barrier, told, done = context.Barrier(num), context.SimpleQueue(), context.Value("q", 0)
     answer = arguments.work / "answer.json"
     answer.unlink(missing_ok=True)
     found = progress.phases.setdefault(
@@ -150,7 +174,7 @@ def run_phase(name: str, arguments: argparse.Namespace, progress: Progress) -> N
     before, begun = (found["clock_seconds"], found["cpu_seconds"]), time.monotonic()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     processes = [
-        context.Process(target=work, args=(name, rank, num, arguments, barrier, done, answer))
+        context.Process(target=work, args=(name, Process(rank, num, barrier, told), arguments, done, answer))
         for rank in range(num)
     ]
     for process in processes:
@@ -200,10 +224,8 @@ def usage(process: BaseProcess) -> tuple[float, float]:
 
 def work(
     name: str,
-    rank: int,
-    num: int,
+    team: Process,
     arguments: argparse.Namespace,
-    barrier: Barrier,
     done: "Synchronized[int]",
     answer: Path,
 ) -> None:
@@ -212,12 +234,11 @@ def work(
     limit = int(arguments.limit_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(1)
-    team = SimpleNamespace(rank=rank, world_size=num, barrier=lambda: barrier.wait() and None)
 
     def told(what: str, total: int, more: int, size: int) -> None:
         if what == "compiling":  # every rank is told what all have finished
             with done.get_lock():
-                done.value += more if rank == 0 else 0
+                done.value += more if team.rank == 0 else 0
 
     action = name.split(maxsplit=1)[0]
     phases: dict[str, Callable[[], Any]] = {
@@ -231,7 +252,7 @@ def work(
         "compact": lambda: compact(arguments),
     }
     result = phases[action]()
-    if rank == 0:
+    if team.rank == 0:
         write_atomic(answer, json.dumps(result).encode())
 
 
@@ -300,8 +321,9 @@ def distinct(arguments: argparse.Namespace) -> Iterator[Document]:
 
 def document(document_id: str, title: str, content: str, source: str) -> Document:
     """A document of the bank."""
-    kept = {"id": document_id, "title": title, "text": content, "source": source}
-    return Document(**kept, split=Split.train, use=Use.reference)  # type: ignore[arg-type]
+    return Document(
+        id=document_id, title=title, text=content, source=source, split=Split.train, use=Use.reference
+    )
 
 
 def compiler(arguments: argparse.Namespace) -> Compiler:
@@ -376,7 +398,7 @@ def search(arguments: argparse.Namespace) -> dict[str, Any]:
         begun = time.process_time()
         found, _ = library.search(queries, 64)
         first = time.process_time() - begun  # every block is checked when it is first read
-        alone = [seconds(lambda row=row: library.search(queries[row : row + 1], 64)) for row in range(100)]
+        alone = [seconds(partial(library.search, queries[row : row + 1], 64)) for row in range(100)]
         together = seconds(lambda: library.search(queries, 64))
         vectors = [library.vectors(place) for place in range(len(library.parts))]
         blocks = Blocks(index_blocks(library.segments, vectors))
@@ -410,8 +432,8 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
         ids = np.random.default_rng(0).choice(library.next_reference, num, replace=False)
         ids = ids[library.is_live(ids)]
         batches = [ids[begin : begin + 320] for begin in range(0, len(ids), 320)]
-        first = [seconds(lambda some=some: library.read(some)) for some in batches]
-        again = [seconds(lambda some=some: library.read(some)) for some in batches]
+        first = [seconds(partial(library.read, some)) for some in batches]
+        again = [seconds(partial(library.read, some)) for some in batches]
         return {
             "references": len(ids),
             "record_bytes": library.record_bytes,

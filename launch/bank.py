@@ -43,10 +43,11 @@ from memorybank import embedder as embedders
 from memorybank import soundness
 from memorybank.cold import ColdRecords, stores
 from memorybank.config import BankContext, CodecKind
-from memorybank.edits import Alone, Documents, Editor, Known, Team, Told
+from memorybank.edits import Documents, Editor, Known, Told
 from memorybank.library import Library
 from memorybank.segment import CutDocument
 from memorybank.store import Generation
+from memorybank.team import ALONE, Team
 from train.stopping import STOPPED
 
 Ids = NDArray[np.int64]
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     if "ranks" in arguments:
         if arguments.ranks < 1:
             raise ValueError(f"--ranks {arguments.ranks} is below 1; set 1 or more")
-        return edit(arguments, Alone()) if arguments.ranks == 1 or arguments.dry_run else _on_ranks(arguments)
+        return edit(arguments, ALONE) if arguments.ranks == 1 or arguments.dry_run else _on_ranks(arguments)
     builders.quiet_third_parties()
     allow_maps()
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -169,7 +170,7 @@ def verify(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--sample {arguments.sample} is below 0; set 0 to compare none")
     editor = Editor(folder=folder)
     if arguments.sample or arguments.fix:
-        _, editor = _opened(arguments, Alone())
+        _, editor = _opened(arguments, ALONE)
 
     def problems() -> list[soundness.Problem]:
         with _bars("bytes") as told:

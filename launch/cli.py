@@ -19,7 +19,7 @@ from memorybank.cost import CODECS, EMBEDDERS, Hardware
 
 _OVERRIDES = """\
 settings are given in Hydra's grammar:
-  experiment=demo model=micro    choose files of conf/ (groups: model, data, launcher, experiment, debug)
+  experiment=demo model=micro    choose files of conf/ (docs/config.md lists them)
   warmup.steps=200 seed=1        set single keys
   continual.memory=null          switch a part off
 `memory3 pretrain --cfg [settings]` prints every key with its value."""

@@ -400,6 +400,11 @@ class Library:
         self._found(asked)
         return self._texts.tokens(asked)
 
+    def sizes(self, ids: Ids) -> tuple[Ids, Ids]:
+        """The tokens of title lines, and of the text behind them; both (N,)."""
+        self._found(ids)
+        return self._texts.sizes(ids)
+
     def content_tokens(self, reference: int) -> list[int]:
         """The tokens of a reference without its title line."""
         place, row = self._found_one(reference)

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -34,11 +33,11 @@ def _logging(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_help_answers_at_once_without_heavy_imports(command: str) -> None:
     program = (
-        "import sys; from launch.cli import main\n"
+        "import sys, time; from launch.cli import main\n"
         "try: main(sys.argv[1:])\n"
-        "except SystemExit as end: print('code', end.code, sorted(set(sys.modules) & set(sys.stdin.read().split())))"
+        "except SystemExit as end:\n"
+        "    print(time.process_time(), 'code', end.code, sorted(set(sys.modules) & set(sys.stdin.read().split())))"
     )
-    before = _seconds_of_children()
     done = subprocess.run(
         [sys.executable, "-c", program, *command.split(), "--help"],
         cwd=Path(__file__).parents[2],
@@ -48,9 +47,10 @@ def test_help_answers_at_once_without_heavy_imports(command: str) -> None:
         check=True,
         env={**os.environ, "COLUMNS": "120"},
     )
-    assert _seconds_of_children() - before < 2  # of a processor; a tenth of a second on an idle machine
     assert done.stdout.splitlines()[0].startswith(f"usage: memory3 {command}".rstrip())
-    assert done.stdout.splitlines()[-1] == "code 0 []"
+    seconds, _, ended = done.stdout.splitlines()[-1].partition(" ")
+    assert ended == "code 0 []"
+    assert float(seconds) < 1  # of a processor; a tenth of it, as a rule
 
 
 def test_settings_may_stand_on_both_sides_of_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,8 +149,3 @@ def test_cfg_prints_every_key_and_makes_nothing(tmp_path: Path) -> None:
     )
     assert OmegaConf.create(done.out).continual.memory.source == "bank"
     assert not (tmp_path / "runs").exists()
-
-
-def _seconds_of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime

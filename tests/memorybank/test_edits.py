@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from data import files
 from data.files import only_writer
 from memorybank.edits import KEPT_STATES, Editor, sweep
 from memorybank.library import Library, state_folder
+from memorybank.team import Team
 from memorybank.writer import encode_records
 from tests.support.memorybank import (
     codec,
@@ -93,8 +93,7 @@ def test_build_is_byte_identical_for_any_number_of_ranks(
 ) -> None:
     shared = compiler()  # weights are drawn with the process's one generator
 
-    def run(rank: int, barrier: Callable[[], None]) -> None:
-        team = SimpleNamespace(rank=rank, world_size=world_size, barrier=barrier)
+    def run(team: Team) -> None:
         editor(tmp_path / "library", team=team, compiler=shared).build(texts(0, 10))
 
     on_ranks(world_size, run)
