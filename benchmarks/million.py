@@ -26,13 +26,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, pairwise
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,11 +138,33 @@ class Progress:
         write_atomic(self._path, json.dumps(self.phases).encode())
 
 
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A rank of a phase (`memorybank.team`)."""
+
+    rank: int
+    world_size: int
+    meeting: Barrier
+    told: "SimpleQueue[Any]"
+
+    def barrier(self) -> None:
+        self.meeting.wait()
+
+    def broadcast(self, value: Any) -> Any:
+        if self.rank == 0:
+            for _ in range(1, self.world_size):
+                self.told.put(value)
+        else:
+            value = self.told.get()
+        self.barrier()
+        return value
+
+
 def run_phase(name: str, arguments: argparse.Namespace, progress: Progress) -> None:
     """Run a phase in its own processes, and watch them."""
     num = arguments.ranks if name == "build" or name.startswith("add") else 1
     context = multiprocessing.get_context("spawn")
-    barrier, done = context.Barrier(num), context.Value("q", 0)
+    barrier, told, done = context.Barrier(num), context.SimpleQueue(), context.Value("q", 0)
     answer = arguments.work / "answer.json"
     answer.unlink(missing_ok=True)
     found = progress.phases.setdefault(
@@ -151,7 +174,7 @@ def run_phase(name: str, arguments: argparse.Namespace, progress: Progress) -> N
     before, begun = (found["clock_seconds"], found["cpu_seconds"]), time.monotonic()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     processes = [
-        context.Process(target=work, args=(name, rank, num, arguments, barrier, done, answer))
+        context.Process(target=work, args=(name, Process(rank, num, barrier, told), arguments, done, answer))
         for rank in range(num)
     ]
     for process in processes:
@@ -201,10 +224,8 @@ def usage(process: BaseProcess) -> tuple[float, float]:
 
 def work(
     name: str,
-    rank: int,
-    num: int,
+    team: Process,
     arguments: argparse.Namespace,
-    barrier: Barrier,
     done: "Synchronized[int]",
     answer: Path,
 ) -> None:
@@ -213,12 +234,11 @@ def work(
     limit = int(arguments.limit_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(1)
-    team = SimpleNamespace(rank=rank, world_size=num, barrier=lambda: barrier.wait() and None)
 
     def told(what: str, total: int, more: int, size: int) -> None:
         if what == "compiling":  # every rank is told what all have finished
             with done.get_lock():
-                done.value += more if rank == 0 else 0
+                done.value += more if team.rank == 0 else 0
 
     action = name.split(maxsplit=1)[0]
     phases: dict[str, Callable[[], Any]] = {
@@ -232,7 +252,7 @@ def work(
         "compact": lambda: compact(arguments),
     }
     result = phases[action]()
-    if rank == 0:
+    if team.rank == 0:
         write_atomic(answer, json.dumps(result).encode())
 
 

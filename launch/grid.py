@@ -91,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.no_prepare:
         _prepare(grid)
     for each in grid:
+        pretrain.check_branch(each.config, each.folder)
         pretrain.fill_in(each.config)
         pretrain.refuse_other_run(each.config, each.folder)
     return control(grid)
@@ -235,10 +236,12 @@ def _train(each: Combination, program: Sequence[str]) -> End:
         run.stop()
         log.info("%s was stopped; the same command goes on with it", each.config.run)
         raise
-    code = run.exit_code()
-    if code == 0:
-        return End("finished")
-    return End("failed", f"{'ended by a signal; ' if code is None else ''}{run.last_words()}")
+    return End("finished") if run.exit_code() == 0 else End("failed", _why(run))
+
+
+def _why(run: TrialRun) -> str:
+    """How a run ended that has not finished."""
+    return f"{'ended by a signal; ' if run.exit_code() is None else ''}{run.last_words()}"
 
 
 def _wait(run: TrialRun) -> None:
@@ -250,14 +253,15 @@ def _submit(each: Combination, program: Sequence[str]) -> End:
     """Hand a combination to SLURM, unless it has finished, waits or trains."""
     settings = [*each.settings, "logging.progress=false", "launcher.slurm.submit=false"]
     queue = Queue(job_name(each.folder))
-    run = TrialJob(each.folder, each.config, settings, None, queue, program)
+    run = TrialJob(each.folder, each.config, settings, each.folder, None, queue, program)
     if run.is_alive():
         return End("waiting", f"job {queue.jobs()[None]}, submitted before")
     if run.exit_code() == 0:
         return End("finished", "before")
     if each.folder.exists() and is_in_use(each.folder):
         return End("waiting", "a run that was started otherwise trains there")
-    return End("waiting", f"job {run.submit()}")
+    again = "" if run.log() is None else f", submitted again, for it failed: {_why(run)}"
+    return End("waiting", f"job {run.submit()}{again}")
 
 
 def _validation(each: Combination) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """`memory3 plan`: what a run will take, before anything is started. No GPU is needed, and no torch.
 
-Tables of (1) the configuration and the parameters, (2) both stages: FLOPs, rate, time, price, (3) memory of a rank
-under each ZeRO stage, (4) bank and disk; then what will not work, each with what would; or the same as JSON.
+The resolved configuration; tables of (1) the parameters, (2) both stages: FLOPs, rate, time, price, (3) memory of a
+rank under each ZeRO stage, (4) bank and disk; then what will not work, each with what would; or the same as JSON.
 Not here: the figures (`launch.planning` and what it calls), preparing the corpus, starting ranks.
 """
 
@@ -18,6 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from launch import resolved
 from launch.compose import compose_config, to_yaml
 from launch.config import RunConfig
 from launch.devices import DEVICES, device_here, memory_here
@@ -49,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(width=max(Console().width, _WIDTH))
     for part in (
         _heading(seen),
+        resolved.table(seen.config),
         _parameters(planned.parameters, number_bytes(seen.config.engine.precision)),
         _stages(planned.stages, seen),
         _memory(planned.stages, seen),
@@ -180,9 +182,7 @@ def _heading(seen: _Seen) -> Group:
         f"{seen.site.device.name}: {seen.site.device.peak(config.engine.precision):g} TFLOP/s a rank"
         f"{memory}; MFU {seen.site.mfu:g}",
     )
-    return Group(
-        Text("memory3 plan", style="bold"), grid, Text("every key: memory3 pretrain --cfg ...", style="dim")
-    )
+    return Group(Text("memory3 plan", style="bold"), grid)
 
 
 def _parameters(count: ParameterCount, size: int) -> Table:

@@ -44,6 +44,8 @@ _MAY_CHANGE = (
 )
 """Keys that a resumed run may change: they decide nothing about what is trained on, nor in which order."""
 
+_SIZES = ("num_layers", "width", "num_heads", "num_kv_heads", "head_size", "ffn_width")
+"""Keys of the model that give weights their shapes; the vocabulary is the corpus's, which checkpoints are bound to."""
 
 _USER_ERROR = 2
 
@@ -154,22 +156,45 @@ def make_ready(config: RunConfig, folder: Path) -> None:
     """Freeze the configuration, and look whether the disk has room.
 
     Raises:
-        ValueError: The folder holds a run of another configuration, the run that it branches from is none, or there
-            is too little room.
+        ValueError: The folder holds a run of another configuration, there is nothing to branch from, or there is
+            too little room.
     """
-    _check_branch(config, folder)
+    check_branch(config, folder)
     preflight.check(config, folder, num_references=freeze(config, folder))
     rank_memory.check(config)
 
 
-def _check_branch(config: RunConfig, folder: Path) -> None:
-    """Look for the run that the continual stage branches from, unless it has branched already."""
+def check_branch(config: RunConfig, folder: Path) -> None:
+    """Look for what the continual stage branches from, unless it has branched already.
+
+    Raises:
+        ValueError: There is no such run, it has no checkpoint to branch from, or its network has another size.
+    """
     if config.continual is None or config.continual.branch_from is None:
         return
-    if not any((folder / "checkpoints").glob("continual-*")):
-        from launch.build import branch_source
+    from launch.build import branch_source
+    from train.checkpoint import newest_of
 
-        branch_source(folder, config)
+    if newest_of(folder, "continual") is not None:
+        return
+    source, warmup = branch_source(folder, config)
+    named, constant = (
+        f"continual.branch_from={config.continual.branch_from}",
+        warmup.steps - warmup.decay_steps,
+    )
+    if newest_of(source, "warmup", at_most=constant) is None:
+        raise ValueError(
+            f"{named}: {source} has no warmup checkpoint from step {constant} or before, where its decay begins; "
+            f"finish that warmup, or name a run that has one"
+        )
+    network = load_config(source / "config.yaml").model
+    for key in _SIZES:
+        theirs, ours = getattr(network, key), getattr(config.model, key)
+        if theirs != ours:
+            raise ValueError(
+                f"model.{key}={ours}, but {named}, and {source} was trained with {theirs}; set model.{key}={theirs}, "
+                "or name a run of the same size"
+            )
 
 
 def freeze(config: RunConfig, folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""SLURM: the script of a job, and the five commands that are asked.
+"""SLURM: the script of a job, the five commands that are asked, and where a job says how it goes.
 
 A job runs the same command that its user gave. `--signal` has SLURM send SIGUSR1 before the time limit, and before a
 preemption where the cluster sends it: the run publishes a checkpoint, and its job is queued again, under its number
@@ -10,6 +10,7 @@ Not here: what the command does (`launch.pretrain`, `launch.trial`).
 import getpass
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -114,6 +115,14 @@ def submit(folder: Path, text: str, *, tasks: Sequence[int] | None = None) -> st
     path.write_text(text)
     array = [] if tasks is None else [f"--array={','.join(map(str, tasks))}"]
     return _ask("sbatch", "--parsable", *array, str(path)).strip().partition(";")[0]
+
+
+def newest_output(folder: Path, task: int | None) -> Path | None:
+    """What the newest job of a run says, or the newest task of that number in arrays; None before any has run."""
+    found = folder.glob("slurm-*.out")
+    name = re.compile(r"slurm-(\d+)" + ("" if task is None else f"_{task}") + r"\.out")
+    numbers = {int(match[1]): path for path in found if (match := name.fullmatch(path.name))}
+    return numbers[max(numbers)] if numbers else None
 
 
 def requeue() -> None:

@@ -110,8 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
         compose_unchecked(settings)
     folder = Path(config.paths.root) / sweep.name
     if not arguments.report and not (folder / "sweep.json").exists():
-        from launch import build, prepare
+        from launch import build, prepare, pretrain
 
+        pretrain.check_branch(config, folder)
         prepare.ensure(config)
         if sweep.objective is Objective.facts and not build.context(config).prepared.probes:
             raise ValueError(f"data.name={config.data.name} has no fact probes; choose --objective text")

@@ -2,7 +2,7 @@
 
     RUN/trial.lock       held by the trial's processes, however they were started; its text is the process group
     RUN/trial.json       of a job: its settings
-    RUN/trial.log        what it says
+    RUN/trial.log        what it says; a job says it in RUN/slurm-JOB.out, a sweep's in SWEEP/slurm-JOB_TASK.out
     RUN/trial-exit       its exit code, once it has ended by itself
     RUN/metrics.jsonl    its validation losses
     RUN/evaluation-validation.json    what it knows of facts, where that is the objective
@@ -85,6 +85,10 @@ class TrialRun(ABC):
     def stop(self) -> None:
         """End all of its processes."""
 
+    @abstractmethod
+    def log(self) -> Path | None:
+        """The file that takes what it says; None where nothing of it has ever run."""
+
     def exit_code(self) -> int | None:
         """The exit code of a trial that has ended; None when it could not say one, being killed."""
         path = self.folder / "trial-exit"
@@ -92,8 +96,8 @@ class TrialRun(ABC):
 
     def last_words(self) -> str:
         """The line that says best why it ended."""
-        path = self.folder / "trial.log"
-        lines = path.read_text(errors="replace").split("\n") if path.exists() else []
+        path = self.log()
+        lines = [] if path is None else path.read_text(errors="replace").split("\n")
         lines = [line.strip() for line in lines if line.strip()]
         own = [line for line in lines if line.startswith("memory3 ")]
         return (own or lines or ["it said nothing"])[-1]
@@ -184,6 +188,10 @@ class TrialProcess(TrialRun):
                 pass_fds=[lock.fileno()],
             )
 
+    def log(self) -> Path | None:
+        path = self.folder / "trial.log"
+        return path if path.exists() else None
+
     def is_alive(self) -> bool:
         """Whether any of its processes lives, whoever started it."""
         if not self.folder.exists():
@@ -229,11 +237,13 @@ class TrialJob(TrialRun):
     """A trial that is a job of SLURM.
 
     Attributes:
+        jobs_folder: The sweep's, or that of a job of its own, where jobs leave what they say.
         task: Its number in an array of jobs; None of a job of its own.
         queue: The jobs of the sweep's name, or of the run's.
         program: What a job of its own starts, before the folder.
     """
 
+    jobs_folder: Path
     task: int | None
     queue: Queue
     program: Sequence[str] = PROGRAM
@@ -249,6 +259,9 @@ class TrialJob(TrialRun):
         self.hand_over()
         command = shlex.join([*self.program, str(self.folder.resolve())])
         return slurm.submit(self.folder, slurm.script(self.config, self.folder, command))
+
+    def log(self) -> Path | None:
+        return slurm.newest_output(self.jobs_folder, self.task)
 
     def is_alive(self) -> bool:
         return self.task in self.queue.jobs()
@@ -314,7 +327,7 @@ class Jobs:
 
     def run(self, number: int, folder: Path, config: RunConfig, settings: Sequence[str]) -> TrialRun:
         settings = [*settings, "launcher.slurm.submit=false"]
-        return TrialJob(folder, config, settings, number, self._queue)
+        return TrialJob(folder, config, settings, self._folder, number, self._queue)
 
     def start(self, runs: Sequence[TrialRun]) -> None:
         tasks = []

@@ -26,6 +26,7 @@ from memorybank.codec import Codec, Floats, Integers, VectorCoder
 from memorybank.config import STAGES, CodecConfig, CodecKind
 from memorybank.record import MemoryShape
 from memorybank.store import MAKE_ANEW, GenerationSettings
+from memorybank.team import ALONE, Team, seen_by_first
 from memorybank.writer import Encode, encode_records
 
 log = logging.getLogger(__name__)
@@ -107,8 +108,7 @@ def obtain(
     references: ReferenceTokens,
     ids: Ids,
     settings: GenerationSettings,
-    is_first: bool = True,
-    barrier: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
     alone: Callable[[], AbstractContextManager[None]] = nullcontext,
     batch: int = 64,
 ) -> Codec:
@@ -125,8 +125,7 @@ def obtain(
         references: their tokens.
         ids: the references that the bank may hold, from which the sample is drawn.
         settings: what generations are made from.
-        is_first: whether this process trains.
-        barrier: returns when every process has called it.
+        team: the processes that share the work; the first one trains.
         alone: wraps the training, while all other processes wait.
         batch: references encoded at once.
 
@@ -151,8 +150,7 @@ def obtain(
         references=references,
         sampled=sampled,
         inputs={"weights": settings.weights},
-        is_first=is_first,
-        barrier=barrier,
+        team=team,
         alone=alone,
         batch=batch,
         window_tokens=settings.window_tokens,
@@ -169,8 +167,7 @@ def fitted(
     references: ReferenceTokens,
     sampled: Callable[[], tuple[Ids, Ids]],
     inputs: Mapping[str, str],
-    is_first: bool = True,
-    barrier: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
     alone: Callable[[], AbstractContextManager[None]] = nullcontext,
     batch: int = 64,
     window_tokens: int | None = None,
@@ -186,8 +183,7 @@ def fitted(
         references: their tokens.
         sampled: draws the references to measure its error on, and those to train it on, ascending.
         inputs: fingerprints of what the memories are made from.
-        is_first: whether this process trains.
-        barrier: returns when every process has called it.
+        team: the processes that share the work; the first one trains.
         alone: wraps the training, while all other processes wait.
         batch: references encoded at once.
         window_tokens: that of `GenerationSettings`.
@@ -196,11 +192,10 @@ def fitted(
         ValueError: there are too few references to train it.
     """
     stated = quantizer.identity(config.kind, shape.head_size, separate=config.separate)
-    finished = is_finished(
-        folder, kind=quantizer.KIND, version=quantizer.VERSION, settings=stated, inputs=inputs
-    )
-    barrier()  # nobody publishes before everybody has looked
-    if not finished:
+    kind, version = quantizer.KIND, quantizer.VERSION
+    if not seen_by_first(
+        team, lambda: is_finished(folder, kind=kind, version=version, settings=stated, inputs=inputs)
+    ):
         plain = of_kind(CodecKind.model, shape, dtype)
         held_out, sample = (
             plain.decode(
@@ -210,12 +205,12 @@ def fitted(
         )
         # On every rank, so that every rank refuses.
         vectors = quantizer.training_vectors(config.kind, sample, separate=config.separate)
-        if is_first:
+        if team.rank == 0:
             num = f"{len(sample.index_NLGS):,}"
             log.info("%s: training on the memories of %s references, once for these weights", folder, num)
             with alone():
                 quantizer.fit(folder, config.kind, shape, vectors, held_out, inputs=inputs)
-        barrier()  # it is published
+        team.barrier()  # it is published
     return quantizer.open_codec(folder, shape)
 
 

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +74,7 @@ from memorybank.library import (
 from memorybank.record import MemoryShape
 from memorybank.segment import CutDocument, DocumentCutter, Segment, Segments, write_segment
 from memorybank.store import GenerationSettings, differences
+from memorybank.team import ALONE, Team
 from memorybank.vectors import Vectors, compile_vectors, copy_vectors
 from memorybank.writer import Encode, compile_generation, copy_generation
 
@@ -90,29 +91,6 @@ Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Told = Callable[[str, int, int, int], None]
 """What, how many in all, how many more are done, bytes of each: for a progress bar."""
-
-
-class Team(Protocol):
-    """The processes that share an edit (`train.distributed.Ranks`)."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
-
-    def barrier(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Alone:
-    """A team of one."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    def barrier(self) -> None:
-        """Wait for nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +169,7 @@ class Editor:
 
     folder: Path
     compiler: Compiler | None = None
-    team: Team = Alone()
+    team: Team = ALONE
     told: Told = lambda what, total, done, size: None
     references_per_segment: int = REFERENCES_PER_SEGMENT
 
@@ -443,8 +421,7 @@ class Editor:
                 "weights": compiler.weights,
                 "references": fingerprint([of.fingerprint for of in texts]),
             },
-            is_first=self.team.rank == 0,
-            barrier=self.team.barrier,
+            team=self.team,
             batch=compiler.batch,
             window_tokens=compiler.window_tokens,
         )
@@ -587,8 +564,7 @@ class Editor:
         raise AssertionError
 
     def _embed(self, texts: Segment, folder: Path, total: int, known: Known | None = None) -> None:
-        embedder, team = self._compiler().embedder, self.team
-        shared = {"rank": team.rank, "world_size": team.world_size, "barrier": team.barrier}
+        embedder = self._compiler().embedder
         if known is not None and known.vectors.embedder != embedder.name:
             known = None
         what = "embedding" if known is None else "copying vectors"
@@ -598,9 +574,9 @@ class Editor:
 
         if known is not None:
             vectors = known.vectors
-            copy_vectors(vectors, vectors.read, known.rows, texts, folder, progress=progress, **shared)  # type: ignore[arg-type]
+            copy_vectors(vectors, vectors.read, known.rows, texts, folder, team=self.team, progress=progress)
         else:
-            compile_vectors(embedder, texts, folder, progress=progress, **shared)  # type: ignore[arg-type]
+            compile_vectors(embedder, texts, folder, team=self.team, progress=progress)
 
     def _encode(self, texts: Segment, ids: Ids, folder: Path, total: int, codec: Codec) -> None:
         compiler = self._compiler()
@@ -611,9 +587,7 @@ class Editor:
             codec,
             folder,
             settings=_generation_settings(compiler.settings(codec.name), texts),
-            rank=self.team.rank,
-            world_size=self.team.world_size,
-            barrier=self.team.barrier,
+            team=self.team,
             records_per_shard=compiler.records_per_shard,
             batch=compiler.batch,
             progress=lambda done: self.told("compiling", total, done, codec.record_bytes),
@@ -742,7 +716,7 @@ def clashes(made: Sequence[Segment], base: Library | None, *, replaces: bool) ->
             assert base is not None
             for document_id, _, row in new.shared_ids(old):
                 number = int(old.numbers[old.documents[row]["first"]])
-                if number in base.removed:
+                if base.were_removed(np.array([number]))[0]:
                     continue
                 if not replaces:
                     raise ValueError(

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from data.files import Manifest, MappedFile, is_finished, open_manifest, partial, publishing, writing
 from memorybank.embedder import Embedder
+from memorybank.team import ALONE, Team, seen_by_first, wait_to_see
 
 KIND, VERSION = "vectors", 1
 VECTORS_PER_SHARD = 1 << 14
@@ -50,9 +51,7 @@ def compile_vectors(
     segment: Texts,
     folder: Path,
     *,
-    rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
     progress: Callable[[int], None] = lambda _: None,
     vectors_per_shard: int = VECTORS_PER_SHARD,
 ) -> None:
@@ -71,9 +70,7 @@ def compile_vectors(
         embedder.name,
         embedder.size,
         vectors_per_shard,
-        rank,
-        world_size,
-        barrier,
+        team,
         progress,
     )
 
@@ -85,9 +82,7 @@ def copy_vectors(
     segment: Texts,
     folder: Path,
     *,
-    rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Publish the vectors of a segment that were made before; nothing is embedded.
@@ -98,9 +93,7 @@ def copy_vectors(
         ids: by which `read` knows the segment's references, in their order.
         segment: whose vectors they are.
         folder: to be published.
-        rank: this process.
-        world_size: processes that share the work.
-        barrier: returns when every process has called it.
+        team: the processes that share the work.
         progress: is told how many more are written.
     """
 
@@ -114,9 +107,7 @@ def copy_vectors(
         vectors.embedder,
         vectors.size,
         VECTORS_PER_SHARD,
-        rank,
-        world_size,
-        barrier,
+        team,
         progress,
     )
 
@@ -128,9 +119,7 @@ def _publish(
     embedder: str,
     size: int,
     per_shard: int,
-    rank: int,
-    world_size: int,
-    barrier: Callable[[], None],
+    team: Team,
     progress: Callable[[int], None],
 ) -> None:
     settings = {
@@ -140,9 +129,9 @@ def _publish(
         "num_vectors": len(segment),
     }
     inputs = {"segment": segment.fingerprint}
-    finished = is_finished(folder, kind=KIND, version=VERSION, settings=settings, inputs=inputs)
-    barrier()  # nobody publishes before everybody has looked
-    if finished:
+    if seen_by_first(
+        team, lambda: is_finished(folder, kind=KIND, version=VERSION, settings=settings, inputs=inputs)
+    ):
         return
     work = partial(folder)
     shards = [
@@ -152,7 +141,7 @@ def _publish(
     def write_mine() -> None:
         for number, rows in enumerate(shards):
             path = work / vectors_file(number)
-            mine = number % world_size == rank and not path.exists()
+            mine = number % team.world_size == team.rank and not path.exists()
             with writing(path) if mine else nullcontext() as file:
                 for begin in range(0, len(rows), _AT_ONCE):
                     some = rows[begin : begin + _AT_ONCE]
@@ -160,16 +149,17 @@ def _publish(
                         file.write(make(some).astype("<f4").tobytes())
                     progress(len(some))
 
-    if rank == 0:
+    if team.rank == 0:
         with publishing(folder, kind=KIND, version=VERSION, settings=settings, inputs=inputs):
-            barrier()  # the work folder is there, and rid of what others left
+            team.barrier()  # the work folder is there, and rid of what others left
             write_mine()
-            barrier()  # every shard is there
+            team.barrier()  # every shard is there
+            wait_to_see(work, {vectors_file(number) for number in range(len(shards))})
     else:
-        barrier()
+        team.barrier()
         write_mine()
-        barrier()
-    barrier()  # the vectors are published
+        team.barrier()
+    team.barrier()  # the vectors are published
 
 
 def vectors_file(shard: int) -> str:

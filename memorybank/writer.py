@@ -4,7 +4,7 @@ Invariants: the bytes of a generation depend on the weights and the references a
 ranks or on interruptions: shards, and the batches within a shard, are cut at fixed places (a document that
 lies in two shards is encoded for each), and every batch is full (the last one repeats some of its shard);
 every rank encodes equally many batches, so that `encode` may be a collective (ZeRO-3); a shard appears whole
-or not at all, and one that has appeared is not made again.
+or not at all, and one that has appeared is not made again; which ones have is what the first rank sees.
 
 Not here: reading (store.py), what the model is given at once (windows.py), and which references an epoch
 needs (train/continual.py).
@@ -28,6 +28,7 @@ from data.files import is_finished, partial, publishing, write_atomic
 from data.references import ReferenceTokens
 from memorybank.codec import Codec
 from memorybank.store import IDS, KIND, VERSION, Generation, GenerationSettings, records_file
+from memorybank.team import ALONE, Team, seen_by_first, wait_to_see
 from memorybank.windows import EncodeBatch, cut_batches
 from model.memory import ExplicitMemory
 
@@ -58,9 +59,7 @@ def compile_generation(
     folder: Path,
     *,
     settings: GenerationSettings,
-    rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
     records_per_shard: int = 256,
     batch: int = BATCH,
     progress: Callable[[int], None] | None = None,
@@ -77,9 +76,7 @@ def compile_generation(
         codec: memories to bytes.
         folder: `<bank>/generation-<name>`, to be published.
         settings: what the generation is made from.
-        rank: this process.
-        world_size: processes that share the work.
-        barrier: returns when every process has called it.
+        team: the processes that share the work.
         records_per_shard: records in a file, and the unit that is dealt to ranks.
         batch: references encoded at once.
         progress: is told how many more records all ranks have finished.
@@ -101,9 +98,7 @@ def compile_generation(
         record_bytes=codec.record_bytes,
         records_per_shard=records_per_shard,
         batch=batch,
-        rank=rank,
-        world_size=world_size,
-        barrier=barrier,
+        team=team,
         progress=progress,
     )
 
@@ -224,9 +219,7 @@ def _publish(
     record_bytes: int,
     records_per_shard: int,
     batch: int,
-    rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Publish a generation whose records `make(ids, least number of batches)` yields batch by batch.
@@ -246,26 +239,30 @@ def _publish(
         "num_records": len(ids_N),
         "ids": hashlib.sha256(ids_N.tobytes()).hexdigest()[:16],
     }
-    finished = is_finished(folder, kind=KIND, version=VERSION, settings=decided, inputs=inputs)
-    barrier()  # nobody publishes before everybody has looked
-    if finished:
+    if seen_by_first(
+        team, lambda: is_finished(folder, kind=KIND, version=VERSION, settings=decided, inputs=inputs)
+    ):
         return
     publication = publishing(folder, kind=KIND, version=VERSION, settings=decided, inputs=inputs)
-    with publication if rank == 0 else nullcontext(partial(folder)) as work, _WriteBehind() as files:
-        barrier()  # the work folder is there, and rid of what others left
+    with publication if team.rank == 0 else nullcontext(partial(folder)) as work, _WriteBehind() as files:
         shards = [
             ids_N[begin : begin + records_per_shard] for begin in range(0, len(ids_N), records_per_shard)
         ]
-        missing = [shard for shard in range(len(shards)) if not (work / records_file(shard)).exists()]
-        barrier()  # nobody writes before everybody has seen the same shards missing
-        if rank == 0:
+        # When the others are told, the work folder is there, and rid of what somebody else left.
+        missing = seen_by_first(
+            team,
+            lambda: [shard for shard in range(len(shards)) if not (work / records_file(shard)).exists()],
+        )
+        if team.rank == 0:
             _write_ids(work / IDS, ids_N)
         if progress is not None:
             progress(len(ids_N) - sum(len(shards[shard]) for shard in missing))
-        for first in range(0, len(missing), world_size):
-            dealt = missing[first : first + world_size]
+        for first in range(0, len(missing), team.world_size):
+            dealt = missing[first : first + team.world_size]
             num_batches = max(count(shards[shard]) for shard in dealt)
-            shard = dealt[rank % len(dealt)]  # without a shard of its own, a rank encodes along for nothing
+            shard = dealt[
+                team.rank % len(dealt)
+            ]  # without a shard of its own, a rank encodes along for nothing
             due, told = sum(len(shards[shard]) for shard in dealt), 0
             made: list[Tensor] = []
             for done, records in enumerate(make(shards[shard], num_batches), start=1):
@@ -273,11 +270,13 @@ def _publish(
                 if progress is not None:
                     progress(due * done // num_batches - told)
                     told = due * done // num_batches
-            if rank < len(dealt):
+            if team.rank < len(dealt):
                 files.write(work / records_file(shard), torch.cat(made))
         files.wait()
-        barrier()  # every shard is there
-    barrier()  # the generation is published
+        team.barrier()  # every shard is there
+        if team.rank == 0:
+            wait_to_see(work, {records_file(shard) for shard in missing})
+    team.barrier()  # the generation is published
 
 
 class _WriteBehind:

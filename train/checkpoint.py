@@ -394,10 +394,9 @@ class Checkpoints:
         """
 
         def find() -> Path:
-            for folder in reversed(_published(self._folder)):
-                name, step = _parse(folder)
-                if name == stage and (at_most is None or step <= at_most):
-                    return _verified(folder)
+            folder = newest_of(self._run, stage, at_most=at_most)
+            if folder is not None:
+                return _verified(folder)
             raise ValueError(
                 f"{self._folder} holds no {stage} checkpoint"
                 + ("" if at_most is None else f" from step {at_most} or before")
@@ -531,6 +530,15 @@ def _verified(folder: Path) -> Path:
     if problem is not None:
         raise ValueError(problem)
     return folder
+
+
+def newest_of(run: Path, stage: str, *, at_most: int | None = None) -> Path | None:
+    """The newest checkpoint that a run published of a stage, at most `at_most` steps in; it is not read."""
+    for folder in reversed(_published(run / "checkpoints")):
+        name, step = _parse(folder)
+        if name == stage and (at_most is None or step <= at_most):
+            return folder
+    return None
 
 
 def _published(folder: Path) -> list[Path]:

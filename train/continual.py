@@ -198,8 +198,7 @@ class BankEpochs:
             references=self._references,
             ids=self.bank_ids(history),
             settings=settings,
-            is_first=self._ranks.is_first,
-            barrier=self._ranks.barrier,
+            team=self._ranks,
             alone=self._ranks.alone,
         )
         with self._ranks.pulse.batches("the compilation of a bank"):
@@ -210,9 +209,7 @@ class BankEpochs:
                 codec,
                 bank / name,
                 settings=settings,
-                rank=self._ranks.rank,
-                world_size=self._ranks.world_size,
-                barrier=self._ranks.barrier,
+                team=self._ranks,
                 batch=batch_for(self._ranks.device),
             )
         return Generation.open(bank / name, expect=asdict(settings) | {"codec": codec.name})

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from benchmarks.documentation import corpus_settings, topics
 from launch import cli, compose
 from launch.config import RunConfig
 from tests.support.launch import memory3
@@ -109,6 +110,34 @@ def test_interrupt_ends_with_code_130(
     monkeypatch.setattr(pretrain, "compose_config", interrupted)
     assert cli.main(["pretrain"]) == 130
     assert capsys.readouterr().err == "memory3 pretrain: interrupted\n"
+
+
+def test_a_place_that_cannot_be_written_is_named_without_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    corpus = topics(tmp_path / "topics.jsonl", limit=1000)
+    assert cli.main(["prepare", *corpus_settings(tmp_path / "file", corpus)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(
+        f"memory3 prepare: {tmp_path}/file/prepared/jsonl/corpus.partial: Not a directory; mend it"
+    )
+
+
+def test_a_reader_that_has_enough_is_no_crash() -> None:
+    program = "import sys; from launch import cli, pretrain\n"
+    program += "pretrain.run = lambda _: len([print('x' * 9999) for _ in range(10000)])\n"
+    program += "sys.exit(cli.main(['pretrain', '--cfg']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as started:
+        assert started.stdout is not None
+        assert started.stderr is not None
+        started.stdout.read(10)
+        started.stdout.close()
+        assert started.stderr.read() == b""
+        assert started.wait() == 141
 
 
 def test_cfg_prints_every_key_and_makes_nothing(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from benchmarks.documentation import corpus_settings
 from launch import grid
 from launch.compose import load_config
 from launch.grid import Combination, combinations, control
+from launch.slurm import newest_output
 from launch.trial import TrialProcess
 from tests.support import slurm
 from tests.support.launch import memory3, prepared_root, trained_corpus, within
@@ -66,6 +67,22 @@ def test_runs_are_named_after_the_experiment_and_what_can_stand_in_a_path() -> N
     assert len(set(names)) == len(names) == 2
     (long,) = combinations([f"data.path=choice({'x' * 300})"])
     assert len(long.config.run) < 120
+
+
+@pytest.mark.parametrize(
+    "command", [["pretrain", "-m", "--no-prepare", "seed=0,1"], ["sweep", "seed=choice(0,1)"]]
+)
+def test_a_run_to_branch_from_is_looked_for_before_the_first_one_starts(
+    command: list[str], tmp_path: Path
+) -> None:
+    branch = ["experiment=quick", "warmup=null", "continual.branch_from=nowhere"]
+    done = within(*command, *branch, f"paths.root={tmp_path}")
+    assert done.code == 2
+    assert done.err == (
+        f"memory3 {command[0]}: continual.branch_from=nowhere: {tmp_path}/nowhere is not a run folder; "
+        "name a run that was warmed up\n"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -221,6 +238,38 @@ def test_on_slurm_every_combination_is_a_job(
     assert "2 of 2 finished." in capsys.readouterr().out
     assert [starts(each.folder) for each in runs] == [1, 1]
     assert "launcher.slurm.submit=false" in (runs[0].folder / "trial.json").read_text()
+
+
+def test_a_job_that_failed_is_named_when_it_is_submitted_again(
+    tmp_path: Path, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fates = "logging.wandb_project=well,memory,killed-once"
+    runs = of(tmp_path, "warmup.peak_lr=1e-3", fates, "launcher=slurm", "launcher.slurm.gpus=false")
+    assert control(runs, PROGRAM) == 0
+    assert "again" not in capsys.readouterr().out
+    assert sorted(slurm.wait_for(job) for job in (cluster / "jobs").iterdir()) == [-9, 0, 1]
+    assert control(runs, PROGRAM) == 0
+    oom = "memory3 pretrain: rank 0: OutOfMemoryError: CUDA out of memory"
+    ends = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[2:5]]
+    assert ends == [
+        "finished: before",
+        f"waiting: job 103, submitted again, for it failed: {oom}",
+        "waiting: job 104, submitted again, for it failed: ended by a signal; it said nothing",
+    ]
+    assert [slurm.wait_for(cluster / "jobs" / job) for job in ("103", "104")] == [1, 0]
+    assert [starts(each.folder) for each in runs] == [1, 2, 2]
+
+
+def test_what_jobs_say_is_read_of_the_newest(tmp_path: Path) -> None:
+    for name in ("slurm-9.out", "slurm-10.out", "slurm-9_1.out", "slurm-11_1.out", "slurm-8_11.out"):
+        (tmp_path / name).touch()
+    found = [newest_output(tmp_path, task) for task in (None, 1, 11, 2)]
+    assert [path and path.name for path in found] == [
+        "slurm-10.out",
+        "slurm-11_1.out",
+        "slurm-8_11.out",
+        None,
+    ]
 
 
 REAL = [

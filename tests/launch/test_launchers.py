@@ -68,6 +68,13 @@ def first_loss(run: Path) -> float:
     return float(next(line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line))
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def expected() -> float:
     """The first loss of plain `memory3 pretrain` on two ranks."""
     return first_loss(trained().main)
@@ -107,9 +114,7 @@ def test_torchrun_may_start_the_command_itself(root: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_torchruns_of_two_nodes_train_the_same(root: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meeting = f"--rdzv-endpoint=127.0.0.1:{probe.getsockname()[1]}"
+    meeting = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     with ThreadPoolExecutor() as nodes:
         said = [
@@ -172,6 +177,38 @@ def test_two_hosts_train_the_same(root: Path, tmp_path: Path) -> None:
         more = [f"launcher.hosts.file={hosts}", f"launcher.hosts.shell={shell}"]
         start([*MEMORY3, *settings(root, "hosts", "launcher=hosts", *more)], GLOO_SOCKET_IFNAME="m3")
     assert first_loss(root / "hosts") == expected()
+
+
+PDSH = f"""\
+#!{sys.executable}
+import os, subprocess, sys
+assert sys.argv[1:5] == ["-S", "-f", "1024", "-w"], sys.argv
+line = " ".join(sys.argv[6:])
+kept = {{name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}}
+shells = [
+    subprocess.Popen(["bash", "-c", line.replace("%n", str(number))], cwd="/", env=kept)
+    for number, host in enumerate(sys.argv[5].split(","))
+]
+sys.exit(max(shell.wait() for shell in shells))
+"""
+SSH = '#!/bin/sh\ncase "$*" in *" hostname -I") echo 127.0.0.1;; esac\n'
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_hosts_train_the_same(root: Path, tmp_path: Path) -> None:
+    """`deepspeed --hostfile`, whose pdsh has a shell of this machine for each host, with nothing that is set here."""
+    for name, program in (("pdsh", PDSH), ("ssh", SSH)):
+        (tmp_path / name).write_text(program)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    deepspeed = ["deepspeed", f"--hostfile={tmp_path}/hosts", f"--master_port={free_port()}", "--module"]
+    quoted = r"logging.wandb_project=\'a,b\'"  # pdsh leaves words to the hosts' shells
+    start([*deepspeed, "launch.cli", *settings(root, "hostfile", quoted)], PATH=path)
+    assert first_loss(root / "hostfile") == expected()
+    trained_with = load_config(root / "hostfile" / "config.yaml")
+    assert trained_with.engine.num_ranks == 2
+    assert trained_with.logging.wandb_project == "a,b"
 
 
 @pytest.fixture

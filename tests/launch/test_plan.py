@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from launch.compose import compose_config
+from launch.compose import compose_config, to_yaml
 from launch.devices import DEVICES, device_here
+from launch.origins import flat
 from launch.planning import Site, plan
+from launch.resolved import sections
 from model.transformer import Memory3LM
 from tests.support.launch import trained, within
 
@@ -169,6 +172,41 @@ def test_tables_are_as_wide_as_a_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     assert max(map(len, done.out.splitlines())) <= 100
     for said in ("Parameters, exact", "ZeRO-1 (chosen)", "price, 2 a rank and hour", "bank's generations"):
         assert said in done.out
+
+
+def test_the_resolved_configuration_has_every_key_and_says_what_was_set() -> None:
+    settings = [
+        "experiment=quick",
+        "seed=3",
+        "continual.memory.query=previous",
+        "+warmup.weights.factbook=0.5",
+    ]
+    config = compose_config([*settings, "model=nano"])
+    shown = {
+        f"{name}.{each.text}".removeprefix("."): each.is_default
+        for name, found in sections(config).items()
+        for each in found
+    }
+    keys = [key.replace("weights.factbook", "weights") for key in flat(yaml.safe_load(to_yaml(config)))]
+    assert sorted(text.partition("=")[0] for text in shown) == sorted(keys)
+    said = {
+        "seed=3",
+        "continual.memory.query=previous",
+        "warmup.weights={factbook:0.5}",
+        "warmup.branch_from=null",
+    }
+    assert said <= shown.keys()
+    assert [text for text in said if shown[text]] == ["warmup.branch_from=null"]
+    assert not shown["data.sources.factbook.kind=factbook"]  # a key that must be set
+
+
+def test_the_configuration_is_printed_as_it_will_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    said = within("plan", "model=small", "data.name=a-corpus", "--config-only").out.split()
+    assert "vocab_size=4096" in said  # the tokenizer's, not the 16,384 of model=small
+    assert "vocab_size=16384" not in said
+    assert said[said.index("data.sources.factbook") :][:2] == ["data.sources.factbook", "kind=factbook"]
+    assert "name=a-corpus" in said
 
 
 @pytest.mark.parametrize(

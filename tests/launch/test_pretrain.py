@@ -163,6 +163,12 @@ def control(root: Path, *changes: str) -> Finished:
     settings = ["experiment=quick", "data=jsonl", "data.path=x", f"paths.root={root}", "run=c2", *stages]
     save_config(compose_config([*settings[:-3], "run=m"]), root / "m/config.yaml")
     save_config(compose_config([*settings, "run=c"]), root / "c/config.yaml")
+    save_config(
+        compose_config([*settings[:-3], "run=begun", "warmup.decay_steps=8"]), root / "begun/config.yaml"
+    )
+    unfinished, decayed = "begun/checkpoints/warmup-00000001.partial", "begun/checkpoints/warmup-00000400"
+    for checkpoint in ("m/checkpoints/warmup-00000001", unfinished, decayed):
+        (root / checkpoint).mkdir(parents=True, exist_ok=True)
     return within("pretrain", "--no-prepare", *settings, *changes)
 
 
@@ -172,6 +178,10 @@ def control(root: Path, *changes: str) -> Finished:
         ("nowhere", "nowhere is not a run folder; name a run that was warmed up"),
         ("mm", "mm is not a run folder; did you mean continual.branch_from=m?"),
         ("c", "c has no warmup stage; name the run that has"),
+        (
+            "begun",
+            "begun has no warmup checkpoint from step 392 or before, where its decay begins; finish that warmup",
+        ),
     ],
 )
 def test_control_of_a_run_that_was_not_warmed_up_is_refused_before_ranks_start(
@@ -179,11 +189,25 @@ def test_control_of_a_run_that_was_not_warmed_up_is_refused_before_ranks_start(
 ) -> None:
     done = control(tmp_path, f"continual.branch_from={branch_from}")
     assert done.code == 2
-    assert done.err == f"memory3 pretrain: continual.branch_from={branch_from}: {tmp_path}/{said}\n"
+    assert done.err.startswith(f"memory3 pretrain: continual.branch_from={branch_from}: {tmp_path}/{said}")
+    assert done.err.count("\n") == 1
+    assert not list(tmp_path.glob("c2/*.yaml"))
+
+
+def test_control_of_a_run_of_another_size_is_refused_before_ranks_start(tmp_path: Path) -> None:
+    done = control(tmp_path, "model.width=512")
+    assert done.code == 2
+    assert done.err == (
+        f"memory3 pretrain: model.width=512, but continual.branch_from=m, and {tmp_path}/m was trained with 256; set "
+        "model.width=256, or name a run of the same size\n"
+    )
 
 
 def test_a_control_that_has_branched_needs_the_other_run_no_more(tmp_path: Path) -> None:
     refused = f"{tmp_path}/prepared/jsonl/corpus is not prepared"
     assert refused in control(tmp_path).err
-    (tmp_path / "c2/checkpoints/continual-00000002").mkdir(parents=True)
+    half_written = tmp_path / "c2/checkpoints/continual-00000002.partial"
+    half_written.mkdir(parents=True)
+    assert "nowhere is not a run" in control(tmp_path, "continual.branch_from=nowhere").err
+    half_written.rename(half_written.with_suffix(""))
     assert refused in control(tmp_path, "continual.branch_from=nowhere").err

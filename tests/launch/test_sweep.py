@@ -266,6 +266,16 @@ def test_trials_are_tasks_of_arrays_on_slurm(tmp_path: Path, monkeypatch: pytest
     assert len(jobs) == 2 * len(trained)
 
 
+def test_a_trial_that_fails_as_a_job_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{slurm.install(tmp_path / 'slurm')}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(launch_slurm, "_QUEUE_SECONDS", 0.1)
+    more = ["launcher=slurm", "launcher.slurm.array_tasks=2", "launcher.slurm.gpus=false"]
+    with pytest.raises(ValueError, match="3 trials failed one after the other"):
+        control(tmp_path, 4, *more, "logging.wandb_project=memory", RATES, jobs=True)
+    oom = "memory3 pretrain: rank 0: OutOfMemoryError: CUDA out of memory"
+    assert {row.note for row in rows(tmp_path)} == {oom}
+
+
 def test_a_setting_that_cannot_be_is_a_failed_trial(tmp_path: Path) -> None:
     assert control(tmp_path, 3, RATES, "warmup.ramp_steps=choice(1, 7)") == 0
     failed = [row for row in rows(tmp_path, like="warmup.ramp_steps=choice(1,7)") if row.state == "failed"]

@@ -15,8 +15,9 @@ from memorybank.codec import Codec, relative_errors
 from memorybank.config import STAGES, CodecConfig, CodecKind
 from memorybank.record import MemoryShape
 from memorybank.store import Generation
+from memorybank.team import Team
 from memorybank.writer import compile_generation
-from tests.support.memorybank import few_rounds, model, model_config, on_ranks, settings
+from tests.support.memorybank import few_rounds, late_on_rank_1, model, model_config, on_ranks, settings
 
 SHAPE = MemoryShape.of(model_config())
 SMALL = CodecConfig(kind=CodecKind.residual2x8_pq8x8)
@@ -127,14 +128,14 @@ def test_too_few_references_are_refused_on_every_rank(passages: References, tmp_
     """20 references, 2 of them held out, of at most 2 * 2 * 2 * 8 vectors."""
     refused = []
 
-    def rank(rank: int, barrier: Any) -> None:
+    def run(team: Team) -> None:
         paper = CodecConfig(kind=CodecKind.residual2x14_pq8x10)
         try:
-            obtained(tmp_path, passages, paper, ids=np.arange(20), is_first=rank == 0, barrier=barrier)
+            obtained(tmp_path, passages, paper, ids=np.arange(20), team=team)
         except ValueError as problem:
             refused.append(str(problem))
 
-    on_ranks(2, rank)
+    on_ranks(2, run)
     assert len(refused) == 2
     assert refused[0] == refused[1]
     assert (
@@ -144,14 +145,19 @@ def test_too_few_references_are_refused_on_every_rank(passages: References, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_one_rank_trains_and_all_use_it(passages: References, tmp_path: Path) -> None:
+def test_one_rank_trains_and_all_use_it(
+    passages: References, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = []
 
-    def rank(rank: int, barrier: Any) -> None:
-        names.append(obtained(tmp_path, passages, is_first=rank == 0, barrier=barrier).name)
+    def run(team: Team) -> None:
+        names.append(obtained(tmp_path, passages, team=team).name)
 
-    on_ranks(2, rank)
-    assert names[0] == names[1]
+    on_ranks(2, run)
+    late_on_rank_1(monkeypatch, codecs, "is_finished")
+    monkeypatch.setattr(codecs, "encode_records", None)
+    on_ranks(2, run)  # it stands there, whether the other host lists it yet or not
+    assert names == [names[0]] * 4
     assert len(list(tmp_path.iterdir())) == 1
 
 

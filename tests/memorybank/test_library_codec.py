@@ -1,10 +1,9 @@
 """A library whose records are written by a quantiser: fitted to its own references, a piece of its own."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from memorybank.edits import Editor
 from memorybank.library import Library
 from memorybank.record import MemoryShape
 from memorybank.soundness import fetch, repair, verify
+from memorybank.team import Team
 from tests.support.memorybank import compiler, few_rounds, hashes, model, model_config, on_ranks, texts
 
 SHAPE = MemoryShape.of(model_config())
@@ -139,8 +139,7 @@ def test_damaged_records_are_made_again_with_the_quantiser(folder: Path, built: 
 def test_a_fitted_build_is_byte_identical_on_two_ranks(built: Path, tmp_path: Path) -> None:
     shared = compiler(codec=SMALL)
 
-    def run(rank: int, barrier: Callable[[], None]) -> None:
-        team = SimpleNamespace(rank=rank, world_size=2, barrier=barrier)
+    def run(team: Team) -> None:
         replace(editor(tmp_path / "library"), team=team, compiler=shared).build(texts(0, 5))
 
     on_ranks(2, run)

@@ -161,15 +161,6 @@ def test_libraries_that_state_no_context_are_of_plain_references(tmp_path: Path)
 
 
 def test_bytes_do_not_depend_on_the_number_of_ranks(built: Path, tmp_path: Path) -> None:
-    class Rank:
-        def __init__(self, rank: int, barrier: object) -> None:
-            self.rank, self.world_size, self.barrier = rank, 2, barrier
-
     made = tmp_path / "library"
-    on_ranks(
-        2,
-        lambda rank, barrier: (
-            editor(made, BankContext.document, team=Rank(rank, barrier)).build(texts(0, 5)) and None
-        ),
-    )
+    on_ranks(2, lambda team: editor(made, BankContext.document, team=team).build(texts(0, 5)) and None)
     assert hashes(made) == hashes(built)

@@ -9,7 +9,7 @@ from data.files import open_manifest
 from memorybank import vectors as formats
 from memorybank.index import Blocks
 from memorybank.vectors import Vectors, compile_vectors
-from tests.support.memorybank import embedder, references
+from tests.support.memorybank import embedder, hashes, late_on_rank_1, on_ranks, references
 
 
 @pytest.fixture
@@ -21,6 +21,20 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Vectors:
 
 def expected() -> np.ndarray:
     return embedder().embed([references().text(number) for number in range(len(references()))])
+
+
+def test_a_host_that_lists_late_does_as_the_first_one_sees(
+    compiled: Vectors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late_on_rank_1(monkeypatch, Path, "exists", "is_file")
+    for folder in (compiled.folder, tmp_path / "others"):  # the first has been published
+        on_ranks(
+            2,
+            lambda team, folder=folder: compile_vectors(
+                embedder(), references(), folder, vectors_per_shard=16, team=team
+            ),
+        )
+        assert hashes(folder) == hashes(compiled.folder)
 
 
 def test_rows_shards_and_subsets_are_what_the_embedder_makes(compiled: Vectors) -> None:

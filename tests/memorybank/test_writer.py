@@ -1,5 +1,5 @@
+import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,13 @@ from torch import Tensor
 
 from data.files import partial, write_atomic
 from data.references import References
+from memorybank import team
 from memorybank.store import Generation, GenerationSettings, records_file
+from memorybank.team import Team
 from memorybank.writer import Encode, compile_generation
 from model.memory import ExplicitMemory
 from model.transformer import Memory3LM
-from tests.support.memorybank import codec, hashes, model, on_ranks, settings
+from tests.support.memorybank import codec, hashes, late_on_rank_1, model, on_ranks, settings
 
 IDS = np.arange(3, 40)  # 37 references in shards of 8: five shards, the last of 5 records
 SHARD, BATCH = 8, 4
@@ -52,12 +54,12 @@ def test_bytes_do_not_depend_on_the_number_of_ranks(
     counters = [Counting(network) for _ in range(world_size)]
     progress: list[int] = []
 
-    def rank(rank: int, barrier: Callable[[], None]) -> None:
-        told = progress.append if rank == 0 else None
-        given = {"rank": rank, "world_size": world_size, "barrier": barrier, "progress": told}
-        compiled(tmp_path / "together", counters[rank], passages, settings=stated, **given)
+    def run(team: Team) -> None:
+        told = progress.append if team.rank == 0 else None
+        given = {"settings": stated, "team": team, "progress": told}
+        compiled(tmp_path / "together", counters[team.rank], passages, **given)
 
-    on_ranks(world_size, rank)
+    on_ranks(world_size, run)
     assert hashes(tmp_path / "together") == alone
     # encode may be a collective: all ranks call it equally often, with work or without
     assert len({counter.calls for counter in counters}) == 1
@@ -90,6 +92,47 @@ def test_an_interrupted_build_goes_on_after_its_last_whole_shard(
     assert progress[0] == 2 * SHARD
 
 
+def test_a_host_that_lists_late_does_as_the_first_one_sees(
+    network: Memory3LM, passages: References, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, folder = compiled(tmp_path / "whole", network.encode, passages), tmp_path / "generation"
+    with pytest.raises(KeyboardInterrupt):
+        compiled(folder, Counting(network, fails_at=5), passages)  # two of five shards are there
+    counters = [Counting(network), Counting(network)]
+
+    def run(team: Team) -> None:
+        compiled(folder, counters[team.rank], passages, team=team)
+
+    with monkeypatch.context() as patch:
+        late_on_rank_1(patch, Path, "exists", "is_file")
+        on_ranks(2, run)
+        on_ranks(2, run)  # it has been published
+    assert hashes(folder) == whole
+    assert [counter.calls for counter in counters] == [2 + 2, 2 + 2]
+
+
+def test_nothing_is_published_before_the_first_host_lists_all_of_it(
+    network: Memory3LM, passages: References, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+
+    def late(folder: Path) -> list[str]:
+        looks.append(folder)
+        return [name for name in os.listdir(folder) if name != records_file(4) or len(looks) > 2]
+
+    monkeypatch.setattr(team, "listdir", late)
+    monkeypatch.setattr(team, "_POLL_SECONDS", 0.01)
+    compiled(tmp_path / "generation", network.encode, passages)
+    assert len(looks) == 3
+    monkeypatch.setattr(team, "_LAG_SECONDS", -1)
+    looks.clear()
+    with pytest.raises(
+        ValueError, match=r"records-00004\.bin was written by another rank, and this host has not"
+    ):
+        compiled(tmp_path / "other", network.encode, passages)
+    assert not (tmp_path / "other").exists()
+
+
 def test_leftovers_of_other_weights_are_not_mixed_in(
     network: Memory3LM, passages: References, tmp_path: Path
 ) -> None:
@@ -112,12 +155,12 @@ def test_a_finished_generation_is_not_made_again(
 
 
 def test_a_failing_rank_publishes_nothing(network: Memory3LM, passages: References, tmp_path: Path) -> None:
-    def rank(rank: int, barrier: Callable[[], None]) -> None:
-        encode = Counting(network, fails_at=1 if rank else 10_000)
-        compiled(tmp_path / "generation", encode, passages, rank=rank, world_size=2, barrier=barrier)
+    def run(team: Team) -> None:
+        encode = Counting(network, fails_at=1 if team.rank else 10_000)
+        compiled(tmp_path / "generation", encode, passages, team=team)
 
     with pytest.raises((KeyboardInterrupt, threading.BrokenBarrierError)):
-        on_ranks(2, rank)
+        on_ranks(2, run)
     assert not (tmp_path / "generation").exists()
 
 

@@ -6,10 +6,11 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from memorybank.index import ExactIndex
 from memorybank.record import MemoryShape
 from memorybank.segment import DocumentCutter
 from memorybank.store import GenerationSettings
+from memorybank.team import Team
 from model.config import ModelConfig
 from model.transformer import Memory3LM
 
@@ -117,25 +119,56 @@ def settings(**changes: object) -> GenerationSettings:
     return GenerationSettings(**(stated | changes))
 
 
-def on_ranks(world_size: int, function: Callable[[int, Callable[[], None]], None]) -> None:
-    """Call ``function(rank, barrier)`` in one thread per rank; the first error is raised here."""
-    barrier = threading.Barrier(world_size)
+@dataclass(slots=True)
+class Thread:
+    """A rank that is a thread of this process (`memorybank.team`)."""
+
+    rank: int
+    world_size: int
+    meeting: threading.Barrier
+    told: list[Any]
+
+    def barrier(self) -> None:
+        self.meeting.wait(120)
+
+    def broadcast(self, value: Any) -> Any:
+        if self.rank == 0:
+            self.told[:] = [value]
+        self.barrier()
+        (found,) = self.told
+        self.barrier()
+        return found
+
+
+def on_ranks(world_size: int, function: Callable[[Team], None]) -> None:
+    """Call ``function(team)`` in one thread per rank; the first error is raised here."""
+    barrier, told = threading.Barrier(world_size), list[Any]()
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
         try:
-            function(rank, lambda: barrier.wait(600) and None)
+            function(Thread(rank, world_size, barrier, told))
         except BaseException as error:
             errors.append(error)
             barrier.abort()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(world_size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if errors:
         raise errors[0]
+
+
+def late_on_rank_1(monkeypatch: pytest.MonkeyPatch, place: object, *names: str) -> None:
+    """Let the host of rank 1 (`on_ranks`) see nothing when it looks with these functions of a module or class."""
+
+    def hidden(real: Callable[..., bool]) -> Callable[..., bool]:
+        return lambda *given, **named: threading.current_thread().name != "rank 1" and real(*given, **named)
+
+    for name in names:
+        monkeypatch.setattr(place, name, hidden(getattr(place, name)))
 
 
 def compiler(*, seed: int = 0, **changes: object) -> Compiler:
