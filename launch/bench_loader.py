@@ -23,7 +23,9 @@ from memorybank.cache import CachedRecords
 from memorybank.store import Generation
 from train.metrics import read_metrics
 
-DEFAULTS = ["model=small", "model.prefix_ids=[1,2,3,4]", "warmup.rows_per_step=4", "warmup.micro_rows=2"]
+DEFAULTS = [
+    "model=small", "model.prefix_ids=[1,2,3,4]", "engine.num_ranks=1", "warmup.rows_per_step=4", "warmup.micro_rows=2",
+]  # fmt: skip
 
 _ROWS_SHARE, _MEMORY_SHARE = 0.01, 0.02
 _TOKENS_PER_SECOND, _VERIFIED_GB = 20e6, 1.0

@@ -57,7 +57,9 @@ from train.schedule import Schedule
 from train.stages import MemoryStage, PlainStage, Stage
 from train.state import RunState
 
-DEFAULTS = ["model=small", "model.prefix_ids=[1,2,3,4]", "warmup.rows_per_step=4", "warmup.micro_rows=2"]
+DEFAULTS = [
+    "model=small", "model.prefix_ids=[1,2,3,4]", "engine.num_ranks=1", "warmup.rows_per_step=4", "warmup.micro_rows=2",
+]  # fmt: skip
 
 _FROM_BANK, _WITH_COMPILING, _ONLINE = 1.10, 1.15, 1.15
 _OF_PEAK, _OF_BARE_LOOP = 0.60, 1.05

@@ -151,35 +151,49 @@ def test_merged_attention_equals_the_reference_for_any_shape(**shape: int) -> No
     assert_equals_the_reference(merged_attention, **shape)
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    precision=st.sampled_from([(torch.float32, 1e-5), (torch.bfloat16, 3e-2)]),
-    tokens=st.integers(1, 100),
-    group=st.integers(1, 3),
-    kv_heads=st.integers(1, 2),
-    chunk=st.integers(1, 70),
-    places=st.integers(1, 3),
-    prefix=st.integers(0, 3),
-    seed=st.integers(0, 1000),
-)
-def test_float32_and_bfloat16_stay_near_float64_for_any_shape(
-    precision: tuple[torch.dtype, float],
-    group: int,
-    kv_heads: int,
-    **shape: int,
+LARGER_SHAPE = {
+    "tokens": st.integers(1, 100),
+    "group": st.integers(1, 3),
+    "kv_heads": st.integers(1, 2),
+    "chunk": st.integers(1, 70),
+    "places": st.integers(1, 3),
+    "prefix": st.integers(0, 3),
+    "seed": st.integers(0, 1000),
+}
+
+
+def assert_near_float64(
+    fast: AttentionFunction, dtype: torch.dtype, tolerance: float, *, group: int, kv_heads: int, **shape: int
 ) -> None:
-    dtype, tolerance = precision
+    """Output and every gradient, beside the reference's of the same, rounded, inputs."""
     rough, exact = (
         Problem(heads=group * kv_heads, kv_heads=kv_heads, head_size=32, dtype=each, **shape)
         for each in (dtype, torch.float64)
     )
-    with torch.no_grad():  # the same, rounded, inputs
+    with torch.no_grad():
         for target, source in zip(exact.tensors, rough.tensors, strict=True):
             target.copy_(source)
-    for ours, theirs in zip(rough.solve(blocked_attention), exact.solve(reference_attention), strict=True):
+    for ours, theirs in zip(rough.solve(fast), exact.solve(reference_attention), strict=True):
         # What a softmax over one key lets through is 0, up to the rounding of what cancels.
         scale = max(theirs.norm().item(), theirs.numel() ** 0.5)
         assert (ours.double() - theirs).norm() <= tolerance * scale
+
+
+# Limits in units of the type's rounding (2^-24, 2^-8; 2^-11): 300 random shapes gave at most 7 of float32's and 2 of
+# bfloat16's (gradients of the prefix, sums over all tokens), merged ones 1 of float16's.
+@settings(max_examples=30, deadline=None)
+@given(precision=st.sampled_from([(torch.float32, 20 * 2**-24), (torch.bfloat16, 4 * 2**-8)]), **LARGER_SHAPE)
+def test_float32_and_bfloat16_stay_near_float64_for_any_shape(
+    precision: tuple[torch.dtype, float], **shape: int
+) -> None:
+    assert_near_float64(blocked_attention, *precision, **shape)
+
+
+@settings(max_examples=8, deadline=None)
+@given(**LARGER_SHAPE)
+def test_merged_attention_in_half_precision_stays_near_float64_for_any_shape(**shape: int) -> None:
+    """In place of bfloat16, which Triton's interpreter gets wrong: it is rounded where bfloat16 is (a GPU: gpu.py)."""
+    assert_near_float64(merged_attention, torch.float16, 4 * 2**-11, **shape)
 
 
 @pytest.mark.parametrize(
