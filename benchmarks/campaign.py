@@ -57,7 +57,8 @@ import torch  # noqa: E402
 from benchmarks import small_bank  # noqa: E402
 from benchmarks.corruptions import Artefact, Passed, corrupt, of_corpus, of_library, of_run  # noqa: E402
 from benchmarks.documentation import corpus_settings, topics  # noqa: E402
-from benchmarks.kill_and_resume import _commit, _cpu, differences, newest_checkpoint  # noqa: E402
+from benchmarks.kill_and_resume import differences, newest_checkpoint  # noqa: E402
+from benchmarks.origin import commit, cpu  # noqa: E402
 from launch import prepare, worker  # noqa: E402
 from launch.compose import compose_config  # noqa: E402
 from launch.config import RunConfig  # noqa: E402
@@ -582,7 +583,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch = left[: _BATCH if left[0][0].startswith("corruption") else 1]
         log = campaign.work / "trial.log"
         log.unlink(missing_ok=True)
-        forked(lambda batch=batch: [_append(campaign.results, trial()) for _, trial in batch], log)
+        forked(partial(_make, batch, campaign.results), log)
         done = {each.id: each for each in _done(campaign.results)}
         for id, _ in batch:
             print(f"{id}: {done[id].outcome} ({done[id].seconds:.1f} s)", flush=True)
@@ -623,8 +624,8 @@ def summary(trials: Sequence[Trial], arguments: argparse.Namespace) -> dict[str,
     return {
         "command": f"python benchmarks/campaign.py --seed {arguments.seed} --kills {arguments.kills} "
         f"--corruptions {arguments.corruptions}",
-        "commit": _commit(),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "commit": commit(),
+        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
         "rows": rows,
         "damages": dict(damages),
         "lost": [asdict(trial) for trial in trials if not trial.ok],
@@ -670,9 +671,12 @@ def _done(path: Path) -> list[Trial]:
     return [Trial(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
-def _append(path: Path, trial: Trial) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(trial)) + "\n")
+def _make(batch: Sequence[tuple[str, Callable[[], Trial]]], path: Path) -> None:
+    """Make trials, and add each to the results when it is done."""
+    for _, trial in batch:
+        line = json.dumps(asdict(trial()))
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from benchmarks.kill_and_resume import _commit, _cpu  # noqa: E402
+from benchmarks.origin import commit, cpu  # noqa: E402
 from data.files import open_manifest, verify  # noqa: E402
 from launch.compose import compose_config  # noqa: E402
 from model.transformer import Memory3LM  # noqa: E402
@@ -76,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {
         "command": f"python benchmarks/checkpoint_save.py --ranks {arguments.ranks} --rounds {arguments.rounds} "
         + " ".join(arguments.overrides),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": {
-            "cpu": _cpu(),
+            "cpu": cpu(),
             "cores": os.cpu_count(),
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -92,14 +92,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(
-    engine: DeepSpeedEngine, run: Path, ranks: distributed.Ranks, *, rounds: int, tokens: int
-) -> dict[str, Any]:
+def measure(run: Path, ranks: distributed.Ranks, *, rounds: int, overrides: Sequence[str]) -> dict[str, Any]:
     """Save in turns, synchronously and asynchronously, with updates between; figures in seconds."""
+    config = compose_config(["experiment=quick", "continual=null", *overrides])
+    torch.manual_seed(0)
+    engine = DeepSpeedEngine(
+        Memory3LM(config.model),
+        optim=config.optim,
+        engine=config.engine,
+        rows_per_step=_ROWS * ranks.world_size,
+        micro_rows=_ROWS,
+        ranks=ranks,
+    )
     aside = ranks.aside()
     history = History.empty(1000)
     generator = torch.Generator().manual_seed(ranks.rank)
-    rows = torch.randint(3, 100, (_ROWS, tokens + 1), generator=generator)
+    rows = torch.randint(3, 100, (_ROWS, config.model.row_tokens + 1), generator=generator)
     micro = ModelInput(rows[:, :-1], rows[:, 1:])
     step = 0
 
@@ -192,19 +200,9 @@ def render(result: dict[str, Any]) -> str:
 
 
 def _rank(arguments: argparse.Namespace) -> int:
-    config = compose_config(["experiment=quick", "continual=null", *arguments.overrides])
     ranks = distributed.start(threads=1)
-    torch.manual_seed(0)
-    engine = DeepSpeedEngine(
-        Memory3LM(config.model),
-        optim=config.optim,
-        engine=config.engine,
-        rows_per_step=_ROWS * ranks.world_size,
-        micro_rows=_ROWS,
-        ranks=ranks,
-    )
     folder: Path = arguments.folder
-    measured = measure(engine, folder, ranks, rounds=arguments.rounds, tokens=config.model.row_tokens)
+    measured = measure(folder, ranks, rounds=arguments.rounds, overrides=arguments.overrides)
     if ranks.is_first:
         (folder / "measured.json").write_text(json.dumps(measured))
     ranks.barrier()

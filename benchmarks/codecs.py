@@ -9,13 +9,12 @@ references, against memories in the model's own type. Nothing else of the run is
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.origin import cpu, made_by
 from data.documents import Split
 from data.files import open_manifest, write_atomic
 from launch import build
@@ -41,11 +41,14 @@ from train.evaluate import ArmResult, Setting, TextItem, evaluate_probes, evalua
 from train.statistics import Interval, group_sums, paired_interval
 
 PAPER = MemoryShape(num_layers=22, num_kv_heads=8, tokens_kept=8, head_size=80)
+PAPER_KIND = CodecKind.residual2x14_pq8x10
 PAPER_REFERENCES = 1.12e8
+SECONDS = 0.5
+"""Of CPU time: what is timed is called again until so many are spent."""
 CONFIGS = [
-    *(CodecConfig(kind=kind) for kind in CodecKind if kind is not CodecKind.residual2x14_pq8x10),
+    *(CodecConfig(kind=kind) for kind in CodecKind if kind is not PAPER_KIND),
     CodecConfig(kind=CodecKind.residual2x8_pq8x8, separate=True),
-    CodecConfig(kind=CodecKind.residual2x14_pq8x10),  # takes longest to fit
+    CodecConfig(kind=PAPER_KIND),  # takes longest to fit
 ]
 
 
@@ -118,7 +121,7 @@ class Losses:
         return paired_interval(sums[None], _sums(theirs)[0][None], counts[None])
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure every codec, and write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -126,8 +129,12 @@ def main() -> int:
     parser.add_argument("run", help="run folder, or its name below --root")
     parser.add_argument("--root", default="runs", help="default: %(default)s")
     parser.add_argument("--split", choices=["validation", "test"], default="validation")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=[kind.name for kind in CodecKind], help="codecs (default: all)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="path without ending: .md and .json")
-    arguments = parser.parse_args()
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(given)
     build.quiet_third_parties()
     opened = open_run(arguments.run, arguments.root)
     split = Split(arguments.split)
@@ -142,23 +149,23 @@ def main() -> int:
     unseen = exact.decode(encode_records(encode, references, unseen_ids, exact, batch=64))
     baseline = _losses(opened, held_out, memory, BankReader(read, exact))
     without = _losses(opened, held_out, none, BankReader(read, exact))
-    speeds = paper_speeds()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+    chosen = [config for config in CONFIGS if arguments.kinds is None or config.kind.name in arguments.kinds]
+    speeds = paper_speeds() if any(config.kind is PAPER_KIND for config in chosen) else {}
     head = (
-        f"# Codecs\n\n`python -m benchmarks.codecs {' '.join(sys.argv[1:])}` at commit {commit.stdout.strip()}; "
-        f"{_machine()}. Run `{opened.config.run}`, step {opened.step}, {len(opened.bank_ids):,} references in "
-        f"its bank, {len(unseen_ids)} of them held out from fitting; {split.value} half.\n\n"
+        f"# Codecs\n\n{made_by('codecs', given)}; {cpu()}, {torch.get_num_threads()} thread(s). Run "
+        f"`{opened.config.run}`, step {opened.step}, {len(opened.bank_ids):,} references in its bank, "
+        f"{len(unseen_ids)} of them held out from fitting; {split.value} half.\n\n"
     )
     measured = []
-    for config in CONFIGS:
+    for config in chosen:
         codec = opened.codec(config)
         kept = Kept(ids, codec.encode(exact.decode(read.records)))
         losses = _losses(opened, held_out, memory, BankReader(kept, codec))
         measured.append(_measure(config, codec, opened, unseen, losses, baseline))
         print(measured[-1], flush=True)
-        text = head + _render(measured, baseline, without, opened) + _render_speeds(speeds)
+        text = (
+            head + _render(measured, baseline, without, opened) + (_render_speeds(speeds) if speeds else "")
+        )
         write_atomic(arguments.output.with_suffix(".md"), text.encode())  # of what there is so far
         facts = {
             "codecs": [asdict(row) for row in measured],
@@ -173,7 +180,7 @@ def main() -> int:
 
 def paper_speeds(num_vectors: int = 4096) -> dict[str, float]:
     """Vectors per second and CPU thread through the paper's codec, by torch and by faiss; centroids at random."""
-    name = quantizer.factory(CodecKind.residual2x14_pq8x10, PAPER.head_size)
+    name = quantizer.factory(PAPER_KIND, PAPER.head_size)
     rng = np.random.default_rng(0)
     index = faiss.index_factory(PAPER.head_size, name)
     rotation, *stages = quantizer._parts(index)
@@ -238,7 +245,7 @@ def _measure(
     losses: Losses,
     baseline: Losses,
 ) -> Measured:
-    fitted = {"num_vectors": 0, "cpu_seconds": 0.0}
+    fitted: dict[str, Any] = {"num_vectors": 0, "cpu_seconds": 0.0}
     if config.kind in STAGES:
         folder = codecs.folder_of(codec.name, opened.bank)
         fitted = dict(open_manifest(folder, kind=quantizer.KIND, version=quantizer.VERSION).extra)
@@ -283,10 +290,10 @@ def _sums(result: ArmResult) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return sums, counts
 
 
-def _per_second(call: Callable[[], object], *, seconds: float = 0.5) -> float:
+def _per_second(call: Callable[[], object]) -> float:
     """Calls per second of this process's CPU time and thread."""
     started, calls = time.process_time(), 0
-    while (spent := time.process_time() - started) < seconds:
+    while (spent := time.process_time() - started) < SECONDS:
         call()
         calls += 1
     return calls / spent
@@ -376,12 +383,6 @@ def _interval(interval: Interval | None) -> str:
     if interval is None:
         return "–"
     return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
-
-
-def _machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} thread(s)"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Differences are paired, with 95 % intervals over documents (text), countries (pr
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.origin import made_by
 from data.documents import Split
 from data.files import write_atomic
 from launch import build
@@ -67,7 +67,7 @@ class Line:
         ]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -81,12 +81,10 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, required=True, help="path without ending: .md and .json are written"
     )
-    arguments = parser.parse_args()
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(given)
     build.quiet_third_parties()
     torch.set_num_threads(1)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     started = time.process_time()
     opened = open_run(arguments.run, arguments.root)
     opened.config.evaluation.text_rows = arguments.text_rows
@@ -100,7 +98,7 @@ def main() -> int:
         [
             f"# Encode first, then split: {split.value} half",
             "",
-            f"`python -m benchmarks.document_context {' '.join(sys.argv[1:])}` at commit {commit.stdout.strip()}; "
+            f"{made_by('document_context', given)}; "
             f"{time.process_time() - started:.0f} CPU-seconds on one thread.",
             "",
             f"Run `{opened.folder.name}`, step {opened.step}, weights {opened.engine.weights_hash()}; trained in "
@@ -214,15 +212,15 @@ def compare_pasts(opened: OpenedRun, split: Split) -> tuple[list[Line], str]:
     others = [*range(1, len(documents)), 0]
     sums: dict[str, list[float]] = {}
     for number, tokens in enumerate(documents.values()):
-        read = {"no past": (None, QueryMode.own)}
+        read: dict[str, tuple[Past | None, QueryMode]] = {"no past": (None, QueryMode.own)}
         for query in QueryMode:
             read |= {
                 f"past, document, query {query.name}": (pasts["document"][number], query),
                 f"past, reference, query {query.name}": (pasts["reference"][number], query),
                 f"another's past, document, query {query.name}": (pasts["document"][others[number]], query),
             }
-        for name, (past, query) in read.items():
-            sums.setdefault(name, []).append(_row_loss(opened, tokens, past, query, embedder))
+        for name, (memories, query) in read.items():
+            sums.setdefault(name, []).append(_row_loss(opened, tokens, memories, query, embedder))
     counts = np.full(len(documents), float(model.row_tokens))
     lines = []
     for name, values in sums.items():

@@ -24,7 +24,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -34,6 +33,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.origin import made_by
 from data.documents import Document, Probe
 from data.files import fingerprint, write_atomic
 from data.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ from train.arms import fold
 from train.evaluate import Setting, answer_losses
 from train.probes import question_text
 from train.stages import Reader
-from train.statistics import Interval, group_sums, mean_interval
+from train.statistics import Floats, Interval, group_sums, mean_interval
 
 Ids = NDArray[np.int64]
 
@@ -57,7 +57,7 @@ NEAREST = 8
 STATES = ("without memory", "before", "edited", "third value", "elsewhere", "removed", "removed elsewhere")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure every run, and write the tables and every edit."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,8 +75,10 @@ def main() -> int:
         help="edits of each run made by the command line too (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, required=True, help="path without ending: .md and .json")
-    arguments = parser.parse_args()
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(given)
     build.quiet_third_parties()
+    origin = made_by("edits", given)
     runs: list[list[Measured]] = []
     differences: list[float] = []
     for run in arguments.runs:
@@ -92,11 +94,11 @@ def main() -> int:
             measured += measure(bench, [edit for edit in edits if edit.probe.relation == relation])
             print(f"{run}, {relation}: {len(measured)} of {len(edits)} edits", file=sys.stderr, flush=True)
             if not runs:
-                _write(arguments, [measured], left_out, differences)  # of the relations so far
+                _write(arguments, origin, [measured], left_out, differences)  # of the relations so far
         runs.append(measured)
         step = max(1, len(measured) // max(1, arguments.commands))
         differences += by_command(bench, measured[::step][: arguments.commands], arguments.root)
-        _write(arguments, runs, left_out, differences)
+        _write(arguments, origin, runs, left_out, differences)
     print(arguments.output.with_suffix(".md").read_text())
     return 0
 
@@ -441,6 +443,9 @@ def by_command(bench: Bench, measured: Sequence[Measured], root: str) -> list[fl
 
 
 def _edited(bench: Bench, made: Sequence[Edit], asking: Sequence[Edit]) -> dict[str, list[Asked]]:
+    """What is answered after each kind of edit; where none is made, what was answered before."""
+    if not made:
+        return dict.fromkeys(("edited", "third value", "removed"), bench.ask(bench.base, asking))
     folder, states = bench.fresh_copy(), {}
     bench.replace(folder, made, lambda edit: edit.false)
     states["edited"] = bench.ask(folder, asking)
@@ -453,15 +458,13 @@ def _edited(bench: Bench, made: Sequence[Edit], asking: Sequence[Edit]) -> dict[
 
 def _write(
     arguments: argparse.Namespace,
+    origin: str,
     runs: Sequence[Sequence[Measured]],
     left_out: Mapping[str, int],
     differences: Sequence[float],
 ) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     head = (
-        f"# Edits\n\n`python -m benchmarks.edits {' '.join(sys.argv[1:])}` at commit {commit.stdout.strip()}\n\n"
+        f"# Edits\n\n{origin}\n\n"
         f"{_remarks(runs)} Probes left out: {'; '.join(f'{count} {why}' for why, count in left_out.items())}. "
     )
     if differences:
@@ -592,7 +595,7 @@ def _less(one: _Measure, other: _Measure) -> _Measure:
     return lambda measured: one(measured) - other(measured)
 
 
-def _values(run: Sequence[Measured], measure: _Measure) -> tuple[Ids, Ids]:
+def _values(run: Sequence[Measured], measure: _Measure) -> tuple[Floats, Floats]:
     _, sums, counts = group_sums([measure(one) for one in run], [one.edit.probe.group for one in run])
     return sums, counts
 

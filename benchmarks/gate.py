@@ -25,7 +25,7 @@ from data.references import References
 from launch.bench_attention import Problem
 from launch.bench_compile import encoder, forward_of_memory_layers
 from launch.bench_corpus import write_corpus
-from launch.bench_step import generation_settings, products
+from launch.bench_step import generation_settings
 from launch.timing import Conditions, Figure, Side, interleaved, ratio
 from memorybank import codecs
 from memorybank.bank import BankReader, OnlineReader
@@ -39,6 +39,7 @@ from model.config import ModelConfig
 from model.flops import step_flops
 from model.memory import MemoryBatch, ReferenceBatch
 from model.transformer import Memory3LM
+from train.products import products
 
 CONFIG = ModelConfig(num_layers=4, num_memory_layers=2, row_tokens=512, vocab_size=1024, prefix_ids=[1, 2, 3])
 ROWS = 2

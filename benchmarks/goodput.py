@@ -11,6 +11,7 @@ that a rank is gone, pauses, starts (the first one, too), updates made again; th
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -28,7 +29,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.kill_and_resume import _commit, _cpu, _descendants, _pretrain, prepare  # noqa: E402
+from benchmarks.kill_and_resume import _descendants, _pretrain, prepare  # noqa: E402
+from benchmarks.origin import commit, cpu  # noqa: E402
 from launch.compose import compose_config  # noqa: E402
 from launch.run_log import RunLog, spent  # noqa: E402
 
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     due = arguments.period
     while launcher.poll() is None:
         time.sleep(0.1)
-        if time.time() - started > due:
+        if time.time() - started > due and len(kills) < (arguments.kills or math.inf):
             due += arguments.period
             if ranks := _ranks(launcher.pid):
                 kills.append(time.time())
@@ -54,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {
         "command": f"python benchmarks/goodput.py --period {arguments.period} --seed {arguments.seed} "
         + " ".join(arguments.overrides),
-        "commit": _commit(),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "commit": commit(),
+        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
         "exit_code": launcher.returncode,
         "kills": len(kills),
         **shares(RunLog.read(work / "killed" / config.run), started, time.time(), kills),
@@ -124,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prepared", type=Path, help="a prepared corpus that is copied; without it one is made"
     )
     parser.add_argument("--period", type=float, default=60.0, help="seconds between two kills")
+    parser.add_argument("--kills", type=int, help="at most so many; without it there is no end to them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="+", help="settings of the run")

@@ -13,7 +13,6 @@ import argparse
 import fcntl
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -31,6 +30,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.origin import commit, cpu  # noqa: E402
 from launch.compose import compose_config  # noqa: E402
 from launch.config import RunConfig  # noqa: E402
 from train.schedule import epoch_begins  # noqa: E402
@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {
         "command": f"python benchmarks/kill_and_resume.py --seed {arguments.seed} --kinds {arguments.kinds} "
         + " ".join(arguments.overrides),
-        "commit": _commit(),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count()},
+        "commit": commit(),
+        "machine": {"cpu": cpu(), "cores": os.cpu_count()},
         "undisturbed_seconds": round(undisturbed_seconds, 1),
         "moments": [asdict(kill) for kill in kills],
         "compared": len(checkpoint_bytes(newest_checkpoint(roots["killed"] / config.run))),
@@ -353,24 +353,6 @@ def _pretrain(overrides: Sequence[str], root: Path) -> list[str]:
 
 def _check_call(command: Sequence[str]) -> None:
     subprocess.run(command, cwd=REPOSITORY, check=True)
-
-
-def _commit() -> str:
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=REPOSITORY,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    return described.stdout.strip() or "unknown"
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, pairwise
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
@@ -320,8 +321,9 @@ def distinct(arguments: argparse.Namespace) -> Iterator[Document]:
 
 def document(document_id: str, title: str, content: str, source: str) -> Document:
     """A document of the bank."""
-    kept = {"id": document_id, "title": title, "text": content, "source": source}
-    return Document(**kept, split=Split.train, use=Use.reference)  # type: ignore[arg-type]
+    return Document(
+        id=document_id, title=title, text=content, source=source, split=Split.train, use=Use.reference
+    )
 
 
 def compiler(arguments: argparse.Namespace) -> Compiler:
@@ -396,7 +398,7 @@ def search(arguments: argparse.Namespace) -> dict[str, Any]:
         begun = time.process_time()
         found, _ = library.search(queries, 64)
         first = time.process_time() - begun  # every block is checked when it is first read
-        alone = [seconds(lambda row=row: library.search(queries[row : row + 1], 64)) for row in range(100)]
+        alone = [seconds(partial(library.search, queries[row : row + 1], 64)) for row in range(100)]
         together = seconds(lambda: library.search(queries, 64))
         vectors = [library.vectors(place) for place in range(len(library.parts))]
         blocks = Blocks(index_blocks(library.segments, vectors))
@@ -430,8 +432,8 @@ def gather(arguments: argparse.Namespace) -> dict[str, Any]:
         ids = np.random.default_rng(0).choice(library.next_reference, num, replace=False)
         ids = ids[library.is_live(ids)]
         batches = [ids[begin : begin + 320] for begin in range(0, len(ids), 320)]
-        first = [seconds(lambda some=some: library.read(some)) for some in batches]
-        again = [seconds(lambda some=some: library.read(some)) for some in batches]
+        first = [seconds(partial(library.read, some)) for some in batches]
+        again = [seconds(partial(library.read, some)) for some in batches]
         return {
             "references": len(ids),
             "record_bytes": library.record_bytes,

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
@@ -38,6 +39,10 @@ from model.config import Init, ModelConfig  # noqa: E402
 from model.flops import count_parameters  # noqa: E402
 from train.config import MemorySource, StageConfig  # noqa: E402
 from train.footprint import checkpoint_bytes  # noqa: E402
+
+if TYPE_CHECKING:
+    from train.distributed import Ranks
+    from train.engine import ModelInput
 
 STEPS = 2
 
@@ -183,15 +188,13 @@ def _least(model: ModelConfig) -> ModelConfig:
     )
 
 
-def _steps(config: RunConfig, name: str, ranks: object, steps: int) -> None:
+def _steps(config: RunConfig, name: str, ranks: "Ranks", steps: int) -> None:
     """Build the engine of a stage, and take steps on random tokens, which read memories as a bank would give them."""
     import torch
 
     from model.transformer import Memory3LM
-    from train.distributed import Ranks
     from train.engine import DeepSpeedEngine
 
-    assert isinstance(ranks, Ranks)
     stage: StageConfig = getattr(config, name)
     torch.manual_seed(0)
     engine = DeepSpeedEngine(
@@ -207,7 +210,7 @@ def _steps(config: RunConfig, name: str, ranks: object, steps: int) -> None:
         engine.train_step([_input(config, stage) for _ in range(accumulate)], lr=1e-3)
 
 
-def _input(config: RunConfig, stage: StageConfig) -> object:
+def _input(config: RunConfig, stage: StageConfig) -> "ModelInput":
     import torch
 
     from model.memory import ExplicitMemory, MemoryBatch, ReferenceBatch

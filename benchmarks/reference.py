@@ -8,11 +8,12 @@ of the headline are decided on validation probes. Runs that were stopped go on; 
 
 import argparse
 import json
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.origin import made_by
 from data.documents import Split
 from data.files import write_atomic
 from launch import arms, build, evaluate, prepare, report
@@ -20,7 +21,7 @@ from launch.compose import compose_config
 from train.evaluate import to_json
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, and write the table, the results and the picture of the first seed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -33,7 +34,8 @@ def main() -> int:
         "--output", type=Path, required=True, help="path without ending: .md, .json and .png are written"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for memory3 pretrain")
-    arguments = parser.parse_args()
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(given)
     build.quiet_third_parties()
     results, minutes = [], []
     for seed in arguments.seeds:
@@ -48,12 +50,9 @@ def main() -> int:
         results.append(arms.evaluate_arms(opened, Split(arguments.split)))
         minutes.append((time.monotonic() - started) / 60)
     text = evaluate.render_results(results, samples=10_000, headline=evaluate.headline(opened[0].context))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     head = (
         f"# Reference experiment, {arguments.split} half\n\n"
-        f"`python -m benchmarks.reference {' '.join(sys.argv[1:])}` at commit {commit.stdout.strip()}; "
+        f"{made_by('reference', given)}; "
         f"minutes per seed: {', '.join(f'{m:.0f}' for m in minutes)}\n\n"
     )
     stem = arguments.output

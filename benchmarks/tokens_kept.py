@@ -9,7 +9,6 @@ headline; differences are paired, with 95 % intervals over countries.
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 
+from benchmarks.origin import made_by
 from data.documents import Split
 from data.files import write_atomic
 from launch import build
@@ -54,7 +54,7 @@ class Row:
     gains: dict[Arm, Interval]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write the table and the picture."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,22 +70,20 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, required=True, help="path without ending: .md, .json and .png are written"
     )
-    arguments = parser.parse_args()
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(given)
     build.quiet_third_parties()
     torch.set_num_threads(1)
     opened, split = open_run(arguments.run, arguments.root), Split(arguments.split)
     held_out, relations = held_out_readings(opened, split), headline(opened.context)
     trained = opened.config.model.tokens_kept
     rows = [measure(opened, held_out, relations, kept) for kept in arguments.kept]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     probes = sum(probe.relation in relations for probe in held_out.probes.probes)
     text = "\n".join(
         [
             f"# Tokens kept of a reference: {split.value} half",
             "",
-            f"`python -m benchmarks.tokens_kept {' '.join(sys.argv[1:])}` at commit {commit.stdout.strip()}",
+            made_by("tokens_kept", given),
             "",
             f"Run `{opened.folder.name}`, step {opened.step}, trained with {trained} kept tokens per head; the others "
             f"it meets for the first time. {probes} probes of {', '.join(relations)}.",

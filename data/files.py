@@ -387,10 +387,14 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def hold(folder: Path) -> int:
-    """Marks an artefact as being read, until the descriptor returned is closed or the process dies."""
+    """Marks an artefact as being read, until the descriptor returned is closed or the process dies.
+
+    Waits for who has just published it (`publishing` holds its lock until the rename is synced) and for who looks
+    whether it is held: without waiting the mark would be lost, and what is read could be swept.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     with suppress(OSError):  # a file system without locks: what is read may be swept
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor
 
 

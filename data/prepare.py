@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from data import corpus, references, shards, sources
 from data.config import DataConfig, SourceConfig, check
 from data.corpus import Corpus
 from data.documents import Probe, Split
-from data.files import hash_files, is_finished, open_manifest, publishing, write_atomic
+from data.files import MANIFEST, hash_files, is_finished, open_manifest, publishing, write_atomic
 from data.references import Cutter, References
 from data.shards import TokenShards
 from data.tokenizer import Tokenizer, train
@@ -52,6 +52,9 @@ _TRAINING_BYTES = 1 << 30  # of a larger corpus the tokenizer sees every n-th do
 Task = Callable[[int], None]
 """Makes one shard."""
 
+Making = Callable[[str, Mapping[str, str], Mapping[str, Any]], AbstractContextManager[Path | None]]
+"""`_making` for one config: kind, inputs and extra to the work folder of an artefact."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -64,22 +67,30 @@ class Prepared:
     probes: list[Probe]
 
 
-def prepare(config: DataConfig, root: Path, *, progress: Progress | None = None) -> Prepared:
+def prepare(
+    config: DataConfig,
+    root: Path,
+    *,
+    progress: Progress | None = None,
+    replacing: Callable[[Path], None] = lambda _: None,
+) -> Prepared:
     """Makes what is missing of a corpus's artefacts, and opens them all.
 
     Args:
         config: What to prepare.
         root: The folder that holds all corpora.
         progress: Where bars are shown.
+        replacing: Is told of each finished artefact whose place another one will take; may refuse, by raising.
 
     Raises:
         ValueError: The config or the text cannot be used; the message says what to change.
     """
     check(config)
-    _prepare_corpus(config, root, progress)
-    _prepare_tokenizer(config, root)
-    _prepare_shards(config, root, progress)
-    _prepare_references(config, root, progress)
+    making = partial(_making, config, root, replacing)
+    _prepare_corpus(config, root, progress, making)
+    _prepare_tokenizer(config, root, making)
+    _prepare_shards(config, root, progress, making)
+    _prepare_references(config, root, progress, making)
     return open_prepared(config, root)
 
 
@@ -182,7 +193,12 @@ def _source_settings(source: SourceConfig) -> dict[str, Any]:
 
 @contextmanager
 def _making(
-    config: DataConfig, root: Path, kind: str, inputs: Mapping[str, str], extra: Mapping[str, Any]
+    config: DataConfig,
+    root: Path,
+    replacing: Callable[[Path], None],
+    kind: str,
+    inputs: Mapping[str, str],
+    extra: Mapping[str, Any],
 ) -> Iterator[Path | None]:
     """The work folder of an artefact, or None when it is finished."""
     folder = root / config.name / kind
@@ -196,15 +212,17 @@ def _making(
         logger.info("%s: reused %s", kind, folder)
         yield None
         return
+    if (folder / MANIFEST).is_file():
+        replacing(folder)
     with publishing(folder, **identity, extra=extra) as work:
         yield work
     logger.info("%s: made %s %s", kind, folder, dict(extra))
 
 
-def _prepare_corpus(config: DataConfig, root: Path, progress: Progress | None) -> None:
+def _prepare_corpus(config: DataConfig, root: Path, progress: Progress | None, making: Making) -> None:
     inputs = sources.content_fingerprints(config)
     extra: dict[str, Any] = {}
-    with _making(config, root, corpus.KIND, inputs, extra) as work:
+    with making(corpus.KIND, inputs, extra) as work:
         if work is None:
             return
         opened, probes = sources.open_sources(config, root / ".datasets", inputs)
@@ -222,11 +240,11 @@ def _prepare_corpus(config: DataConfig, root: Path, progress: Progress | None) -
         extra["probes"] = len(probes)
 
 
-def _prepare_tokenizer(config: DataConfig, root: Path) -> None:
+def _prepare_tokenizer(config: DataConfig, root: Path, making: Making) -> None:
     stored = Corpus.open(root / config.name / corpus.KIND)
     existing = None if config.tokenizer_model is None else Path(config.tokenizer_model)
     inputs = {"corpus": stored.fingerprint} if existing is None else {"model": hash_files({"": existing})[""]}
-    with _making(config, root, TOKENIZER_KIND, inputs, {}) as work:
+    with making(TOKENIZER_KIND, inputs, {}) as work:
         if work is None:
             return
         if existing is None:
@@ -246,13 +264,13 @@ def _training_texts(stored: Corpus) -> Iterator[str]:
     return (stored.document(int(number)).training_text for number in numbers[::step])
 
 
-def _prepare_shards(config: DataConfig, root: Path, progress: Progress | None) -> None:
+def _prepare_shards(config: DataConfig, root: Path, progress: Progress | None, making: Making) -> None:
     folder = root / config.name
     stored = Corpus.open(folder / corpus.KIND)
     tokenizer = open_manifest(folder / TOKENIZER_KIND, kind=TOKENIZER_KIND, version=TOKENIZER_VERSION)
     inputs = {"corpus": stored.fingerprint, "tokenizer": tokenizer.fingerprint}
     extra: dict[str, Any] = {}
-    with _making(config, root, shards.KIND, inputs, extra) as work:
+    with making(shards.KIND, inputs, extra) as work:
         if work is None:
             return
         num_shards = stored.num_shards
@@ -263,12 +281,12 @@ def _prepare_shards(config: DataConfig, root: Path, progress: Progress | None) -
         extra["tokens"] = shards.finish(work, num_shards)
 
 
-def _prepare_references(config: DataConfig, root: Path, progress: Progress | None) -> None:
+def _prepare_references(config: DataConfig, root: Path, progress: Progress | None, making: Making) -> None:
     folder = root / config.name
     opened = TokenShards.open(folder / shards.KIND)
     tokenizer = Tokenizer(folder / TOKENIZER_KIND / TOKENIZER_FILE)
     extra: dict[str, Any] = {"pad_id": tokenizer.pad_id, "newline_id": tokenizer.newline_id}
-    with _making(config, root, references.KIND, {"shards": opened.fingerprint}, extra) as work:
+    with making(references.KIND, {"shards": opened.fingerprint}, extra) as work:
         if work is None:
             return
         num_shards = opened.corpus.num_shards

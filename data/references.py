@@ -63,6 +63,9 @@ class ReferenceTokens(Protocol):
     def tokens(self, ids: Sequence[int] | Numbers) -> tuple[Numbers, Numbers, Numbers]:
         """tokens_NR padded, title lines included, without <s>; lengths_N; titles_N: tokens of the title lines."""
 
+    def sizes(self, ids: Numbers) -> tuple[Numbers, Numbers]:
+        """The tokens of title lines, and of the text behind them; both (N,)."""
+
 
 class ReferenceSource(ReferenceTokens, Protocol):
     """What readers ask of references, by number, wherever they lie: in a prepared corpus, in a bank."""
@@ -158,9 +161,9 @@ class References:
             self.document_of, documents, side="right"
         )
 
-    def sizes(self, ids: Sequence[int] | Numbers) -> tuple[Numbers, Numbers]:
+    def sizes(self, ids: Numbers) -> tuple[Numbers, Numbers]:
         """The tokens of references: of their title lines, and of the text behind them; both (N,)."""
-        rows = self._table[np.asarray(ids, dtype=np.int64)]
+        rows = self._table[ids]
         return rows["title"].astype(np.int64), (rows["end"] - rows["begin"]).astype(np.int64)
 
     def passage(self, first: int, last: int) -> Numbers:

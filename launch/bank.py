@@ -31,7 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data.config import SourceConfig, SourceKind
-from data.documents import Use
+from data.documents import Document, Use
 from data.files import MANIFEST, fingerprint, hash_files
 from data.sources import read_json_lines
 from launch import audit, estimate, inspect
@@ -286,14 +286,36 @@ def _file_documents(arguments: argparse.Namespace, editor: Editor) -> Documents:
         id_field=arguments.id_field,
         title_field=arguments.title_field,
         text_field=arguments.text_field,
-        licence=arguments.licence,
+        licence=arguments.licence or "",
         use=Use.reference,
     )
     hashes = hash_files({str(number): file for number, file in enumerate(files)})
     stated = {**asdict(source), "kind": source.kind.value, "use": source.use.value, "label": arguments.source}
-    return Documents(
-        {"files": fingerprint(list(hashes.values())), "source": fingerprint(stated)},
-        lambda: map(cutter.cut, read_json_lines(files, arguments.source, source)),
+    origin = {"files": fingerprint(list(hashes.values())), "source": fingerprint(stated)}
+    label = arguments.source or "replaced"
+    if arguments.source is not None and arguments.licence is not None:
+        return Documents(origin, lambda: map(cutter.cut, read_json_lines(files, label, source)))
+    with Library.open(editor.folder) as library:
+        origin["replaced"] = library.fingerprint
+
+    def read() -> Iterator[CutDocument]:
+        with Library.open(editor.folder) as library:
+            for document in read_json_lines(files, label, source):
+                yield cutter.cut(_like_the_old(document, library, arguments))
+
+    return Documents(origin, read)
+
+
+def _like_the_old(document: Document, library: Library, arguments: argparse.Namespace) -> Document:
+    """The document with the source and the licence of the one that it replaces, where no other are given."""
+    (number,) = library.document_numbers([document.id]).tolist()
+    if number < 0:  # which the edit refuses
+        return document
+    old = library.describe(number)
+    return with_fields(
+        document,
+        source=old.source if arguments.source is None else arguments.source,
+        licence=old.licence if arguments.licence is None else arguments.licence,
     )
 
 

@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         "begun": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0],
         "rounds": arguments.rounds,
+        "threads": arguments.threads,
         "overrides": [*subject.DEFAULTS, *arguments.overrides],
         **build.code(),
     }
@@ -111,7 +112,8 @@ def _page(found: Bench, context: dict[str, Any]) -> Iterator[str]:
     yield f"# memory3 bench {context['subject']}\n"
     yield f"{context['machine']}; torch {context.get('torch', torch.__version__)}, commit {context.get('commit')}."
     yield f"Begun {context['begun']}, load average {context['load_average']:.1f}; {_told(found.shape)}.\n"
-    yield f"    memory3 bench {context['subject']} --rounds {context['rounds']} {' '.join(context['overrides'])}\n"
+    options = f"--rounds {context['rounds']} --threads {context['threads']}"
+    yield f"    memory3 bench {context['subject']} {options} {' '.join(context['overrides'])}\n"
     yield "| what | median | half of the rounds | by CPU time | target | |"
     yield "|---|---|---|---|---|---|"
     for figure in found.figures:

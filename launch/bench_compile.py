@@ -1,10 +1,13 @@
 """Writing memories: compiling a generation, beside the forward pass of the same layers without writing.
 
 The forward pass reads references that lie in memory, and leaves nothing behind: no selection, no records, no files. The
-compilation is that of a run: tokens from the shards, selection, the codec, files, checksums, publication.
+compilation is that of a run: tokens from the shards, selection, the codec, files, checksums, publication; a batch makes
+a shard of records, so that all but the last are written while the next one is encoded. Its files alone are the same
+records, published again.
 Not here: a step with its share of an epoch's compilation (`launch.bench_step`).
 """
 
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,7 +25,8 @@ from memorybank import codecs
 from memorybank.codec import Codec
 from memorybank.config import CodecKind
 from memorybank.record import MemoryShape
-from memorybank.writer import Encode, batch_for, compile_generation, encode_records
+from memorybank.store import Generation
+from memorybank.writer import Encode, batch_for, compile_generation, copy_generation, encode_records
 from model.config import ModelConfig
 from model.flops import reference_encode_flops
 from model.memory import ExplicitMemory
@@ -32,7 +36,6 @@ DEFAULTS = ["model=small", "model.prefix_ids=[1,2,3,4]"]
 
 _OF_FORWARD = 0.85
 _REFERENCES = 256
-"""A shard of records."""
 
 
 def measure(config: RunConfig, conditions: Conditions) -> Bench:
@@ -51,14 +54,16 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
             ),
             "encoding, no files": _encoding(encode, references, codec, count=count, batch=batch),
             "forward pass": forward_of_memory_layers(model, references, device, count=count),
+            "its files alone": _files(references, codec, model_config, Path(name)),
         }
         times = interleaved(sides, conditions)
-        profiles = [where_time_goes(f"{name} {count} references", run) for name, run in sides.items()]
-    compiling, encoding, forward = times.values()
+        profiles = [where_time_goes(f"{name} {count} references", run) for name, run in [*sides.items()][:3]]
+    compiling, encoding, forward, files = times.values()
     flops = reference_encode_flops(model_config) * count
     return Bench(
         shape={
             "references": f"{count} of {model_config.reference_tokens} tokens, {batch} at a time",
+            "shards": f"{count // batch} of {batch} records",
             "memory layers": f"{model_config.num_memory_layers} of width {model_config.width}",
             "codec": codec.name,
             "record": f"{codec.record_bytes:,} bytes",
@@ -74,6 +79,7 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
                 note="throughput of compiling / throughput of the same layers without writing",
             ),
             ratio("forward pass / encoding without files", forward, encoding),
+            ratio("its files alone / compiling", files, compiling),
             rate("compiled", compiling, amount=count, unit="references/s"),
             rate("compiled", compiling, amount=flops / 1e9, unit="GFLOP/s"),
             rate("written", compiling, amount=count * codec.record_bytes / 1e6, unit="MB/s"),
@@ -113,7 +119,30 @@ def _compiling(
             codec,
             folder / f"generation-{made}",
             settings=generation_settings(model, references),
+            records_per_shard=batch,
             batch=batch,
+        )
+
+    return run
+
+
+def _files(references: References, codec: Codec, model: ModelConfig, folder: Path) -> Side:
+    """Publish once more what was compiled first, from memory."""
+    number = iter(range(1 << 30))
+
+    @cache
+    def compiled() -> tuple[Generation, Tensor]:
+        first = Generation.open(folder / "generation-0")
+        return first, first.read(first.ids)
+
+    def run() -> None:
+        first, records = compiled()
+        copy_generation(
+            first,
+            lambda ids_N: records[np.searchsorted(first.ids, ids_N)],
+            first.ids,
+            folder / f"generation-copied-{next(number)}",
+            settings=generation_settings(model, references),
         )
 
     return run

@@ -4,8 +4,11 @@ Not here: what the commands do (one module each).
 """
 
 import argparse
+import errno
 import importlib
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from memorybank.cost import CODECS, EMBEDDERS, Hardware
 
 _OVERRIDES = """\
 settings are given in Hydra's grammar:
-  experiment=demo model=micro    choose files of conf/ (groups: model, data, launcher, experiment, debug)
+  experiment=demo model=micro    choose files of conf/ (docs/config.md lists them)
   warmup.steps=200 seed=1        set single keys
   continual.memory=null          switch a part off
 `memory3 pretrain --cfg [settings]` prints every key with its value."""
@@ -231,10 +234,18 @@ def _add_bank_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         )
     if name in ("add", "replace"):
         sub.add_argument("files", nargs="+", metavar="FILE", help="JSON lines, perhaps gzipped")
+        new = name == "add"
         sub.add_argument(
-            "--source", default="added", help="label under which they are kept (default: %(default)s)"
+            "--source",
+            default="added" if new else None,
+            help=f"label under which they are kept (default: {'%(default)s' if new else 'that of the old text'})",
         )
-        sub.add_argument("--licence", default="", help="licence of the texts, shown with every reference")
+        sub.add_argument(
+            "--licence",
+            default="" if new else None,
+            help="licence of the texts, shown with every reference"
+            + ("" if new else " (default: that of the old text)"),
+        )
         for field in ("id", "title", "text"):
             sub.add_argument(
                 f"--{field}-field", default=field, help=f"field that holds the {field} (default: %(default)s)"
@@ -546,6 +557,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+_OF_THE_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
+"""What the place of a file can cause; anything else is a mistake of ours, and shows where."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a mistake of the user ends with one clear line and exit code 2."""
     arguments = parse(argv)
@@ -553,9 +568,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("faiss").setLevel(logging.WARNING)
     module = importlib.import_module(f"launch.{arguments.command}")
     try:
-        return int(module.run(arguments))
+        code = int(module.run(arguments))
+        sys.stdout.flush()
+        return code
     except ValueError as problem:
         print(f"memory3 {arguments.command}: {problem}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `memory3 ... | head`: who read it has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as problem:
+        if problem.errno not in _OF_THE_DISK or problem.filename is None:
+            raise
+        print(
+            f"memory3 {arguments.command}: {problem.filename}: {problem.strerror}; mend it, or choose another folder "
+            "(paths.root, --root)",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"memory3 {arguments.command}: interrupted", file=sys.stderr)

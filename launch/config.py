@@ -217,7 +217,10 @@ def check(config: RunConfig) -> None:
     if not config.run or "/" in config.run or config.run.startswith("."):
         raise ValueError(f"run={config.run!r} is not a folder name; set run to letters, digits, '-' and '_'")
     if config.warmup is None and config.continual is None:
-        raise ValueError("warmup and continual are both null: nothing would be trained; set one of them")
+        raise ValueError(
+            "warmup and continual are both null: nothing would be trained; choose a file that sets one, such as "
+            "experiment=quick"
+        )
     if config.data.reference_tokens != config.model.reference_tokens:
         raise ValueError(
             f"data.reference_tokens={config.data.reference_tokens} differs from "

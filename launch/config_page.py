@@ -7,6 +7,8 @@ Not here: the schema (`launch.config`), the documentation lines (each under its 
 
 import ast
 import inspect
+import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
@@ -14,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
 
 from data.files import write_atomic
 from launch.compose import CONF
@@ -26,13 +30,13 @@ _HEAD = """\
 
 Every key that `memory3 prepare | pretrain | cost | sweep | plan | bench | demo` take as `KEY=VALUE`, in the grammar of
 Hydra; made from the schema by `make docs`. `memory3 pretrain --cfg` prints them with the values that they have.
-Defaults are those of the schema: the files of `conf/` set others, `model=nano`, `data=factbook` and `launcher=local`
-where no other file is chosen.
+Defaults are those of the schema; `model=nano`, `data=factbook` and `launcher=local` are laid over them where no other
+file of `conf/` is chosen, then the files below, in this order, then single keys.
 
 A key that is misspelt, of the wrong type, out of range or in contradiction to another is refused before anything
 starts, with the nearest name that exists.
 
-| group | files of `conf/` |
+| file of `conf/` | |
 |---|---|
 """
 _KINDS = {int: "whole number", float: "number", bool: "true, false", str: "text"}
@@ -54,9 +58,21 @@ def render() -> str:
 
 
 def _groups() -> Iterator[str]:
-    for folder in sorted(path for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_")):
-        names = ", ".join(f"`{path.stem}`" for path in sorted(folder.glob("*.yaml")))
-        yield f"| `{folder.name}=` | {names} |"
+    defaults = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+    groups = [group for each in defaults if isinstance(each, dict) for group in each]
+    for group in [*groups, "sweep"]:
+        for path in sorted((CONF / group).glob("*.yaml")):
+            yield f"| `{group}={path.stem}` | {_first_sentence(path)} |"
+
+
+def _first_sentence(path: Path) -> str:
+    """Of the comment that a file begins with."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @")]
+    comment = " ".join(
+        line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)
+    )
+    assert comment, f"{path} begins with no comment"
+    return re.split(r"(?<=\.) ", comment)[0]
 
 
 def _sections() -> Iterator[tuple[str, type, str]]:

@@ -130,7 +130,7 @@ def _of_group(text: str, overrides: Sequence[str], conf: Path) -> str | None:
     place = f"conf/{file[1]}.yaml: " if file else ""
     missing = re.search(r"Could not (?:find|load) '([^']+)'", text)
     if missing:
-        group, _, choice = missing[1].rpartition("/")
+        group, _, choice = missing[1].partition("/")
         if f"{group}={choice}" in overrides:
             place = ""
         elif place in ("", "conf/config.yaml: "):  # Hydra names the file whose choice was overridden
@@ -147,15 +147,26 @@ def _of_group(text: str, overrides: Sequence[str], conf: Path) -> str | None:
         return f"{place}there is no group {group}; {hint}groups: {', '.join(groups)}"
     if not re.search(r"Config group override|[Mm]ultiple values for|more than once", text):
         return None
-    for override in overrides:
-        group = _name(override)
-        if group and (conf / group).is_dir():
-            return _choose(override, group, conf)
+    of_groups = [each for each in overrides if _name(each) and (conf / _name(each)).is_dir()]
+    for override in sorted(of_groups, key=lambda each: _is_choice(each, of_groups, conf)):
+        return _choose(override, _name(override), conf)
     return None
 
 
+def _is_choice(override: str, of_groups: Sequence[str], conf: Path) -> bool:
+    """Whether nothing is wrong with the choice of a file."""
+    name, _, choice = override.partition("=")
+    once = sum(_name(each) == name for each in of_groups) == 1
+    return once and choice in _choices(conf / name) if (conf / name).is_dir() else False
+
+
 def _choose(override: str, group: str, conf: Path) -> str:
-    return f"{override}: write {group}=NAME, once, or leave it away; choices: {', '.join(_choices(conf / group))}"
+    keys = f", or single keys {group}.KEY=VALUE" if _is_section(group) else ""
+    return f"{override}: write {group}=NAME, once{keys}, or leave it away; choices: {', '.join(_choices(conf / group))}"
+
+
+def _is_section(group: str) -> bool:
+    return group in get_type_hints(RunConfig) and is_dataclass(kind_of(group))
 
 
 def _on_the_command_line(group: str) -> str:
@@ -177,6 +188,9 @@ def unknown_choice(group: str, choice: str, conf: Path) -> str:
     choices = _choices(conf / group)
     near = difflib.get_close_matches(choice, choices, n=1)
     hint = f"did you mean {group}={near[0]}? " if near else ""
+    keys = [key for key in _schema_keys(RunConfig) if key.startswith(f"{group}.")]
+    if not near and len(keys) == 1:
+        hint = f"did you mean {keys[0]}={choice}? "
     return f"{group}={choice} does not exist; {hint}choices: {', '.join(choices)}"
 
 
@@ -208,6 +222,9 @@ def _of_key(text: str, overrides: Sequence[str], settings: Sequence[Setting], co
         return f"{place}: {_of_label(override, key, settings, overrides)}"
     if "mandatory value" in text:
         return f"{place}: a value is missing; set {key}=VALUE"
+    variable = re.search(r"Environment variable '([^']+)' not found", text)
+    if variable:
+        return f"{place}: the environment has no {variable[1]}; set it, or {key}=VALUE"
     absent = re.search(r"Interpolation key '([^']+)' not found", text)
     if absent:
         return f"{place}: {key} refers to {absent[1]}: {unknown_key(absent[1]) or 'it has no value'}"

@@ -91,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{len(past.references)} memories\n",
             file=notes,
         )
+    _refuse_long(opened, rows, sampling)  # before anything is printed
     sources: list[tuple[str, RetrievedMemory | None]] = [("without memory", None)]
     if not arguments.no_memory:
         sources.append(("with memory", memory_of(opened, embedder, library, past=past)))
@@ -147,7 +148,7 @@ def prompts_of(given: Sequence[str], file: str | None) -> list[str]:
             content = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as problem:
             raise ValueError(f"--prompts {file} cannot be read: {problem}") from problem
-        for number, line in enumerate(content.split("\n"), start=1):
+        for number, line in enumerate(content.replace("\r\n", "\n").split("\n"), start=1):
             if line.strip():
                 prompts.append(_of_json(line, f"{file}:{number}") if file.endswith(".jsonl") else line)
     if not prompts:

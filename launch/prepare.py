@@ -6,9 +6,11 @@ Not here: the formats (`data`, `memorybank`).
 """
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.compose import compose_config
+from launch.compose import compose_config, load_config
 from launch.config import RunConfig
 
 if TYPE_CHECKING:
@@ -23,7 +25,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def ensure(config: RunConfig) -> None:
-    """Make what is missing; what stands there with equal settings is reused."""
+    """Make what is missing; what stands there with equal settings is reused.
+
+    Raises:
+        ValueError: The text cannot be used, or would take the place of the text that a run was trained on.
+    """
     from rich.progress import Progress
 
     from data.prepare import prepare
@@ -31,16 +37,52 @@ def ensure(config: RunConfig) -> None:
 
     build.quiet_third_parties()
     with Progress(transient=True) as progress:
-        prepared = prepare(config.data, build.prepared_root(config), progress=progress)
+        prepared = prepare(
+            config.data, build.prepared_root(config), progress=progress, replacing=_unless_needed(config)
+        )
     context = build.context(config)
     embed_references(context)
     tokens = int(prepared.shards.lengths().sum())
     print(
         f"{prepared.folder}: {prepared.shards.num_documents:,} documents, {tokens:,} tokens, "
-        f"{len(prepared.references):,} references"
+        f"{len(prepared.references):,} references",
+        flush=True,  # before what the ranks say
     )
     if prepared.probes:
         report_retrieval(context)
+
+
+def _unless_needed(config: RunConfig) -> Callable[[Path], None]:
+    """What refuses to replace a corpus that trained runs read: nothing could be asked of them any more."""
+
+    def replacing(folder: Path) -> None:
+        runs = _readers(config)
+        if runs:
+            raise ValueError(
+                f"{folder} is not what these settings and this text make of it, and runs of {config.paths.root} were "
+                f"trained with it: {', '.join(runs)}; give this corpus a place of its own, data.name=NAME, or delete "
+                f"{folder.parent} if they are to be read no more"
+            )
+
+    return replacing
+
+
+def _readers(config: RunConfig) -> list[str]:
+    """Runs with checkpoints that can read the prepared corpus as it is."""
+    from data.prepare import prepared_sizes
+    from launch import build
+
+    found = []
+    for path in sorted(Path(config.paths.root).glob("*/config.yaml")):
+        if not any(path.parent.glob("checkpoints/*/manifest.json")):
+            continue
+        try:
+            data = load_config(path).data
+        except ValueError:  # of another version
+            continue
+        if data.name == config.data.name and prepared_sizes(data, build.prepared_root(config)) is not None:
+            found.append(path.parent.name)
+    return found
 
 
 def embed_references(context: "Context") -> None:

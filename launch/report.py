@@ -42,6 +42,7 @@ class Pair:
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables of the runs, each `M` or `M=C`, and write the page and the pictures."""
     pairs = [_pair(text, arguments.root) for text in arguments.runs]
+    _refuse_repeated(pairs)
     logs = _named_apart(list({log.folder.resolve(): log for pair in pairs for log in pair.logs}.values()))
     evaluations = []
     for group in _groups(pairs, arguments.split):
@@ -95,6 +96,14 @@ def _pair(text: str, root: str) -> Pair:
     return Pair(
         RunLog.read(run_folder(main, root)), RunLog.read(run_folder(control, root)) if control else None
     )
+
+
+def _refuse_repeated(pairs: Sequence[Pair]) -> None:
+    """A run counts once: named twice it would look like two seeds that agree."""
+    folders = [pair.main.folder.resolve() for pair in pairs]
+    for pair, folder in zip(pairs, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise ValueError(f"{pair.main.label} is named more than once; name each run once, M or M=C")
 
 
 def _named_apart(logs: list[RunLog]) -> list[RunLog]:

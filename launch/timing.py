@@ -207,8 +207,8 @@ def machine(device: torch.device) -> str:
     """Name the device that computes, and the threads where it is a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cores, threads = os.cpu_count(), torch.get_num_threads()
-    return f"{_cpu_name()}, {threads} of {cores} cores"
+    threads = torch.get_num_threads()
+    return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''} on {os.cpu_count()} cores"
 
 
 def _timed(run: Side, repeats: int, device: torch.device) -> tuple[float, float]:

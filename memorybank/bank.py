@@ -17,6 +17,7 @@ from torch import Tensor
 from data.references import ReferenceSource
 from memorybank.codec import Codec
 from memorybank.pool import distinct
+from memorybank.windows import alone
 from model.memory import MemoryBatch, ReferenceBatch
 
 Ids = NDArray[np.int64]
@@ -57,10 +58,5 @@ class OnlineReader:
         if len(ids_N) == 0:
             # No slot reads it, but every rank's forward then makes the same collective calls (ZeRO-3).
             ids_N = np.zeros(1, np.int64)
-        tokens_NR, lengths_N, titles_N = self._references.tokens(ids_N)
-        return ReferenceBatch(
-            tokens_NR=torch.from_numpy(tokens_NR).to(device),
-            lengths_N=torch.from_numpy(lengths_N).to(device),
-            titles_N=torch.from_numpy(titles_N).to(device),
-            slots_BCK=slots_BCK.to(device),
-        )
+        tokens_NR, lengths_N, titles_N = alone(self._references, ids_N)
+        return ReferenceBatch(tokens_NR, lengths_N, titles_N, slots_BCK).to(device)

@@ -716,7 +716,7 @@ def clashes(made: Sequence[Segment], base: Library | None, *, replaces: bool) ->
             assert base is not None
             for document_id, _, row in new.shared_ids(old):
                 number = int(old.numbers[old.documents[row]["first"]])
-                if number in base.removed:
+                if base.were_removed(np.array([number]))[0]:
                     continue
                 if not replaces:
                     raise ValueError(

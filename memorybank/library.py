@@ -334,7 +334,7 @@ class Library:
 
     def live_documents(self, part: int) -> Ids:
         """Return the rows of all documents of a part that can be found."""
-        return np.flatnonzero(~np.isin(self.segments[part].document_numbers, self.removed))
+        return np.flatnonzero(~self.were_removed(self.segments[part].document_numbers))
 
     def without(self, removed: Ids) -> tuple[list[Part], Ids]:
         """Return the parts that still hold a document when these are removed, and what is removed from them."""
@@ -347,10 +347,19 @@ class Library:
                 kept.append(removed[first:last])
         return parts, np.concatenate(kept)
 
+    def were_removed(self, documents: Ids) -> NDArray[np.bool_]:
+        """Return for each number of a document whether it was taken out, in the shape of `documents`."""
+        if not len(self.removed):
+            return np.zeros(documents.shape, np.bool_)
+        # `removed` ascends, and is looked into: np.isin would go through all of it, for every chunk that is read.
+        places = np.minimum(np.searchsorted(self.removed, documents), len(self.removed) - 1)
+        found: NDArray[np.bool_] = self.removed[places] == documents
+        return found
+
     def is_live(self, ids: Ids) -> NDArray[np.bool_]:
         """Return for each reference whether it is there and was not removed."""
         places, rows = self._texts.locate(ids)
-        return (places >= 0) & ~np.isin(self._documents_at(places, rows), self.removed)
+        return (places >= 0) & ~self.were_removed(self._documents_at(places, rows))
 
     # -- ReferenceSource
 
@@ -390,6 +399,11 @@ class Library:
         asked = np.asarray(ids, np.int64)
         self._found(asked)
         return self._texts.tokens(asked)
+
+    def sizes(self, ids: Ids) -> tuple[Ids, Ids]:
+        """The tokens of title lines, and of the text behind them; both (N,)."""
+        self._found(ids)
+        return self._texts.sizes(ids)
 
     def content_tokens(self, reference: int) -> list[int]:
         """The tokens of a reference without its title line."""
@@ -501,12 +515,8 @@ class Library:
         for of in self.segments:
             for row in of.find(document_id):
                 number = int(of.numbers[of.documents[row]["first"]])
-                if not self._was_removed(number):
+                if not self.were_removed(np.array([number]))[0]:
                     yield number
-
-    def _was_removed(self, document: int) -> bool:
-        place = int(np.searchsorted(self.removed, document))
-        return place < len(self.removed) and int(self.removed[place]) == document
 
     def _removed_ids(self, place: int) -> Ids:
         """The references of a part that belong to documents that were removed, ascending."""
@@ -530,7 +540,7 @@ class Library:
 
     def _found(self, ids: Ids) -> tuple[Ids, Ids]:
         places, rows = self._texts.locate(ids)
-        gone = (places < 0) | np.isin(self._documents_at(places, rows), self.removed)
+        gone = (places < 0) | self.were_removed(self._documents_at(places, rows))
         if gone.any():
             raise ValueError(
                 f"bank {self.folder}: {int(gone.sum())} of {len(ids)} references are not there, or were removed "

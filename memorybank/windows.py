@@ -10,6 +10,8 @@ from the first window that holds it whole, where most text stands before it:
     window 1              t| 2   3   4   5 |                gives 4 5
     window 2                      t| 4   5   6   7 |        gives 6 7
 
+Batches hold rows of about equal length, so that little of them is padding.
+
 Invariants: a reference has the same tokens in either context, at the same places in the shared span; of a
 document of one reference both make the same batch; what a reference gives does not depend on anything behind
 it, nor on anything before its window; batches are a pure function of the references asked for, and all of
@@ -33,6 +35,10 @@ from model.memory import Places
 
 Ids = NDArray[np.int64]
 
+LANES = 16
+"""Rows are padded to a multiple of so many tokens: a CPU's kernels add up whole vectors of numbers, and what is left
+over in another order. So a reference gives the same bits beside longer ones as alone."""
+
 
 @runtime_checkable
 class Passages(ReferenceTokens, Protocol):
@@ -44,9 +50,6 @@ class Passages(ReferenceTokens, Protocol):
 
     def bounds(self, ids: Ids) -> tuple[Ids, Ids]:
         """The first reference of each one's document, and the one after its last."""
-
-    def sizes(self, ids: Ids) -> tuple[Ids, Ids]:
-        """The tokens of title lines, and of the text behind them."""
 
     def passage(self, first: int, last: int) -> Ids:
         """The tokens of a document's references `first` to `last` as one text behind one title line."""
@@ -107,10 +110,10 @@ def cut_batches(
         window_tokens: Tokens of a window, the title line included; None = each reference by itself.
     """
     if window_tokens is None:
-        positions = np.arange(len(ids_N))
+        lengths_N = sum(references.sizes(ids_N))
         return [
-            EncodeBatch(counted, partial(_alone, references, ids_N[filled]))
-            for counted, filled in _full(positions, batch)
+            EncodeBatch(counted, partial(alone, references, ids_N[filled]))
+            for counted, filled in _full(np.argsort(lengths_N, kind="stable"), batch)
         ]
     assert isinstance(references, Passages)
     parts = _parts(references, ids_N, window_tokens)
@@ -167,15 +170,21 @@ def _full(items: Ids, batch: int) -> Iterator[tuple[Ids, Ids]]:
         yield items[begin : begin + batch], filled[begin : begin + batch]
 
 
-def _alone(references: ReferenceTokens, ids_N: Ids) -> tuple[Tensor, Tensor, Tensor]:
+def alone(references: ReferenceTokens, ids_N: Ids) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what encodes each reference by itself: tokens_NR no wider than it takes, lengths_N, titles_N."""
     tokens_NR, lengths_N, titles_N = references.tokens(ids_N)
+    tokens_NR = tokens_NR[:, : _padded(int(lengths_N.max()))]
     return torch.from_numpy(tokens_NR), torch.from_numpy(lengths_N), torch.from_numpy(titles_N)
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // LANES) * LANES
 
 
 def _in_documents(
     passages: Passages, ids_N: Ids, parts: Sequence[_Part]
 ) -> tuple[Tensor, Tensor, Tensor, Places]:
-    tokens_BT = torch.zeros((len(parts), max(part.tokens for part in parts)), dtype=torch.int64)
+    tokens_BT = torch.zeros((len(parts), _padded(max(part.tokens for part in parts))), dtype=torch.int64)
     for row, part in enumerate(parts):
         last = int(ids_N[part.positions_N[-1]])
         tokens_BT[row, : part.tokens] = torch.from_numpy(passages.passage(part.first, last))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import (
@@ -98,9 +99,11 @@ class Block(nn.Module):
             last: Whether no layer follows that writes memories.
         """
         q, k, v = self.project(hidden_BTD)
+        # Always over as many tokens: sums over fewer would be rounded otherwise, and could keep another token.
+        beyond = (0, 0, 0, 0, 0, self.config.reference_tokens - q.shape[1])
         index_NGS = select_tokens(
-            q if token_NR is None else q.flatten(0, 1)[token_NR],
-            k if token_NR is None else k.flatten(0, 1)[token_NR],
+            pad(q, beyond) if token_NR is None else q.flatten(0, 1)[token_NR],
+            pad(k, beyond) if token_NR is None else k.flatten(0, 1)[token_NR],
             lengths_N,
             tokens_kept=self.config.tokens_kept,
             selection=self.config.selection,

@@ -1,7 +1,11 @@
 """`benchmarks.edits`: which values are exchanged, how they are put into a text, and what is counted."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from benchmarks import edits
 from benchmarks.edits import STATES, Asked, Edit, Measured, choose_edits, holds, render, replaced, shape
 from data.documents import Probe, Split
 
@@ -73,3 +77,21 @@ def test_the_tables_count_answers_that_changed_places() -> None:
     assert any(line.startswith("| removed | 75.0% [") and "-0.375 [" in line for line in lines)
     assert any(line.startswith("| removed elsewhere | 0.0% [0.0%, 0.0%]") for line in lines)
     assert any(line.startswith("| capital | 4 | 0% | 75% | 0% | +1.125 [") for line in lines)
+
+
+def test_facts_of_a_run_are_exchanged_and_asked_for(run: Path, tmp_path: Path) -> None:
+    stem = tmp_path / "edits"
+    given = [str(run), "--root", str(run.parent), "--work", str(tmp_path / "work"), "--commands", "1"]
+    assert edits.main([*given, "--output", str(stem)]) == 0
+    found = json.loads(stem.with_suffix(".json").read_text())
+    assert {one["country"] for one in found} == {"Liechtenstein", "Samoa"}
+    for one in found:
+        nats = one["nats"]
+        assert {*nats} == {*STATES}
+        assert nats["edited"] != nats["before"] != nats["without memory"]
+        alone = [other for other in found if other["relation"] == one["relation"]]
+        if len(alone) == 1:  # nothing was edited elsewhere
+            assert nats["elsewhere"] == nats["removed elsewhere"] == nats["before"]
+    page = stem.with_suffix(".md").read_text()
+    said = "1 edits were made by `memory3 bank replace` and `remove` as well, one by one: answers differ by at most "
+    assert float(page.partition(said)[2].split()[0]) < 1e-3

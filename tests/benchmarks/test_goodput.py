@@ -3,8 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from benchmarks import goodput
 from benchmarks.goodput import shares
 from launch.run_log import RunLog
+from tests.support.train import VOCABULARY, prepared_root
 
 
 def test_what_counts_is_what_the_lines_tell_once_and_the_rest_is_told_apart(tmp_path: Path) -> None:
@@ -35,3 +39,24 @@ def test_what_counts_is_what_the_lines_tell_once_and_the_rest_is_told_apart(tmp_
         "updates made again": 3 * 2.5,
         "begun and lost": 50.0 - 5.0 - 2.5 - 4.0 - 25.0 - 7.5,
     }
+
+
+@pytest.mark.slow
+def test_a_run_whose_ranks_are_killed_ends_and_is_accounted_for(tmp_path: Path) -> None:
+    out = tmp_path / "goodput.json"
+    given = ["--work", str(tmp_path), "--prepared", str(prepared_root() / "prepared"), "--out", str(out)]
+    settings = [
+        "experiment=demo",
+        "debug=smoke",
+        f"data.vocab_size={VOCABULARY}",
+        "data.documents_per_shard=40",
+    ]
+    settings += ["warmup.steps=1000", "saving.every_steps=100"]
+    assert goodput.main([*given, "--period", "12", "--kills", "1", *settings]) == 0
+    result = json.loads(out.read_text())
+    assert result["kills"] == 1
+    assert result["steps"] == 1004
+    assert 0 < result["goodput"] < 1
+    assert sum(result["lost"].values()) + result["useful_seconds"] == pytest.approx(
+        result["wall_seconds"], abs=0.5
+    )

@@ -6,11 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data import files
 from data.files import (
     BLOCK_BYTES,
     MANIFEST,
@@ -240,3 +244,34 @@ def test_rows_are_copies_of_checked_spans(tmp_path: Path) -> None:
     for row in (1, 2, 3):
         with pytest.raises(ValueError, match=r"block 1 .* is damaged"):
             manifest.mapped("x.bin").rows(np.array([row]), length)
+
+
+def test_who_opens_what_was_published_this_moment_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renamed, go_on = threading.Event(), threading.Event()
+    folder, sync = tmp_path / "a", files._sync
+
+    def slow_sync(path: Path) -> None:
+        sync(path)
+        if path == tmp_path:  # the last thing that a publication does
+            renamed.set()
+            assert go_on.wait(30)
+
+    monkeypatch.setattr(files, "_sync", slow_sync)
+
+    def publish() -> None:
+        with files.publishing(folder, kind="thing", version=1, settings={}, inputs={}):
+            pass
+
+    with ThreadPoolExecutor(2) as pool:
+        published = pool.submit(publish)
+        assert renamed.wait(30)
+        held = pool.submit(files.hold, folder)
+        time.sleep(0.1)
+        go_on.set()
+        published.result(30)
+        descriptor = held.result(30)
+    assert files.is_held(folder)
+    os.close(descriptor)
+    assert not files.is_held(folder)

@@ -96,6 +96,23 @@ def test_documents_are_encoded_before_their_references_where_asked_for(folder: P
     assert said(within("generate", "m", "--prompt", "The word of the day", *reading))
 
 
+def test_a_text_that_replaces_another_keeps_its_source_and_licence(folder: Path, tmp_path: Path) -> None:
+    def described() -> tuple[str, str]:
+        library = Library.open(folder)
+        cited = library.describe(int(library.document_numbers(["mine"])[0]))
+        return cited.source, cited.licence
+
+    new = lines(tmp_path / "new.jsonl", {"id": "mine", "title": "A day", "text": TEXT})
+    said(bank("add", new, "--source", "notes", "--licence", "CC0", folder=folder))
+    said(bank("replace", new, folder=folder))
+    assert described() == ("notes", "CC0")
+    said(bank("replace", new, "--licence", "", folder=folder))
+    assert described() == ("notes", "")
+    said(bank("replace", new, "--source", "letters", folder=folder))
+    assert described() == ("letters", "")
+    said(bank("remove", "--source", "letters", folder=folder))
+
+
 def test_add_search_replace_remove_compact(folder: Path, tmp_path: Path) -> None:
     new = lines(tmp_path / "new.jsonl", {"id": "mine", "title": "A day", "text": TEXT})
     out = said(bank("add", new, "--licence", "CC0", folder=folder))

@@ -1,6 +1,7 @@
 """`memory3 bench`: how figures are counted, and every subject once at a tiny size."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,26 @@ TINY = (
 CPU = torch.device("cpu")
 
 
-def bench(subject: str, folder: Path, *settings: str) -> Finished:
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def bench(subject: str, folder: Path, *settings: str, threads: int = 1) -> Finished:
+    """Run a subject; what it prints and writes names its threads."""
+    given = ("bench", subject, "--rounds", "5", "--threads", str(threads), "--output", str(folder), *TINY)
     # What starts an engine has a process of its own: DeepSpeed knows one process group in a process's life.
-    given = ("bench", subject, "--rounds", "5", "--output", str(folder), *TINY, *settings)
-    return memory3(*given) if subject in ("step", "loader") else within(*given)
+    done = (memory3 if subject in ("step", "loader") else within)(*given, *settings)
+    if done.code == 0:
+        found = json.loads((folder / f"bench_{subject}.json").read_text())
+        said = f", {threads} thread{'s' if threads > 1 else ''} on "
+        assert found["threads"] == threads
+        assert said in found["machine"]
+        assert said in " ".join(done.out.split())
+        assert f" --threads {threads} " in (folder / f"bench_{subject}.md").read_text()
+    return done
 
 
 def test_sides_take_turns_and_the_order_alternates() -> None:
@@ -63,7 +80,7 @@ def test_room_is_what_lives_at_the_same_time() -> None:
 
 
 def test_attention_is_measured_and_written(tmp_path: Path) -> None:
-    done = bench("attention", tmp_path)
+    done = bench("attention", tmp_path, threads=2)
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "bench_attention.json").read_text())
     figures = {figure["what"]: figure for figure in found["figures"]}
@@ -71,7 +88,6 @@ def test_attention_is_measured_and_written(tmp_path: Path) -> None:
     assert len(first["rounds"]) == 5
     assert first["target"] == 1.15
     assert figures["room of ours, twice as long a row with twice as many memories"]["value"] < 2.1
-    assert "of" in found["machine"]
     assert "commit" in found
     assert first["what"] in (tmp_path / "bench_attention.md").read_text()
     assert first["what"][:20] in done.out
@@ -121,9 +137,12 @@ def test_steps_are_compared_with_what_their_operations_allow(tmp_path: Path) -> 
 def test_compiling_is_compared_with_the_forward_pass(tmp_path: Path) -> None:
     done = bench("compile", tmp_path)
     assert done.code == 0, done.err
-    figure = json.loads((tmp_path / "bench_compile.json").read_text())["figures"][0]
-    assert figure["at_least"]
-    assert 0 < figure["value"] < 2
+    found = json.loads((tmp_path / "bench_compile.json").read_text())
+    assert found["shape"]["shards"] == "4 of 64 records"  # the overlap of writing and encoding is part of it
+    figures = {figure["what"]: figure for figure in found["figures"]}
+    assert figures["forward pass / compiling"]["at_least"]
+    assert 0 < figures["forward pass / compiling"]["value"] < 2
+    assert figures["its files alone / compiling"]["value"] > 0
 
 
 def test_reading_is_compared_with_a_step(tmp_path: Path) -> None:

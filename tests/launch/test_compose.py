@@ -9,10 +9,21 @@ import torch
 from launch import compose
 from launch.compose import CONF, compose_config, differences, load_config, save_config, to_yaml
 from launch.config import check
+from memorybank.config import CodecKind
 from model.flops import count_parameters
 from model.transformer import Memory3LM
 
-DATA = {"jsonl": ["data.path=corpus.jsonl"], "hosts": ["launcher.hosts.file=hosts"]}
+DATA = {
+    "jsonl": ["data.path=corpus.jsonl"],
+    "hosts": ["launcher.hosts.file=hosts"],
+    "continual": ["continual.branch_from=demo"],
+    "control": ["continual.branch_from=demo"],
+}
+
+
+@pytest.fixture(autouse=True)
+def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch")
 
 
 def shipped() -> list[list[str]]:
@@ -21,7 +32,8 @@ def shipped() -> list[list[str]]:
     for path in sorted(CONF.glob("*/*.yaml")):
         if path.parent.name == "sweep":  # not of one run: tests/launch/test_sweep.py
             continue
-        choices.append([f"{path.parent.name}={path.stem}", *DATA.get(path.stem, [])])
+        experiment = ["experiment=quick"] if path.parent.name == "stage" else []
+        choices.append([f"{path.parent.name}={path.stem}", *experiment, *DATA.get(path.stem, [])])
     choices += [
         [f"experiment={path.stem}", "debug=smoke"] for path in sorted((CONF / "experiment").glob("*.yaml"))
     ]
@@ -61,6 +73,40 @@ def test_overlays_apply_in_order() -> None:
     assert (smoke.warmup.steps, smoke.warmup.ramp_steps) == (9, 1)
     assert smoke.continual is not None
     assert smoke.continual.memory is not None
+
+
+def test_what_is_chosen_beats_the_experiment_and_is_beaten_by_debug_and_single_keys() -> None:
+    choices = ["experiment=paper_2b4", "engine=zero3", "bank=paper", "logging=wandb", "paths=scratch"]
+    config = compose_config(choices)
+    assert (config.engine.zero_stage, config.engine.num_ranks) == (3, 64)
+    assert config.codec.kind is CodecKind.residual2x14_pq8x10
+    assert config.retrieval.allow_own_document
+    assert config.logging.wandb
+    assert config.paths.root == "/scratch/memory3"
+    single = compose_config([*choices, "engine.zero_stage=2", "debug=smoke"]).engine
+    assert (single.zero_stage, single.num_ranks) == (2, 2)
+
+
+def test_a_stage_is_trained_alone_whatever_other_files_set() -> None:
+    assert compose_config(["stage=warmup", "experiment=demo", "debug=smoke"]).continual is None
+    for stage, reads in (("continual", True), ("control", False)):
+        config = compose_config(
+            [f"stage={stage}", "continual.branch_from=m", "experiment=demo", "debug=smoke"]
+        )
+        assert config.warmup is None
+        assert config.continual is not None
+        assert (config.continual.memory is not None) is reads
+        assert config.continual.steps == 4
+
+
+def test_files_of_groups_change_something_or_state_the_default() -> None:
+    """What stands in a file and in the schema alike would be a second home for a default."""
+    plain = compose_config(["experiment=quick"])
+    for group in ("engine", "bank", "logging", "paths", "stage"):
+        for path in sorted((CONF / group).glob("*.yaml")):
+            config = compose_config(["experiment=quick", f"{group}={path.stem}", *DATA.get(path.stem, [])])
+            assert differences(plain, config) or path.stem in ("zero1", "exact"), path
+    assert compose_config(["optim=paper"]).optim == plain.optim
 
 
 REFUSED = {
@@ -110,13 +156,34 @@ REFUSED = {
         "model=nanoo does not exist; did you mean model=nano? choices: base, micro, nano, paper_0b92, paper_2b4, small"
     ),
     "debug=zzz": "debug=zzz does not exist; choices: overfit, profile, smoke",
-    "model=null": (
-        "model=null: write model=NAME, once, or leave it away; choices: base, micro, nano, paper_0b92, paper_2b4, small"
+    "engine=3": (
+        "engine=3: write engine=NAME, once, or single keys engine.KEY=VALUE, or leave it away; "
+        "choices: zero0, zero1, zero2, zero3"
     ),
-    "+data=jsonl": "+data=jsonl: write data=NAME, once, or leave it away; choices: factbook, jsonl",
+    "engine=zero4": "engine=zero4 does not exist; did you mean engine=zero3? choices: zero0, zero1, zero2, zero3",
+    "paths=/data/runs": (
+        "paths=/data/runs does not exist; did you mean paths.root=/data/runs? choices: scratch, temporary"
+    ),
+    "paths.root=${oc.env:NO_DISK}": (
+        "paths.root=${oc.env:NO_DISK}: the environment has no NO_DISK; set it, or paths.root=VALUE"
+    ),
+    "model=null": (
+        "model=null: write model=NAME, once, or single keys "
+        "model.KEY=VALUE, or leave it away; choices: base, micro, nano, paper_0b92, paper_2b4, small"
+    ),
+    "+data=jsonl": (
+        "+data=jsonl: write data=NAME, once, or single keys "
+        "data.KEY=VALUE, or leave it away; choices: factbook, jsonl"
+    ),
     "+debug=smoke": "+debug=smoke: write debug=NAME, once, or leave it away; choices: overfit, profile, smoke",
-    "~launcher": "~launcher: write launcher=NAME, once, or leave it away; choices: hosts, local, slurm",
-    "data@model=jsonl": "data@model=jsonl: write data=NAME, once, or leave it away; choices: factbook, jsonl",
+    "~launcher": (
+        "~launcher: write launcher=NAME, once, or single keys "
+        "launcher.KEY=VALUE, or leave it away; choices: hosts, local, slurm"
+    ),
+    "data@model=jsonl": (
+        "data@model=jsonl: write data=NAME, once, or single keys "
+        "data.KEY=VALUE, or leave it away; choices: factbook, jsonl"
+    ),
     "continual={}": "continual={}: an empty section changes nothing; set its keys",
     # types
     "warmup.steps=abc": "warmup.steps=abc: warmup.steps must be a whole number, for example 100",

@@ -43,6 +43,6 @@ def test_it_names_the_commands_that_take_keys() -> None:
 def test_defaults_are_those_of_the_schema_which_files_change() -> None:
     assert compose_config([]).model != ModelConfig()
     assert compose_config([]) == compose_config(["model=nano", "data=factbook", "launcher=local"])
-    assert "`model=nano`, `data=factbook` and `launcher=local`\nwhere no other file is chosen" in render()
+    assert "`model=nano`, `data=factbook` and `launcher=local` are laid over them" in render()
     assert "| `tokens_kept` | whole number | `8` |" in render()
     assert "defaults are the `nano` model" not in render()

@@ -141,6 +141,7 @@ def test_what_cannot_be_generated_is_refused(arguments: tuple[str, ...], prompt:
     assert done.code == 2
     assert said in done.err
     assert done.err.count("\n") == 1
+    assert done.out == ""
 
 
 @pytest.mark.parametrize("line", ["word", '{"text": "a"}', '{"prompt": 1}', "[1]"])
@@ -149,6 +150,11 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
     file.write_text(f'{{"prompt": "a"}}\n{line}\n')
     with pytest.raises(ValueError, match=r'prompts.jsonl:2 is no JSON object with a text "prompt"'):
         generate.prompts_of([], str(file))
+
+
+def test_lines_of_other_systems_are_prompts_without_their_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("A list is\r\nThe statement\r\n", newline=""))
+    assert generate.prompts_of([], "-") == ["A list is", "The statement"]
 
 
 def test_no_prompt_is_said() -> None:

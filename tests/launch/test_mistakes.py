@@ -71,9 +71,7 @@ MISSPELT = [f"{misspelt(key)}=1" for key, *_ in keys(compose_config(BASE))]
 TYPES = [
     (f"{key}={wrong[0]}", wrong[1])
     for number, (key, _, _, kind) in enumerate(keys(compose_config(BASE)))
-    if (wrong := wrong_value(kind)) is not None
-    and number % 4 == 0
-    and key not in ("model", "data", "experiment")
+    if (wrong := wrong_value(kind)) is not None and number % 4 == 0 and not (CONF / key).is_dir()
 ]
 NUMBERS = [
     (key, value)
@@ -81,6 +79,12 @@ NUMBERS = [
     for value in {int: [-1], float: [-1.0, float("nan"), float("inf")]}.get(kind, [])
 ]
 GROUPS = {
+    "engine=zer3": "did you mean engine=zero3?",
+    "stage=warmpu": "did you mean stage=warmup?",
+    "optim=papr": "did you mean optim=paper?",
+    "bank=compct": "did you mean bank=compact?",
+    "logging=wadb": "did you mean logging=wandb?",
+    "paths=scrtch": "did you mean paths=scratch?",
     "model=nao": "did you mean model=nano?",
     "data=jsnol": "did you mean data=jsonl?",
     "experiment=dem": "did you mean experiment=demo?",
@@ -119,7 +123,7 @@ FILES = {
     # other files
     "defaults: [qick]": "experiment=qick does not exist; did you mean experiment=quick?",
     "defaults: [override /model: nao]": "model=nao does not exist; did you mean model=nano?",
-    "defaults: [override /modle: nano]": "there is no group modle; did you mean 'override /model'? groups: data,",
+    "defaults: [override /modle: nano]": "there is no group modle; did you mean 'override /model'? groups: bank,",
     "defaults: [override /debug: smoke]": "files of conf/debug/ are chosen on the command line; give debug=NAME there",
     "warmup: {steps: '${warmup.stepz}'}": "warmup.steps refers to warmup.stepz: there is no key warmup.stepz; did you",
     "warmup: {steps: '${run}'}": "warmup.steps=run must be a whole number, for example 100",
@@ -128,7 +132,7 @@ FILES = {
     "warmup: {rows_per_step: 7}": "warmup.rows_per_step=7 is not a multiple of warmup.micro_rows=8 x engine.",
     "warmup: {peak_lr: .nan}": "warmup.peak_lr=nan is no finite number; set one that is",
     "warmup: {weights: {document: 2}}": "warmup.weights.document=2.0, but the corpus has no source document; did you",
-    "warmup: null": "warmup and continual are both null: nothing would be trained; set one of them",
+    "warmup: null": "warmup and continual are both null: nothing would be trained; choose a file",
     "engine: {zero_stage: 7}": "engine.zero_stage=7 does not exist; set 0, 1, 2 or 3",
     "launcher: {slurm: {time: 24:00:00}}": "launcher.slurm.time=86400 is no limit of a job; set hours:minutes:seconds",
 }  # fmt: skip
@@ -243,7 +247,9 @@ def test_every_key_of_deepspeed_is_answered_with_ours() -> None:
     for key in sorted(theirs | DEEPSPEED.keys()):
         for place in ("", "engine."):
             said = refusal(f"{place}{key}=1")
-            if key in same_name:
+            if not place and (CONF / key).is_dir():
+                assert said.startswith(f"{key}=1: write {key}=NAME, once"), said
+            elif key in same_name:
                 assert re.search(rf"did you mean [\w.]+\.{key}( or [\w.]+)?\?", said), said
             else:
                 assert f"{key} is DeepSpeed's, whose JSON is derived; " in said, said

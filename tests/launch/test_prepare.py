@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.documentation import corpus_settings, topics
+from launch.compose import compose_config, save_config
 from tests.support.launch import within
 
 GOOD = json.dumps({"id": "a", "title": "a", "text": "A line of text."})
@@ -63,3 +64,28 @@ def test_setting_that_cannot_be_used(changes: list[str], said: str, tmp_path: Pa
     assert said in done.err
     assert done.err.splitlines()[-1].startswith("memory3 prepare: ")
     assert "Traceback" not in done.err
+
+
+def test_a_corpus_that_runs_were_trained_on_is_not_replaced(tmp_path: Path) -> None:
+    corpus = topics(tmp_path / "topics.jsonl", limit=2000)
+    settings = corpus_settings(tmp_path / "runs", corpus)
+    assert within("prepare", *settings).code == 0
+    folder = tmp_path / "runs/mine"
+    save_config(compose_config([*settings, "run=mine"]), folder / "config.yaml")
+
+    # Nothing was trained: another text takes its place.
+    corpus.write_text(corpus.read_text() + GOOD + "\n")
+    assert within("prepare", *settings).code == 0
+
+    (folder / "checkpoints/warmup-00000001").mkdir(parents=True)
+    (folder / "checkpoints/warmup-00000001/manifest.json").touch()
+    prepared = tmp_path / "runs/prepared/jsonl"
+    before = {path: path.read_bytes() for path in prepared.rglob("*") if path.is_file()}
+    assert within("prepare", *settings).code == 0  # the same text, the same settings
+    for changes, kind in [(["data.split_seed=1"], "corpus"), (["data.vocab_size=700"], "tokenizer")]:
+        done = within("prepare", *settings, *changes)
+        assert done.code == 2
+        assert f"{prepared / kind} is not what these settings" in done.err
+        assert "trained with it: mine; give this corpus a place of its own, data.name=NAME" in done.err
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert within("prepare", *settings, "data.split_seed=1", "data.name=other").code == 0

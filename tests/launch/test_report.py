@@ -80,6 +80,13 @@ def test_a_run_that_is_not_there_is_named(root: Path) -> None:
     assert f"{root}/nothing/metrics.jsonl does not exist" in done.err
 
 
+def test_a_run_that_is_named_twice_is_no_second_seed(root: Path) -> None:
+    done = within("report", "m", str(root / "m"), "--root", str(root))
+    assert done.code == 2
+    assert "m is named more than once; name each run once, M or M=C" in done.err
+    assert done.out == ""
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(root: Path, tmp_path: Path) -> None:
     other = tmp_path / "other" / "m"
     other.mkdir(parents=True)

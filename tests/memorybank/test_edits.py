@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -175,6 +176,21 @@ def test_a_removed_document_is_found_by_no_search_and_read_by_no_chunk(folder: P
     assert torch.equal(library.read(gone), Library.open(folder, number=1).read(gone)), (
         "a reader keeps its state"
     )
+
+
+def test_what_was_removed_is_looked_up_and_not_gone_through(folder: Path) -> None:
+    library = Library.open(folder)
+    library.removed = np.unique(np.random.default_rng(0).integers(0, 10**8, 10**6))
+    asked = np.concatenate([library.removed[:3], library.removed[-2:] + 1, [0, 10**9, -1]]).reshape(2, -1)
+    assert np.array_equal(library.were_removed(asked), np.isin(asked, library.removed))
+
+    def seconds(look: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        look()
+        return time.perf_counter() - begin
+
+    through = min(seconds(lambda: np.isin(asked, library.removed)) for _ in range(3))
+    assert min(seconds(lambda: library.were_removed(asked)) for _ in range(3)) < through / 10
 
 
 def test_a_source_can_be_removed(folder: Path) -> None:

@@ -78,20 +78,7 @@ def test_documents_of_one_reference_give_the_records_of_plain_mode(
     numbers, counts = np.unique(passages.document_of, return_counts=True)
     ids = passages.of_documents(numbers[counts == 1])
     assert len(ids) > 1
-    torch.testing.assert_close(
-        records(network, passages, ids), records(network, passages, ids, None), rtol=1e-4, atol=1e-5
-    )
-    for number in ids[:2].tolist():  # and bitwise in equal shapes
-        plain, (tokens, *placed) = (
-            cut_batches(passages, np.array([number]), batch=1, window_tokens=window)[0].arguments()
-            for window in (None, WINDOW)
-        )
-        padded = torch.nn.functional.pad(tokens, (0, plain[0].shape[1] - tokens.shape[1]))
-        with torch.no_grad():
-            alone, in_document = network.encode(*plain), network.encode(padded, *placed)
-        assert torch.equal(alone.k_NLGSE, in_document.k_NLGSE)
-        assert torch.equal(alone.v_NLGSE, in_document.v_NLGSE)
-        assert torch.equal(alone.index_NLGS, in_document.index_NLGS)
+    assert torch.equal(records(network, passages, ids), records(network, passages, ids, None))
 
 
 def test_a_window_of_one_reference_is_plain_mode(network: Memory3LM, passages: References) -> None:
@@ -122,6 +109,32 @@ def test_batches_hold_every_reference_once_and_are_full(passages: References) ->
         shapes = [part.arguments()[0].shape for part in batches]
         assert {shape[0] for shape in shapes} == {8 if window_tokens is None else 4}
         assert all(shape[1] <= (window_tokens or 128) for shape in shapes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_width_of_a_batch_changes_no_bit_of_a_record(dtype: torch.dtype, passages: References) -> None:
+    network = model(dtype)
+    tokens_NR, lengths_N, titles_N = map(torch.from_numpy, passages.tokens(np.arange(len(passages))))
+    with torch.no_grad():
+        padded = codec(dtype).encode(network.encode(tokens_NR, lengths_N, titles_N))
+    bucketed = encode_records(
+        network.encode, passages, np.arange(len(passages)), codec(dtype), batch=8, window_tokens=None
+    )
+    assert torch.equal(bucketed, padded)
+    shortest = lengths_N.argmin(0, keepdim=True).numpy()
+    assert torch.equal(
+        encode_records(network.encode, passages, shortest, codec(dtype), batch=8), padded[shortest]
+    )
+
+
+def test_references_are_encoded_beside_others_of_their_length(passages: References) -> None:
+    lengths_N = sum(passages.sizes(np.arange(len(passages))))
+    batches = cut_batches(passages, np.arange(len(passages)), batch=8, window_tokens=None)
+    widths = [part.arguments()[0].shape[1] for part in batches]
+    longest = [int(lengths_N[part.positions_N].max()) for part in batches]
+    assert longest == sorted(longest)
+    assert widths == [min(128, -(-tokens // 16) * 16) for tokens in longest]
+    assert len(set(widths)) > 1
 
 
 def test_windows_hold_the_title_and_the_text_of_their_references(passages: References) -> None:

@@ -186,6 +186,27 @@ def test_a_shard_that_cannot_be_written_ends_the_compilation(
     )
 
 
+def test_a_shard_is_written_while_the_next_one_is_encoded(
+    network: Memory3LM, passages: References, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first file takes until the second shard is in the making, and with it nothing gets ahead of the third."""
+    of_shard = [threading.Event() for _ in range(5)]
+
+    class Telling(Counting):
+        def __call__(self, *arguments: Any) -> ExplicitMemory:
+            of_shard[self.calls * BATCH // SHARD].set()
+            return super().__call__(*arguments)
+
+    def slow(path: Path, content: memoryview) -> None:
+        if path.name == records_file(0):
+            assert of_shard[1].wait(60), "the second shard waits for the first one's file"
+            assert not of_shard[3].wait(0.3), "shards pile up while a file is written"
+        write_atomic(path, content)
+
+    monkeypatch.setattr("memorybank.writer.write_atomic", slow)
+    assert records_file(0) in compiled(tmp_path / "bank", Telling(network), passages)
+
+
 def test_ids_in_any_order_and_number(network: Memory3LM, passages: References, tmp_path: Path) -> None:
     ids = np.array([9, 3, 9, 5])
     compile_generation(

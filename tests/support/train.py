@@ -2,7 +2,7 @@
 
 import atexit
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -44,12 +44,12 @@ def data_config() -> DataConfig:
 
 
 @cache
-def prepared_root() -> Path:
-    """A folder with some small territories of the factbook, prepared: sections, facts, and two that are held out."""
+def prepared_root(codes: Collection[str] = COUNTRIES) -> Path:
+    """A folder with some small territories of the factbook, prepared: sections, facts, and those that are held out."""
     folder = TemporaryDirectory(prefix="memory3-train-")
     atexit.register(folder.cleanup)
     root = Path(folder.name)
-    countries = [country for country in factbook._read_countries() if country.code in COUNTRIES]
+    countries = [country for country in factbook._read_countries() if country.code in codes]
     sources._load_factbook.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(factbook, "_read_countries", lambda: countries)

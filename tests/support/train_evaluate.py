@@ -39,6 +39,9 @@ class References:
     def tokens(self, ids: Ids) -> tuple[Ids, Ids, Ids]:
         return self._tokens_NR[ids], self._lengths_N[ids], np.zeros(len(ids), np.int64)
 
+    def sizes(self, ids: Ids) -> tuple[Ids, Ids]:
+        return np.zeros(len(ids), np.int64), self._lengths_N[ids]
+
     def of(self, id: int) -> list[int]:
         return self._tokens_NR[id, : self._lengths_N[id]].tolist()
 
