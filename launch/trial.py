@@ -41,6 +41,8 @@ PROGRAM = (sys.executable, "-m", "launch.trial")
 _STOP_SECONDS = 60
 """Within this time torchrun has ended its ranks, and killed those that did not listen."""
 _POLL_SECONDS = 0.1
+_STARTED = "--- started\n"
+"""Stands in a log before what a start of the trial says: it may have been started before."""
 _OBJECTIVES = ("validation_memory", "validation_none")
 EVALUATE = "--evaluate"
 """Stands among the settings of a trial that is evaluated when it is trained."""
@@ -97,7 +99,7 @@ class TrialRun(ABC):
     def last_words(self) -> str:
         """The line that says best why it ended."""
         path = self.log()
-        lines = [] if path is None else path.read_text(errors="replace").split("\n")
+        lines = [] if path is None else path.read_text(errors="replace").rpartition(_STARTED)[2].split("\n")
         lines = [line.strip() for line in lines if line.strip()]
         own = [line for line in lines if line.startswith("memory3 ")]
         return (own or lines or ["it said nothing"])[-1]
@@ -178,6 +180,8 @@ class TrialProcess(TrialRun):
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         with (self.folder / "trial.log").open("ab") as log, (self.folder / "trial.lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            log.write(_STARTED.encode())
+            log.flush()
             self._process = subprocess.Popen(
                 [*self.program, str(self.folder), str(lock.fileno()), *self.settings],
                 env={**os.environ, "PYTHONPATH": path},

@@ -166,6 +166,8 @@ def test_a_combination_that_a_signal_ends_has_failed_and_goes_on_next_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = of(tmp_path, RATES, "logging.wandb_project=killed-once")
+    runs[0].folder.mkdir(parents=True)
+    (runs[0].folder / "trial.log").write_text("memory3 pretrain: what an earlier start said\n")
     assert control(runs, PROGRAM) == 1
     assert capsys.readouterr().out.count("failed: ended by a signal; it said nothing") == 2
     assert control(runs, PROGRAM) == 0
