@@ -70,7 +70,7 @@ def main(*argv: str) -> int:
     signals = [*_SIGNALS, *(["SIGHUP"] if heeds_hangup() else [])]
     launch = [f"--nproc-per-node={given.num_ranks}", f"--signals-to-handle={','.join(signals)}"]
     if given.nodes == 1:
-        launch.append("--standalone")
+        launch += ["--standalone", "--local-addr=127.0.0.1"]  # a host may not know its own name
     else:
         host, _, port = given.address.rpartition(":")
         launch += [f"--nnodes={given.nodes}", f"--node-rank={given.node}"]

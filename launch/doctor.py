@@ -421,7 +421,12 @@ def _limits(_: Path) -> Iterator[Finding]:
         yield Finding("memory", State.ok, says)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < _FEW_FILES:
-        remedy = f"ulimit -n {min(65_536, hard) if hard > 0 else 65_536}: every shard of a large bank is a mapped file"
+        wanted = (
+            f"ulimit -n {min(65_536, hard) if hard > 0 else 65_536}"
+            if hard != soft
+            else "ask for a higher limit"
+        )
+        remedy = f"{wanted}: every shard of a large bank is a mapped file"
         yield Finding("open files", State.note, f"at most {soft:,}", remedy)
     else:
         yield Finding("open files", State.ok, f"at most {soft:,}")

@@ -83,3 +83,16 @@ def test_first_cause_is_said_once(
     assert (failure["code"], failure["from_outside"]) == (code, code == 137)
     assert ("Traceback" in done.stderr) is traceback
     assert sum(line.startswith("memory3 pretrain") for line in done.stderr.splitlines()) == 1
+
+
+def test_ranks_of_one_machine_meet_where_no_name_has_to_be_known(tmp_path: Path) -> None:
+    """A host may not know its own name, in containers for instance: ranks then waited for minutes."""
+    (tmp_path / "meeting.py").write_text(
+        "import os, sys, pathlib; pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(os.environ['MASTER_ADDR'])"
+    )
+    root = Path(agent.__file__).parents[1]
+    subprocess.run(
+        [sys.executable, "-m", "launch.agent", str(tmp_path), "1", "--worker=meeting"],
+        cwd=root, env={**os.environ, "PYTHONPATH": f"{root}:{tmp_path}"}, check=True, timeout=HANG_SECONDS,
+    )  # fmt: skip
+    assert (tmp_path / "0").read_text() == "127.0.0.1"
