@@ -25,7 +25,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, pairwise
@@ -85,7 +85,7 @@ GPU_TFLOPS, GPUS, CPU_GFLOPS, CORES = 400, 8, 50, 64
 Told = Callable[[str, int, int, int], None]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, phase by phase, and write the tables of what is there."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -100,8 +100,9 @@ def main() -> int:
     kinds = [kind.name for kind in IndexKind]
     parser.add_argument("--index", choices=kinds, default="auto", help="default: %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="processes that compile (default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="pieces (default: %(default)s)")
     parser.add_argument("--limit-gib", type=float, default=3.9, help="RLIMIT_DATA (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.list_packages:
         print(" ".join(PACKAGES))
         return 0
@@ -281,7 +282,9 @@ def text(arguments: argparse.Namespace) -> dict[str, Any]:
     write_atomic(
         arguments.work / "queries.json", json.dumps(queries[:: max(1, len(queries) // 1000)]).encode()
     )
-    write_atomic(arguments.work / "tokenizer.model", train(sample, 4096, character_coverage=0.9995))
+    write_atomic(
+        arguments.work / "tokenizer.model", train(sample, arguments.vocabulary, character_coverage=0.9995)
+    )
     return {"documents": num_documents, "characters": num_characters, "queries": len(queries)}
 
 

@@ -1,11 +1,13 @@
-"""Text out of packages, and the tables of a benchmark that was interrupted: nothing is measured here."""
+"""Text out of packages, the tables of a benchmark that was interrupted, and all of it at a small size."""
 
 import argparse
 import gzip
+import html
 import json
 import shutil
 import subprocess
 from pathlib import Path
+from pydoc_data import topics as pydoc
 
 import pytest
 
@@ -83,3 +85,38 @@ def test_the_report_of_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert "IVF262144_HNSW32,PQ256" in rows["1e+08"]
     assert "4.08 TB / 45.2 TB" in rows["1e+08"], "the paper's 4.02 TiB and 45.9 TiB are of 1.12e8 references"
     assert json.loads((tmp_path / "out.json").read_text()) == phases
+
+
+@pytest.mark.slow
+def test_every_phase_of_a_small_bank(tmp_path: Path) -> None:
+    """On the Python documentation; every phase has processes of its own."""
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("dpkg-deb is not there: Debian packages cannot be read")
+    pages, control = tmp_path / "tree/usr/share/doc/python", tmp_path / "tree/DEBIAN/control"
+    pages.mkdir(parents=True)
+    control.parent.mkdir()
+    control.write_text("Package: p\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n")
+    whole = "\n".join(pydoc.topics.values())
+    for number, begin in enumerate(range(0, len(whole), 1500)):
+        (pages / f"{number}.html").write_text(f"<pre>{html.escape(whole[begin : begin + 1500])}</pre>")
+    (tmp_path / "debs").mkdir()
+    subprocess.run(
+        ["dpkg-deb", "--root-owner-group", "--build", "tree", "debs/p_1_all.deb"],
+        cwd=tmp_path, check=True, capture_output=True,
+    )  # fmt: skip
+    given = [
+        "--packages",
+        str(tmp_path / "debs"),
+        "--work",
+        str(tmp_path / "work"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert million.main([*given, "--references", "1000", "--index", "ivf_flat", "--vocabulary", "800"]) == 0
+    phases = million.Progress(tmp_path / "work/progress.json").phases
+    assert len(phases) == 8 + million.ADDS
+    assert all(spent["lives"] == 1 and "result" in spent for spent in phases.values())
+    assert 800 < phases["search"]["result"]["references"] < 1200
+    assert phases["search"]["result"]["recall_at_5"] >= 0.8  # of six queries
+    assert phases["verify"]["result"]["bytes"] > 1e6
+    assert "Not finished" not in (tmp_path / "out.md").read_text()
