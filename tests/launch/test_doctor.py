@@ -194,12 +194,15 @@ def test_torch_that_cannot_be_loaded_is_a_failure(monkeypatch: pytest.MonkeyPatc
 def test_little_memory_and_few_files_are_worth_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     for available, limits, expected in (
         (64 << 30, (20_000, 20_000), [State.ok, State.ok]),
+        (1 << 30, (1024, 1024), [State.note, State.note]),
         (1 << 30, (1024, 4096), [State.note, State.note]),
     ):
         monkeypatch.setattr(doctor, "available_here", lambda available=available: available)
         monkeypatch.setattr(doctor.resource, "getrlimit", lambda _, limits=limits: limits)
         memory, files = doctor._limits(Path())
         assert [memory.state, files.state] == expected
+        if limits == (1024, 1024):
+            assert str(files.remedy).startswith("ask for a higher limit: ")
     assert "`memory3 plan` says what a run takes" in str(memory.remedy)
     assert str(files.remedy).startswith("ulimit -n 4096: ")
 
