@@ -102,6 +102,10 @@ class Shared:
         """Names of their folders."""
         return self.indexes + (() if self.codec is None else (self.codec,))
 
+    def codec_folders(self, library: Path) -> list[Path]:
+        """Where the quantiser of a library's records stands; nowhere, if their codec is none."""
+        return [] if self.codec is None else [library / self.codec]
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -472,6 +476,11 @@ class Library:
     def piece_names(self) -> set[str]:
         """Names of all pieces of this state."""
         return {name for part in self.parts for name in part.pieces}.union(self.shared.pieces)
+
+    @property
+    def codec_folders(self) -> list[Path]:
+        """Where the quantiser of the records stands; nowhere, if their codec is none."""
+        return self.shared.codec_folders(self.folder)
 
     @property
     def num_listed(self) -> list[int]:
