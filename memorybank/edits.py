@@ -780,8 +780,15 @@ def sweep(folder: Path, *, kept: int = KEPT_STATES) -> list[Path]:
         state = state_folder(folder, number)
         if is_held(state):
             held.append(state)
+            continue
+        # Who opens it between two of these lines holds it before it is gone, or finds it gone and opens a newer one.
+        aside = state.with_suffix(".outdated")
+        state.rename(aside)
+        if is_held(aside):
+            aside.rename(state)
+            held.append(state)
         else:
-            delete_artefact(state)
+            delete_artefact(aside)
     named: set[str] = set()
     kept_numbers = state_numbers(folder)
     for number in kept_numbers:

@@ -283,7 +283,8 @@ class Library:
             if not numbers or number not in (None, *numbers):
                 what = f"state {number} of a bank" if numbers else "bank"
                 raise ValueError(f"there is no {what} in {folder}; make one with `memory3 bank build RUN`")
-            state = state_folder(folder, number or numbers[-1])
+            chosen = number or numbers[-1]
+            state = state_folder(folder, chosen)
             if state.is_symlink():
                 raise ValueError(f"{state} is a symbolic link, and a bank holds folders only")
             try:
@@ -292,9 +293,15 @@ class Library:
                 continue
             try:
                 library = cls(folder, _open_state(folder, state))
-            except BaseException:
+            except BaseException as problem:
                 os.close(descriptor)
-                raise
+                standing = state_numbers(folder)
+                swept = chosen not in (
+                    standing if number else standing[-1:]
+                )  # meanwhile: there is a newer one
+                if not (swept and isinstance(problem, ValueError | OSError)):
+                    raise
+                continue
             library.close = weakref.finalize(library, os.close, descriptor)
             break
         found = asdict(library.settings)
