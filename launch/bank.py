@@ -48,6 +48,7 @@ from memorybank.library import Library
 from memorybank.segment import CutDocument
 from memorybank.store import Generation
 from memorybank.team import ALONE, Team
+from train.rows import in_bank
 from train.stopping import STOPPED
 
 Ids = NDArray[np.int64]
@@ -88,9 +89,13 @@ def build(arguments: argparse.Namespace, team: Team) -> int:
     """Make a bank of everything that may be read with the run's newest checkpoint."""
     opened, editor = _opened(arguments, team)
     if arguments.dry_run:
-        return _print_estimate(estimate.of_build(opened, editor))
-    documents = corpus_documents(opened, editor)
-    return _edit(editor, lambda editor: editor.build(documents))
+        code = _print_estimate(estimate.of_build(opened, editor))
+    else:
+        documents = corpus_documents(opened, editor)
+        code = _edit(editor, lambda editor: editor.build(documents))
+    if team.rank == 0:
+        print(_share_of_corpus(opened), end="")
+    return code
 
 
 def add(arguments: argparse.Namespace, team: Team) -> int:
@@ -350,6 +355,17 @@ def _edit(editor: Editor, edit: Callable[[Editor], int]) -> int:
             f"{library.record_bytes:,} bytes"
         )
     return 0
+
+
+def _share_of_corpus(opened: OpenedRun) -> str:
+    """A line that says why a bank of the corpus does not hold all of its references; empty if it does."""
+    references = opened.context.prepared.references
+    corpus, total, now = references.shards.corpus, len(references), len(opened.bank_ids)
+    in_the_end = in_bank(corpus, np.ones(corpus.num_documents, np.bool_))[references.document_of]
+    unread, held_out = int(in_the_end.sum()) - now, total - int(in_the_end.sum())
+    others = [f"{unread:,} are of documents that training has not read to their end yet"] * bool(unread)
+    others += [f"{held_out:,} of documents that are held out"] * bool(held_out)
+    return f"{now:,} of {total:,} references of the corpus; {', '.join(others)}\n" if others else ""
 
 
 def _opened(arguments: argparse.Namespace, team: Team) -> tuple[OpenedRun, Editor]:

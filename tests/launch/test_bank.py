@@ -65,6 +65,9 @@ def test_build_compiles_all_that_may_be_read_with_the_newest_weights(built: Path
     assert library.settings.step == 4
     made = encode_records(opened.engine.encode, corpus, ids[:32], opened.codec(), batch=32)
     assert torch.equal(library.read(np.arange(32)), made)
+    assert f"\n{len(ids):,} of {len(corpus):,} references of the corpus; " in said(
+        bank("build", "--dry-run", folder=built.with_name("none"))
+    )
     refused = bank("build", folder=built)
     assert refused.code == 2
     assert f"there is a bank in {built} already" in refused.err
