@@ -15,6 +15,7 @@ from data.files import write_atomic
 from launch import chart, report_page
 from launch.build import run_folder
 from launch.evaluate import banks_evaluated, read_headline, read_results, render_results, results_path
+from launch.page import refuse_without_folder
 from launch.report_page import Evaluation
 from launch.run_log import RunLog, are_seeds
 from train.evaluate import ArmResult, table
@@ -50,6 +51,7 @@ class Pair:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables of the runs, each `M` or `M=C`, and write the page and the pictures."""
+    refuse_without_folder(arguments.html)
     pairs = [_pair(text, arguments.root) for text in arguments.runs]
     _refuse_repeated(pairs)
     logs = _named_apart(list({log.folder.resolve(): log for pair in pairs for log in pair.logs}.values()))
