@@ -19,7 +19,7 @@ GOOD = json.dumps({"id": "a", "title": "a", "text": "A line of text."})
         (f"{GOOD}\n[1]\n", "topics.jsonl, line 2 is no JSON object but b'[1]"),
         (
             f'{GOOD}\n{{"id": "b", "title": "b"}}\n',
-            "topics.jsonl, line 2: a document without text: no text in its field 'text'",
+            "topics.jsonl, line 2: a document without text: it has no field 'text'",
         ),
         (
             f'{GOOD}\n{{"id": "b", "title": "b", "text": " "}}\n',
