@@ -279,7 +279,8 @@ def _no_field(shown: str, label: str, settings: SourceConfig, name: str, there: 
     """That a source has no field of this name, and which key to set to what."""
     key = next(key for key in ("text_field", "title_field", "id_field") if getattr(settings, key) == name)
     near = difflib.get_close_matches(name, there, n=1)
-    remedy = f"={near[0]}" if near else " to one of them"
+    others = " to one of them" if key == "text_field" else " to one of them, or to null"
+    remedy = f"={near[0]}" if near else others
     return f"{shown} has no field {name!r}, but {list(there)}; set data.sources.{label}.{key}{remedy}"
 
 

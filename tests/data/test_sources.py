@@ -147,7 +147,7 @@ def test_a_file_that_is_no_whole_gzip_file_is_refused_by_name(tmp_path: Path, co
     ("key", "name", "remedy"),
     [
         ("title_field", "titel", "title_field=title"),
-        ("id_field", "number", "id_field to one of them"),
+        ("id_field", "number", "id_field to one of them, or to null"),
     ],
 )
 def test_a_field_that_no_record_has_is_refused_with_the_nearest(
