@@ -60,10 +60,9 @@ def refuse_without_validation(config: RunConfig) -> None:
     """
     from data.documents import Split
     from launch import build
-    from train.rows import held_out
 
     shards = build.context(config).prepared.shards
-    held_out(shards, Split.validation, row_tokens=config.model.row_tokens)
+    shards.held_out(Split.validation, row_tokens=config.model.row_tokens)
 
 
 def _unless_needed(config: RunConfig) -> Callable[[Path], None]:
