@@ -132,6 +132,17 @@ def test_users_mistake_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]
     )
 
 
+@pytest.mark.parametrize("command", ["evaluate", "checkpoint list", "generate --prompt x"])
+def test_a_misspelt_run_is_answered_with_the_nearest(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference/config.yaml").touch()
+    assert cli.main([*command.split(), "refernce", "--root", str(tmp_path)]) == 2
+    said = f"{tmp_path}/refernce is not a run folder; did you mean reference?\n"
+    assert capsys.readouterr().err == f"memory3 {command.split(maxsplit=1)[0]}: {said}"
+
+
 def test_interrupt_ends_with_code_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
