@@ -4,6 +4,7 @@ Not here: composing (`launch.compose`), rules across keys (`launch.config.check`
 """
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -40,6 +41,11 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
         match = re.match(r"[+~]{0,2}([\w./-]+)", override)
         if override.startswith("sweep="):
             raise ValueError(f"{override}: files of conf/sweep/ are run by `memory3 sweep {override}`")
+        if _is_path(override) and not (conf / override).is_dir():
+            raise ValueError(
+                f"{override}: settings are written KEY=VALUE; for documents of a file or folder write data=jsonl "
+                f"data.path={override} (data.sources.documents.kind says what it holds)"
+            )
         if match is None:  # left to Hydra's grammar
             continue
         if (conf / match[1]).is_dir():
@@ -72,6 +78,13 @@ def _with_text_quoted(override: str) -> str:
         if equals and not is_structure and unknown_key(name) is None and kind_of(name) is str:
             return f'{key}="{value}"'
     return override
+
+
+def _is_path(override: str) -> bool:
+    """Whether documents were meant by what is no setting."""
+    ending = Path(override.removesuffix(".gz")).suffix
+    is_named = ending in (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".md", ".rst")
+    return "=" not in override and (is_named or (os.path.exists(override) and ending != ".yaml"))
 
 
 def explain(

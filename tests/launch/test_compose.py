@@ -262,6 +262,20 @@ def test_refusal_names_key_value_and_remedy_in_one_line(override: str) -> None:
     assert str(refused.value) == REFUSED[override]
 
 
+def test_documents_in_place_of_a_setting_are_answered_with_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "model").mkdir()
+    for path in ("corpus.jsonl", "elsewhere/corpus.jsonl.gz", "texts"):
+        with pytest.raises(ValueError, match=rf"^{path}: .* write data=jsonl data\.path={path} \("):
+            compose_config(["experiment=quick", path])
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 (what must not be said)
+        compose_config(["model"])
+    assert "data.path" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("yaml", "said"),
     [
