@@ -247,7 +247,7 @@ def _measure(
 ) -> Measured:
     fitted: dict[str, Any] = {"num_vectors": 0, "cpu_seconds": 0.0}
     if config.kind in STAGES:
-        folder = codecs.folder_of(codec.name, opened.bank)
+        folder = codecs.folder_of(codec.name, codecs.folders_of(opened.settings.weights, opened.bank))
         fitted = dict(open_manifest(folder, kind=quantizer.KIND, version=quantizer.VERSION).extra)
         paper_bytes = codec.vector_bytes  # of codes, whatever the head size
     else:

@@ -114,7 +114,7 @@ def of_library(run: Path, folder: Path) -> list[Artefact]:
     def read(copy: Path) -> str:
         with Library.open(copy) as library:
             ids = library.live_ids()
-            codec = codecs.named(library.settings.codec, shape, copy)
+            codec = codecs.named(library.settings.codec, shape, library.codec_folders)
             memory = codec.decode(library.read(ids))
             cited = [library.describe(int(id)) for id in ids]
             numbers = library.document_numbers([each.document for each in cited])

@@ -39,6 +39,7 @@ from launch import build as builders
 from launch.compose import load_config
 from launch.launchers import run_here
 from launch.opened import OpenedRun, allow_maps, library_folder, open_run
+from launch.units import counted
 from memorybank import embedder as embedders
 from memorybank import soundness
 from memorybank.cold import ColdRecords, stores
@@ -48,9 +49,12 @@ from memorybank.library import Library
 from memorybank.segment import CutDocument
 from memorybank.store import Generation
 from memorybank.team import ALONE, Team
+from train.generations import needed_by
+from train.rows import in_bank
 from train.stopping import STOPPED
 
 Ids = NDArray[np.int64]
+_DELETE = "delete it if it is not needed"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -88,9 +92,13 @@ def build(arguments: argparse.Namespace, team: Team) -> int:
     """Make a bank of everything that may be read with the run's newest checkpoint."""
     opened, editor = _opened(arguments, team)
     if arguments.dry_run:
-        return _print_estimate(estimate.of_build(opened, editor))
-    documents = corpus_documents(opened, editor)
-    return _edit(editor, lambda editor: editor.build(documents))
+        code = _print_estimate(estimate.of_build(opened, editor))
+    else:
+        documents = corpus_documents(opened, editor)
+        code = _edit(editor, lambda editor: editor.build(documents))
+    if team.rank == 0:
+        print(_share_of_corpus(opened), end="")
+    return code
 
 
 def add(arguments: argparse.Namespace, team: Team) -> int:
@@ -126,7 +134,8 @@ def remove(arguments: argparse.Namespace) -> int:
     where = f" --root {arguments.root}" * (arguments.root != "runs")
     where += f" --bank {arguments.bank}" * (arguments.bank is not None)
     print(
-        f"removed {len(numbers):,} documents of {num_references:,} references: no search finds them from now on\n"
+        f"removed {counted(len(numbers), 'document')} of {counted(num_references, 'reference')}: no search finds "
+        "them from now on\n"
         f"their bytes are deleted by `memory3 bank compact {arguments.run}{where}`; what the model learnt from them in "
         "training, and the prepared corpus, are not the bank's"
     )
@@ -194,7 +203,7 @@ def verify(arguments: argparse.Namespace) -> int:
         found = problems()
         for problem in found:
             print(f"still: {problem}")
-    print(f"{folder}: {'sound' if not found else f'{len(found)} problems'}")
+    print(f"{folder}: {counted(len(found), 'problem') if found else 'sound'}")
     return int(bool(found))
 
 
@@ -242,7 +251,7 @@ def fetch(arguments: argparse.Namespace) -> int:
     """Bring a bank into another folder."""
     with _bars("pieces") as told:
         number, copied = soundness.fetch(Path(arguments.source), Path(arguments.target), told=told)
-    print(f"{arguments.target}: state {number}; {copied} pieces were missing and have been copied")
+    print(f"{arguments.target}: state {number}; {counted(copied, 'missing piece')} copied")
     return 0
 
 
@@ -346,10 +355,21 @@ def _edit(editor: Editor, edit: Callable[[Editor], int]) -> int:
         number = edit(with_fields(editor, told=told))
     with Library.open(editor.folder) as library:
         print(
-            f"{editor.folder}: state {number}, {library.num_documents:,} documents, {len(library):,} memories of "
-            f"{library.record_bytes:,} bytes"
+            f"{editor.folder}: state {number}, {counted(library.num_documents, 'document')}, "
+            f"{counted(len(library), 'memory', 'memories')} of {library.record_bytes:,} bytes"
         )
     return 0
+
+
+def _share_of_corpus(opened: OpenedRun) -> str:
+    """A line that says why a bank of the corpus does not hold all of its references; empty if it does."""
+    references = opened.context.prepared.references
+    corpus, total, now = references.shards.corpus, len(references), len(opened.bank_ids)
+    in_the_end = in_bank(corpus, np.ones(corpus.num_documents, np.bool_))[references.document_of]
+    unread, held_out = int(in_the_end.sum()) - now, total - int(in_the_end.sum())
+    others = [f"{unread:,} are of documents that training has not read to their end yet"] * bool(unread)
+    others += [f"{held_out:,} of documents that are held out"] * bool(held_out)
+    return f"{now:,} of {total:,} references of the corpus; {', '.join(others)}\n" if others else ""
 
 
 def _opened(arguments: argparse.Namespace, team: Team) -> tuple[OpenedRun, Editor]:
@@ -402,17 +422,23 @@ def _elsewhere(arguments: argparse.Namespace, document_ids: list[str]) -> Iterat
     if len(ids) == 0:
         return
     yield (
-        f"{int((numbers >= 0).sum()):,} of these documents are in the prepared corpus {prepared.folder} (its text, "
-        "tokens and vector cache), which is training's, not the bank's"
+        f"the prepared corpus {prepared.folder} (its text, tokens and vector cache), which is training's, not the "
+        f"bank's, holds {int((numbers >= 0).sum()):,} of these documents"
     )
     for path in _generation_folders(run_folder):
         held = int(Generation.open(path).has(ids).sum())
         if held:
-            yield f"{path}, a generation of training, holds {held:,} of their memories; delete it if it is not needed"
+            needed = ", ".join(needed_by(run_folder, path.name))
+            advice = (
+                f"training resumes with it at {needed}: keep it as long as you keep these"
+                if needed
+                else _DELETE
+            )
+            yield f"{path}, a generation of training, holds {held:,} of their memories; {advice}"
     for path in stores(run_folder / "bank"):
         held = int(ColdRecords(path).has(ids).sum())
         if held:
-            yield f"{path}, kept by cold start, holds {held:,} of their memories; delete it if it is not needed"
+            yield f"{path}, kept by cold start, holds {held:,} of their memories; {_DELETE}"
 
 
 def _removed_ids(library: Library) -> list[str]:

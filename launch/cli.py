@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from launch.devices import DEVICES
 from memorybank.config import BankContext, CodecKind
-from memorybank.cost import CODECS, EMBEDDERS, Hardware
+from memorybank.cost import EMBEDDERS, Hardware
 
 _OVERRIDES = """\
 settings are given in Hydra's grammar:
@@ -506,9 +506,9 @@ def _add_cost_arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--codec",
-        choices=list(CODECS),
-        default="bfloat16",
-        help="how memories are stored (default: %(default)s)",
+        choices=[kind.name for kind in CodecKind],
+        default=CodecKind.model.name,
+        help="how memories are stored (default: %(default)s, in bfloat16)",
     )
     sub.add_argument(
         "--embedder", choices=list(EMBEDDERS), help="what embeds queries (default: retrieval.embedder.kind)"

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from launch.compose import compose_config
 from launch.units import binary, decimal, duration, scale, three, whole_number
-from memorybank.config import EmbedderKind, RetrievalConfig
+from memorybank.config import CodecKind, EmbedderKind, RetrievalConfig
 from memorybank.cost import (
     EMBEDDERS,
     Hardware,
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         device_tflops=arguments.tflops,
     )
     hardware.check()
-    codec = arguments.codec
+    codec = "bfloat16" if arguments.codec == CodecKind.model.name else arguments.codec
     embedder = arguments.embedder or _embedder_of(config.retrieval)
     found = costs(
         config.model,

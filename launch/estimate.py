@@ -236,7 +236,7 @@ def _codec(editor: Editor) -> tuple[str, int, Codec | None]:
     if config is None:
         with Library.open(editor.folder) as library:
             name, weights = library.settings.codec, library.settings.weights
-            codec = codecs.named(name, compiler.shape, editor.folder)
+            codec = codecs.named(name, compiler.shape, library.codec_folders)
             is_fitted = library.shared.codec is None or weights == compiler.weights
         return name, codec.record_bytes, codec if is_fitted else None
     if config.kind not in STAGES:

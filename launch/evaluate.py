@@ -1,8 +1,9 @@
 """`memory3 evaluate`: what memory buys a trained run, on held-out text and on fact probes.
 
 The references that any arm reads are found with the held-out text and the questions alone, encoded with the run's final
-weights (and kept: `memorybank.cold`), and read by every arm in turn. The results go to `<run>/evaluation-<split>.json`;
-the table can be made later from several runs and seeds (`memory3 report`).
+weights (and kept: `memorybank.cold`), and read by every arm in turn. The results go to `<run>/evaluation-<split>.json`,
+those with the memories of a bank to `<run>/evaluation-<split>-<bank>.json`; the tables can be made later from several
+runs and seeds (`memory3 report`).
 Not here: the arms (`train.arms`), losses and tables (`train.evaluate`).
 """
 
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     results = save_results(opened, split, library=library)
     samples = opened.config.evaluation.bootstrap_samples
     print(render_results([results], samples=samples, headline=headline(opened.context)))
-    print(f"results: {results_path(opened.folder, arguments.split)}")
+    print(f"results: {results_path(opened.folder, arguments.split, _name_of(library))}")
     return 0
 
 
@@ -62,7 +63,7 @@ def save_results(opened: OpenedRun, split: Split, *, library: Library | None = N
 
     Arguments are those of `evaluate`.
     """
-    path, config = results_path(opened.folder, split.value), opened.config
+    path, config = results_path(opened.folder, split.value, _name_of(library)), opened.config
     identity = {
         "weights": opened.engine.weights_hash(),
         "bank": None if library is None else library.fingerprint,
@@ -74,7 +75,9 @@ def save_results(opened: OpenedRun, split: Split, *, library: Library | None = N
         if {key: stored.get(key) for key in identity} == identity and "headline" in stored:
             return from_json(stored)
     results = evaluate(opened, split, library=library)
-    write_json_atomic(path, {**identity, "headline": headline(opened.context), **to_json(results)})
+    described = None if library is None else f"state {library.number}, {library.settings.codec}"
+    stated = {**identity, "bank_described": described, "headline": headline(opened.context)}
+    write_json_atomic(path, {**stated, **to_json(results)})
     return results
 
 
@@ -83,28 +86,40 @@ def headline(context: build.Context) -> list[str]:
     return [name for name, (_, _, five) in context.hit_shares().items() if five >= HIT_LIMIT]
 
 
-def results_path(folder: Path, split: str) -> Path:
-    """Where a run's results of a split are kept."""
-    return folder / f"evaluation-{split}.json"
+def results_path(folder: Path, split: str, bank: str | None = None) -> Path:
+    """Where a run's results of a split are kept; those with the memories of a bank apart, by its folder's name."""
+    return folder / (f"evaluation-{split}.json" if bank is None else f"evaluation-{split}-{bank}.json")
 
 
-def read_results(folder: Path, split: str) -> list[ArmResult]:
-    """The results that `memory3 evaluate` wrote.
+def _name_of(library: Library | None) -> str | None:
+    return None if library is None else library.folder.resolve().name
+
+
+def banks_evaluated(folder: Path, split: str) -> dict[str, str]:
+    """The banks that a run was evaluated with on a split, by name, and which state and codec they had."""
+    first = f"evaluation-{split}-"
+    return {
+        path.stem.removeprefix(first): json.loads(path.read_text(encoding="utf-8"))["bank_described"]
+        for path in sorted(folder.glob(f"{first}*.json"))
+    }
+
+
+def read_results(folder: Path, split: str, bank: str | None = None) -> list[ArmResult]:
+    """The results that `memory3 evaluate` wrote, with the memories of a bank if one is named.
 
     Raises:
         ValueError: The run was not evaluated on this split.
     """
-    path = results_path(folder, split)
+    path = results_path(folder, split, bank)
     if not path.exists():
         raise ValueError(f"{path} does not exist; run `memory3 evaluate {folder.name} --split {split}` first")
     return from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
-def read_headline(folder: Path, split: str) -> list[str] | None:
+def read_headline(folder: Path, split: str, bank: str | None = None) -> list[str] | None:
     """The headline's relations as `memory3 evaluate` found them; None if an older one wrote the file."""
-    relations: list[str] | None = json.loads(results_path(folder, split).read_text(encoding="utf-8")).get(
-        "headline"
-    )
+    stored = json.loads(results_path(folder, split, bank).read_text(encoding="utf-8"))
+    relations: list[str] | None = stored.get("headline")
     return relations
 
 

@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from yaml import YAMLError
 
 from data.config import SourceKind, labels_of
@@ -61,6 +61,23 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
             raise ValueError(
                 f"{override}: keys cannot be deleted; set {match[1]}=null where a key may be null"
             )
+
+
+def with_texts_quoted(overrides: Sequence[str]) -> list[str]:
+    """Overrides, with quotes around texts that Hydra's grammar would refuse: paths with blanks, brackets or umlauts."""
+    return [_with_text_quoted(override) for override in overrides]
+
+
+def _with_text_quoted(override: str) -> str:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        key, equals, value = override.partition("=")
+        is_structure = re.match(r"[\[{]|\w+\(", value) or re.search(r"\\$|['\"]", value)
+        name = key.lstrip("+")
+        if equals and not is_structure and unknown_key(name) is None and kind_of(name) is str:
+            return f'{key}="{value}"'
+    return override
 
 
 def _is_path(override: str) -> bool:

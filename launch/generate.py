@@ -313,10 +313,13 @@ def _complete(
 def _refuse_long(opened: OpenedRun, rows: Sequence[list[int]], sampling: Sampling) -> None:
     longest, room = max(map(len, rows)), _room(opened, sampling)
     if longest > room or room < 1:
+        remedy = "shorten the prompt, or set --max-new-tokens lower, or --past memory"
+        if room < 1:
+            remedy = f"set --max-new-tokens to {opened.config.model.row_tokens - 1} or less"
         which = f"prompt {[*map(len, rows)].index(longest) + 1}" if len(rows) > 1 else "prompt"
         raise ValueError(
             f"{which} and completion are {longest + sampling.max_new_tokens} tokens, the model was trained on rows of "
-            f"{opened.config.model.row_tokens}; shorten the prompt, or set --max-new-tokens lower, or --past memory"
+            f"{opened.config.model.row_tokens}; {remedy}"
         )
 
 

@@ -21,6 +21,7 @@ from launch import build, inspection_page
 from launch.generate import Sampling, check, complete, memory_of
 from launch.inspection_page import Setting
 from launch.opened import OpenedRun, open_run
+from launch.page import refuse_without_folder
 from memorybank.config import QueryMode
 from memorybank.library import Library
 from memorybank.retriever import RetrievedMemory, Retriever
@@ -39,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("give either --text TEXT or --prompt TEXT")
     if arguments.prompt is not None and arguments.query is not None:
         raise ValueError(f"--query {arguments.query} is for --text: a prompt is read as generation reads it")
-    if arguments.html is not None and not Path(arguments.html).absolute().parent.is_dir():
-        raise ValueError(f"--html {arguments.html}: its folder does not exist; make it first")
+    if arguments.html is not None:
+        refuse_without_folder(arguments.html)
     sampling = Sampling(max_new_tokens=arguments.max_new_tokens)
     check(sampling)
     build.quiet_third_parties()

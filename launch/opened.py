@@ -114,7 +114,7 @@ class OpenedRun:
 
     def codec_of(self, library: Library) -> Codec:
         """The codec that a library's memories were written with."""
-        return codecs.named(library.settings.codec, self.shape, library.folder)
+        return codecs.named(library.settings.codec, self.shape, library.codec_folders)
 
     def cold_start(self) -> tuple[ColdStart, Codec]:
         """Memories of the run's own references, encoded when first read and kept below `bank`; their codec."""

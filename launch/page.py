@@ -6,6 +6,7 @@ Not here: what stands on a page (`launch.inspection_page`, `launch.report_page`)
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
 
 def document(
@@ -42,6 +43,12 @@ def document(
             f"<footer>{escape(footnote)}</footer>\n</body>\n</html>\n",
         )
     )
+
+
+def refuse_without_folder(html: str) -> None:
+    """Refuse to write a page where there is no folder, before it is made."""
+    if not Path(html).absolute().parent.is_dir():
+        raise ValueError(f"--html {html}: its folder does not exist; make it first")
 
 
 def tile(label: str, value: str, note: str) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 from data.files import write_atomic
 from launch import chart, report_page
 from launch.build import run_folder
-from launch.evaluate import read_headline, read_results, render_results, results_path
+from launch.evaluate import banks_evaluated, read_headline, read_results, render_results, results_path
+from launch.page import refuse_without_folder
 from launch.report_page import Evaluation
 from launch.run_log import RunLog, are_seeds
 from train.evaluate import ArmResult, table
@@ -38,21 +39,40 @@ class Pair:
             return None
         return [result for log in self.logs for result in read_results(log.folder, split)]
 
+    def results_with(self, bank: str, split: str) -> list[ArmResult]:
+        """The results of the run with the memories of a bank, and those of its control, if it was evaluated."""
+        control = [] if self.control is None else [self.control.folder]
+        beside = [folder for folder in control if results_path(folder, split).exists()]
+        return [
+            *read_results(self.main.folder, split, bank),
+            *(result for folder in beside for result in read_results(folder, split)),
+        ]
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables of the runs, each `M` or `M=C`, and write the page and the pictures."""
+    refuse_without_folder(arguments.html)
     pairs = [_pair(text, arguments.root) for text in arguments.runs]
     _refuse_repeated(pairs)
     logs = _named_apart(list({log.folder.resolve(): log for pair in pairs for log in pair.logs}.values()))
-    evaluations = []
+    evaluations: list[Evaluation] = []
+
+    def show(title: str, seeds: list[list[ArmResult]], headline: list[str] | None) -> None:
+        title += f": {arguments.split} half" + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
+        print(f"{title}\n\n{render_results(seeds, headline=headline)}")
+        if any(result.model == "M" for result in seeds[0]):
+            evaluations.append(Evaluation(title, table(seeds, headline=headline), _EVALUATION))
+
     for group in _groups(pairs, arguments.split):
         seeds = [results for pair in group if (results := pair.results(arguments.split)) is not None]
         headline = read_headline(group[0].main.folder, arguments.split)
-        print(render_results(seeds, headline=headline))
-        if any(result.model == "M" for result in seeds[0]):
-            runs = ", ".join(pair.main.label for pair in group)
-            title = f"{runs}: {arguments.split} half" + (f", {len(group)} seeds" if len(group) > 1 else "")
-            evaluations.append(Evaluation(title, table(seeds, headline=headline), _EVALUATION))
+        show(", ".join(pair.main.label for pair in group), seeds, headline)
+    for pair in pairs:
+        folder = pair.main.folder
+        for bank, described in banks_evaluated(folder, arguments.split).items():
+            headline = read_headline(folder, arguments.split, bank)
+            title = f"{pair.main.label} with the memories of bank {bank} ({described})"
+            show(title, [pair.results_with(bank, arguments.split)], headline)
     for log in logs:
         if not results_path(log.folder, arguments.split).exists():
             print(

@@ -1,4 +1,4 @@
-"""Numbers as the commands print them, to three digits: decimal and binary prefixes, durations; and one as they read it.
+"""Numbers as the commands print them: to three digits with prefixes, as durations, as counts; and one as they read it.
 
 Not here: tables.
 """
@@ -61,6 +61,11 @@ def duration(seconds: float) -> str:
         if seconds >= least:
             return f"{three(seconds / least)} {unit}"
     return f"{three(seconds * 1e6)} µs"
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number of things, by their name: `1 document`, `2,000 documents`."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 def three(value: float) -> str:

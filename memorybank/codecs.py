@@ -11,7 +11,7 @@ Not here: what the coders do (codec.py, quantizer.py).
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -64,8 +64,13 @@ def of_kind(kind: CodecKind, shape: MemoryShape, dtype: torch.dtype = torch.bflo
     return Codec(shape, coder)
 
 
-def named(name: str, shape: MemoryShape, bank: Path) -> Codec:
-    """Return the codec that a generation below `bank` states.
+def named(name: str, shape: MemoryShape, folders: Sequence[Path]) -> Codec:
+    """Return the codec that a generation states.
+
+    Args:
+        name: the codec's.
+        shape: of a memory.
+        folders: where its quantiser may stand, if it is one (`folders_of`, `Library.codec_folders`).
 
     Raises:
         ValueError: there is none of this name, or it is damaged.
@@ -76,26 +81,39 @@ def named(name: str, shape: MemoryShape, bank: Path) -> Codec:
     for codec in fixed:
         if codec.name == name:
             return codec
-    return quantizer.open_codec(folder_of(name, bank), shape)
+    return quantizer.open_codec(folder_of(name, folders), shape)
 
 
-def folder_of(name: str, bank: Path) -> Path:
-    """Return the folder of the quantiser of this name.
+def folder_of(name: str, folders: Sequence[Path]) -> Path:
+    """Return the one of these folders in which the quantiser of this name stands.
+
+    They are opened by their names: what a shared file system lists lags between hosts (team.py).
 
     Raises:
-        ValueError: there is none below `bank`.
+        ValueError: it is in none of them.
     """
     found = {}
-    for path in sorted(bank.glob(f"codec-*/{MANIFEST}")):
-        if path.parent.suffix != ".partial":
-            manifest = open_manifest(path.parent, kind=quantizer.KIND, version=quantizer.VERSION)
-            found[quantizer.codec_name(manifest)] = path.parent
+    for folder in folders:
+        if (folder / MANIFEST).is_file():
+            manifest = open_manifest(folder, kind=quantizer.KIND, version=quantizer.VERSION)
+            found[quantizer.codec_name(manifest)] = folder
     if name not in found:
+        where = f"{folders[0].parent}: " if folders else ""
         raise ValueError(
-            f"{bank}: memories were written with the codec {name}, which is not there (found: "
+            f"{where}memories were written with the codec {name}, which is not there (found: "
             f"{', '.join(found) or 'none'}); restore its folder, or make the memories anew: {MAKE_ANEW}"
         )
     return found[name]
+
+
+def folders_of(weights: str, bank: Path) -> list[Path]:
+    """Return where quantisers of these weights may stand below the bank of a run."""
+    configs = [CodecConfig(kind=kind, separate=separate) for kind in STAGES for separate in (False, True)]
+    return [_folder(config, weights, bank) for config in configs]
+
+
+def _folder(config: CodecConfig, weights: str, bank: Path) -> Path:
+    return bank / f"codec-{config.kind.name}{'-separate' if config.separate else ''}-{weights}"
 
 
 def obtain(
@@ -134,7 +152,7 @@ def obtain(
     """
     if config.kind not in STAGES:
         return of_kind(config.kind, shape, dtype)
-    folder = bank / f"codec-{config.kind.name}{'-separate' if config.separate else ''}-{settings.weights}"
+    folder = _folder(config, settings.weights, bank)
     ids = np.unique(ids)
 
     def sampled() -> tuple[Ids, Ids]:

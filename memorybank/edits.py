@@ -273,7 +273,7 @@ class Editor:
             ids,
             self.folder / name,
             len(ids),
-            codecs.named(settings.codec, compiler.shape, self.folder),
+            codecs.named(settings.codec, compiler.shape, shared_of(state).codec_folders(self.folder)),
         )
 
     def index_again(self, state: Manifest, parts: Sequence[Part], name: str) -> str | None:
@@ -372,7 +372,7 @@ class Editor:
     def _codec_of(self, base: Library) -> tuple[Codec, str | None]:
         """Return the codec that a library has, and its piece."""
         name, shape = base.settings.codec, self._compiler().shape
-        return codecs.named(name, shape, self.folder), base.shared.codec
+        return codecs.named(name, shape, base.codec_folders), base.shared.codec
 
     def _kept_codec(self, base: Library) -> tuple[Codec, str | None] | None:
         """Return the codec that a library keeps with the compiler's weights, and its piece; None: it needs another."""
@@ -780,8 +780,15 @@ def sweep(folder: Path, *, kept: int = KEPT_STATES) -> list[Path]:
         state = state_folder(folder, number)
         if is_held(state):
             held.append(state)
+            continue
+        # Who opens it between two of these lines holds it before it is gone, or finds it gone and opens a newer one.
+        aside = state.with_suffix(".outdated")
+        state.rename(aside)
+        if is_held(aside):
+            aside.rename(state)
+            held.append(state)
         else:
-            delete_artefact(state)
+            delete_artefact(aside)
     named: set[str] = set()
     kept_numbers = state_numbers(folder)
     for number in kept_numbers:

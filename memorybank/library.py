@@ -102,6 +102,10 @@ class Shared:
         """Names of their folders."""
         return self.indexes + (() if self.codec is None else (self.codec,))
 
+    def codec_folders(self, library: Path) -> list[Path]:
+        """Where the quantiser of a library's records stands; nowhere, if their codec is none."""
+        return [] if self.codec is None else [library / self.codec]
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -279,7 +283,8 @@ class Library:
             if not numbers or number not in (None, *numbers):
                 what = f"state {number} of a bank" if numbers else "bank"
                 raise ValueError(f"there is no {what} in {folder}; make one with `memory3 bank build RUN`")
-            state = state_folder(folder, number or numbers[-1])
+            chosen = number or numbers[-1]
+            state = state_folder(folder, chosen)
             if state.is_symlink():
                 raise ValueError(f"{state} is a symbolic link, and a bank holds folders only")
             try:
@@ -288,9 +293,15 @@ class Library:
                 continue
             try:
                 library = cls(folder, _open_state(folder, state))
-            except BaseException:
+            except BaseException as problem:
                 os.close(descriptor)
-                raise
+                standing = state_numbers(folder)
+                swept = chosen not in (
+                    standing if number else standing[-1:]
+                )  # meanwhile: there is a newer one
+                if not (swept and isinstance(problem, ValueError | OSError)):
+                    raise
+                continue
             library.close = weakref.finalize(library, os.close, descriptor)
             break
         found = asdict(library.settings)
@@ -472,6 +483,11 @@ class Library:
     def piece_names(self) -> set[str]:
         """Names of all pieces of this state."""
         return {name for part in self.parts for name in part.pieces}.union(self.shared.pieces)
+
+    @property
+    def codec_folders(self) -> list[Path]:
+        """Where the quantiser of the records stands; nowhere, if their codec is none."""
+        return self.shared.codec_folders(self.folder)
 
     @property
     def num_listed(self) -> list[int]:

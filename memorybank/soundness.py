@@ -344,7 +344,7 @@ def _sample_problems(library: Library, compiler: Compiler, *, sample: int, seed:
     ids = np.sort(np.concatenate(chosen))
     vectors = compiler.embedder.embed([library.text(int(id)) for id in ids])
     cosines = (vectors * library.read_vectors(ids)).sum(axis=1)
-    codec = codecs.named(library.settings.codec, compiler.shape, library.folder)
+    codec = codecs.named(library.settings.codec, compiler.shape, library.codec_folders)
     records = encode_records(
         compiler.encode,
         Segments(library.segments),

@@ -216,7 +216,8 @@ class BankEpochs:
 
     def reader(self, generation: Generation, records: Records | None = None) -> BankReader:
         """Read a generation, directly or through a cache, with the codec that it states."""
-        codec = codecs.named(generation.codec, self._shape, self._run / "bank")
+        folders = codecs.folders_of(generation.settings.weights, self._run / "bank")
+        codec = codecs.named(generation.codec, self._shape, folders)
         return BankReader(records or generation, codec)
 
     def reopen(self, name: str, fingerprint: str) -> Generation:

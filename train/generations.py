@@ -51,6 +51,14 @@ def outdated(run: Path, *, last: int, without: Collection[Path] = ()) -> list[Pa
     return [path for _, _, path in found if path.name not in named and path not in newest]
 
 
+def needed_by(run: Path, generation: str) -> list[str]:
+    """The checkpoints of a run that cannot be resumed without a generation: they name it, or cannot be read."""
+    found = entries(run)
+    return [
+        entry.folder.name for entry in found if entry.state is None or entry.state.generation == generation
+    ]
+
+
 def sweep(run: Path, *, last: int) -> list[Path]:
     """Delete the generations that no rule keeps, and the quantisers that only they were written with; return both."""
     doomed = []

@@ -65,6 +65,9 @@ def test_build_compiles_all_that_may_be_read_with_the_newest_weights(built: Path
     assert library.settings.step == 4
     made = encode_records(opened.engine.encode, corpus, ids[:32], opened.codec(), batch=32)
     assert torch.equal(library.read(np.arange(32)), made)
+    assert f"\n{len(ids):,} of {len(corpus):,} references of the corpus; " in said(
+        bank("build", "--dry-run", folder=built.with_name("none"))
+    )
     refused = bank("build", folder=built)
     assert refused.code == 2
     assert f"there is a bank in {built} already" in refused.err
@@ -133,7 +136,7 @@ def test_add_search_replace_remove_compact(folder: Path, tmp_path: Path) -> None
     assert WORD not in found
     assert "Fluorspar" in found
     out = said(bank("remove", "mine", folder=folder))
-    assert "removed 1 documents of 1 references" in out
+    assert "removed 1 document of 1 reference: " in out
     assert f"`memory3 bank compact m --root {trained().root} --bank {folder}`" in out
     assert "what the model learnt from them in training, and the prepared corpus, are not the bank's" in out
     assert "Fluorspar" not in said(bank("search", "The word is Fluorspar.", folder=folder))
@@ -155,10 +158,14 @@ def test_what_training_still_holds_of_a_removed_document_is_named(folder: Path) 
     document = opened.context.prepared.references.describe(int(generation.ids[0])).document
     said(bank("remove", document, folder=folder))
     out = said(bank("compact", folder=folder))
-    assert "1 of these documents are in the prepared corpus" in out
-    assert f"{generation.folder}, a generation of training, holds " in out
+    assert f"the prepared corpus {opened.context.prepared.folder} " in out
+    assert ", holds 1 of these documents\n" in out
+    (line,) = (line for line in out.splitlines() if line.startswith(f"{generation.folder}, a generation of "))
+    assert "; training resumes with it at continual-" in line
+    assert "delete" not in line
     (kept,) = stores(trained().main / "bank")
-    assert f"{kept}, kept by cold start, holds " in out
+    (line,) = (line for line in out.splitlines() if line.startswith(f"{kept}, kept by cold start, holds "))
+    assert line.endswith("delete it if it is not needed")
 
 
 def test_remove_takes_a_source_and_refuses_what_is_not_there(folder: Path, tmp_path: Path) -> None:
@@ -180,7 +187,7 @@ def test_remove_takes_a_source_and_refuses_what_is_not_there(folder: Path, tmp_p
 
 def test_a_document_that_is_named_twice_is_removed_once(folder: Path) -> None:
     document = Library.open(folder).describe(0).document
-    assert "removed 1 documents of " in said(bank("remove", document, document, folder=folder))
+    assert "removed 1 document of " in said(bank("remove", document, document, folder=folder))
 
 
 def lose_everything(folder: Path) -> None:
@@ -372,7 +379,7 @@ def test_verify_names_damage_and_fix_makes_it_anew(folder: Path) -> None:
 
 def test_fetch_brings_a_bank_into_another_folder(folder: Path, tmp_path: Path) -> None:
     done = within("bank", "fetch", str(folder), str(tmp_path / "there"))
-    assert "state 1; 3 pieces were missing" in said(done)
+    assert "state 1; 3 missing pieces copied" in said(done)
     shutil.rmtree(folder)
     assert "sound" in said(bank("verify", folder=tmp_path / "there"))
 

@@ -109,6 +109,22 @@ def test_files_of_groups_change_something_or_state_the_default() -> None:
     assert compose_config(["optim=paper"]).optim == plain.optim
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "wörk.jsonl",
+        "/x/a (1).jsonl",
+        "/x/my texts/a.jsonl",
+        "C:\\texts\\a.jsonl",
+        "$HOME/a.jsonl",
+        "/x/{y}",
+    ],
+)
+def test_a_path_needs_no_quotes_but_the_shells(path: str) -> None:
+    assert compose_config(["data=jsonl", f"data.path={path}"]).data.path == path
+    assert compose_config(["data=jsonl", f'data.path="{path}"']).data.path == path
+
+
 REFUSED = {
     # keys: at every level, nearest named
     "warmup.stepz=3": "warmup.stepz=3: there is no key warmup.stepz; did you mean warmup.steps?",

@@ -54,7 +54,7 @@ def test_json_holds_the_same_numbers_and_nothing_else_is_printed(tmp_path: Path)
 
 
 def test_every_model_is_costed_in_a_unit_that_can_be_read() -> None:
-    done = within("cost", "model=micro", "retrieval.embedder.kind=static")
+    done = within("cost", "model=micro", "retrieval.embedder.kind=static", "--codec", "model")
     assert done.code == 0, done.err
     assert "write (GFLOP)" in done.out
     assert "1,000,000 references, bfloat16, static" in done.out

@@ -70,6 +70,26 @@ def test_bank_of_other_weights_is_refused_by_name_unless_allowed_and_its_age_sta
     assert "| 0 steps |" not in done.out
 
 
+def test_an_evaluation_with_a_bank_stands_beside_the_one_without_and_the_report_names_its_bank(
+    root: Path, tmp_path: Path
+) -> None:
+    assert within("evaluate", "m", "--root", str(root)).code == 0
+    without = (root / "m/evaluation-validation.json").read_bytes()
+    done = within("evaluate", "m", "--root", str(root), "--bank", "--stale", "allow")
+    assert done.code == 0, done.err
+    assert f"results: {root}/m/evaluation-validation-library.json" in done.out
+    assert (root / "m/evaluation-validation.json").read_bytes() == without
+    done = within("report", "m", "--root", str(root), "--html", str(tmp_path / "report.html"))
+    assert done.code == 0, done.err
+    alone, _, beside = done.out.partition("m with the memories of bank library (state 1, ")
+    assert alone.startswith("m: validation half\n")
+    assert "): validation half\n" in beside
+    for table, age, other in ((alone, 0, 2), (beside, 2, 0)):
+        assert f"| {age} steps |" in table
+        assert f"| {other} steps |" not in table
+    assert "m with the memories of bank library (state 1, " in (tmp_path / "report.html").read_text()
+
+
 def test_a_refreshed_bank_gives_the_numbers_of_what_evaluate_compiles_itself(root: Path) -> None:
     opened = open_run("m", str(root))
     itself = evaluate(opened, Split.validation)

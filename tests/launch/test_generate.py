@@ -126,7 +126,7 @@ def test_a_prompt_that_fits_has_no_past() -> None:
     [
         ((), "word " * 200, "the model was trained on rows of 128; shorten the prompt, or set --max-new-tokens lower"),
         (("--max-new-tokens", "500"), PROMPT, "the model was trained on rows of 128"),
-        (("--max-new-tokens", "128", "--past", "memory"), PROMPT, "set --max-new-tokens lower, or --past memory"),
+        (("--max-new-tokens", "128", "--past", "memory"), PROMPT, "rows of 128; set --max-new-tokens to 127 or less\n"),
         (("--max-new-tokens", "0"), PROMPT, "--max-new-tokens 0 is below 1; set 1 or more"),
         (("--temperature", "-1"), PROMPT, "--temperature -1.0 is below 0; set 0 for greedy decoding"),
         (("--batch", "0"), PROMPT, "--batch 0 is below 1; set 1 or more"),

@@ -42,8 +42,11 @@ def test_run_alone_has_no_control_in_its_table(root: Path) -> None:
 
 
 def test_two_seeds_stand_in_one_table(root: Path) -> None:
-    done = within("report", "m=c", "m=c", "--root", str(root))
+    shutil.copytree(root / "m", root / "again")
+    done = within("report", "m=c", "again=c", "--root", str(root))
+    shutil.rmtree(root / "again")
     assert done.code == 0, done.err
+    assert done.out.startswith("m, again: validation half, 2 seeds\n")
     assert re.search(r"\| (\+\+|--) ", done.out)
 
 
@@ -72,6 +75,14 @@ def test_a_pair_has_a_page_and_pictures_of_both_without_corpus_or_checkpoint(
     assert str(tmp_path) not in page
     drawn = sorted(path.name for path in (tmp_path / "drawn").iterdir())
     assert drawn == ["bank.png", "losses.png", "memory.png", "stability.png", "throughput.png"]
+
+
+def test_a_page_is_not_written_where_there_is_no_folder(root: Path, tmp_path: Path) -> None:
+    done = within("report", "m", "--root", str(root), "--html", "nowhere/x.html")
+    assert done.code == 2
+    assert "--html nowhere/x.html: its folder does not exist; make it first" in done.err
+    assert not (tmp_path / "nowhere").exists()
+    assert done.out == ""
 
 
 def test_a_run_that_is_not_there_is_named(root: Path) -> None:

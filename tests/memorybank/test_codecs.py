@@ -1,5 +1,6 @@
 """Which codec a bank gets, and that it is found again: real references through a small model."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def test_codecs_that_learn_nothing_are_found_by_name(
     kind: CodecKind, name: str, vector_bytes: int, passages: References, tmp_path: Path
 ) -> None:
     codec = obtained(tmp_path, passages, CodecConfig(kind=kind))
-    assert codec.name == codecs.named(name, SHAPE, tmp_path).name == name
+    assert codec.name == codecs.named(name, SHAPE, []).name == name
     assert codec.vector_bytes == vector_bytes
     assert not list(tmp_path.iterdir())
     assert codecs.of_kind(CodecKind.model, SHAPE, torch.float32).name == "float32"
@@ -83,7 +84,7 @@ def test_a_generation_is_written_and_read_through_its_quantiser(
     generation = Generation.open(folder)
     assert generation.codec == codec.name
     assert generation.record_bytes == SHAPE.record_bytes(10)
-    again = codecs.named(generation.codec, SHAPE, bank)
+    again = codecs.named(generation.codec, SHAPE, codecs.folders_of(generation.settings.weights, bank))
     batch = BankReader(generation, again).batch(ids.reshape(2, 5, 3))
     tokens_NR, lengths_N, titles_N = (torch.from_numpy(part) for part in passages.tokens(ids))
     with torch.no_grad():
@@ -109,7 +110,16 @@ def test_the_same_weights_have_one_quantiser_and_other_weights_another(
     assert obtained(bank, passages, encode=never, ids=np.arange(10)).name == codec.name
     other = obtained(bank, passages, encode=model(seed=1).encode, settings=settings(weights="w1"))
     assert other.name != codec.name
-    assert codecs.named(codec.name, SHAPE, bank).name == codec.name
+    assert codecs.named(codec.name, SHAPE, codecs.folders_of("w0", bank)).name == codec.name
+
+
+def test_a_quantiser_that_this_host_does_not_list_yet_is_opened_by_its_name(
+    fitted: tuple[Path, Codec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank, codec = fitted
+    for lists in ("listdir", "scandir"):
+        monkeypatch.setattr(os, lists, lambda *_: pytest.fail("a listing may lag"))
+    assert codecs.named(codec.name, SHAPE, codecs.folders_of("w0", bank)).name == codec.name
 
 
 def test_a_missing_or_another_codec_is_refused_by_name(fitted: tuple[Path, Codec], tmp_path: Path) -> None:
@@ -117,11 +127,11 @@ def test_a_missing_or_another_codec_is_refused_by_name(fitted: tuple[Path, Codec
     with pytest.raises(
         ValueError, match=rf"{codec.name}, which is not there \(found: none\).*memory3 bank refresh"
     ):
-        codecs.named(codec.name, SHAPE, tmp_path)
+        codecs.named(codec.name, SHAPE, codecs.folders_of("w0", tmp_path))
     with pytest.raises(
         ValueError, match=rf"codec {codec.name[:-1]}!, which is not there \(found: .*{codec.name}"
     ):
-        codecs.named(f"{codec.name[:-1]}!", SHAPE, bank)
+        codecs.named(f"{codec.name[:-1]}!", SHAPE, codecs.folders_of("w0", bank))
 
 
 def test_too_few_references_are_refused_on_every_rank(passages: References, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Edits of a library: what is in it afterwards, byte by byte, and what is left when an edit does not end."""
 
+import fcntl
 import os
 import shutil
 import time
@@ -13,9 +14,10 @@ import pytest
 import torch
 
 from data import files
-from data.files import only_writer
+from data.files import is_held, only_writer
+from memorybank import edits
 from memorybank.edits import KEPT_STATES, Editor, sweep
-from memorybank.library import Library, state_folder
+from memorybank.library import Library, state_folder, state_numbers
 from memorybank.team import Team
 from memorybank.writer import encode_records
 from tests.support.memorybank import (
@@ -287,6 +289,49 @@ def test_a_reader_keeps_its_state_while_compact_says_that_it_must_wait(folder: P
     reader.close()
     editor(folder).compact()
     assert not state_folder(folder, 1).exists()
+
+
+def test_a_state_that_is_swept_while_it_is_opened_gives_way_to_the_newest(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader has found state 1 and its folder; before it holds it, state 4 stands and state 1 is gone."""
+    real = fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_SH:
+            monkeypatch.setattr(fcntl, "flock", real)
+            for _ in range(3):
+                editor(folder).remove(Library.open(folder).live_ids()[:1])
+        real(descriptor, operation)
+
+    for number in (None, 4):
+        monkeypatch.setattr(fcntl, "flock", late)
+        if number is None:
+            assert Library.open(folder).number == 4
+        else:
+            with pytest.raises(ValueError, match="there is no state 4 of a bank"):
+                Library.open(folder, number=4)
+
+
+def test_a_state_that_is_opened_while_it_is_swept_stays(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer has seen that nobody reads state 1; before it deletes it, somebody does."""
+    opened: list[Library] = []
+
+    def looked(state: Path) -> bool:
+        found = is_held(state)
+        if not opened:
+            opened.append(Library.open(folder, number=1))
+        return found
+
+    monkeypatch.setattr(edits, "is_held", looked)
+    for _ in range(3):
+        editor(folder).remove(Library.open(folder).live_ids()[:1])
+    (reader,) = opened
+    assert reader.number == 1
+    assert len(reader.read(reader.live_ids())) == len(reader)
+    assert state_numbers(folder) == [1, 3, 4]
 
 
 def test_old_states_are_swept_by_number_not_by_time(folder: Path) -> None:

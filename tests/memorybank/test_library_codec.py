@@ -53,7 +53,7 @@ def test_build_fits_a_quantiser_that_reads_what_was_written(built: Path) -> None
     assert library.shared.codec == "codec-000001-0000"
     fingerprint = library.manifest.inputs["codec-000001-0000"]
     assert library.settings.codec == f"OPQ16_64,Residual2x8,PQ8x8:{fingerprint}"
-    codec = codecs.named(library.settings.codec, SHAPE, built)
+    codec = codecs.named(library.settings.codec, SHAPE, library.codec_folders)
     ids = library.live_ids()[:12]
     batch = BankReader(library, codec).batch(ids.reshape(1, 4, 3))
     with torch.no_grad():

@@ -17,7 +17,7 @@ from tests.support.train import CountingEngine, stage_config, state
 from train.checkpoint import Checkpoints, Entry, Retention, reasons_to_keep
 from train.config import SavingConfig
 from train.distributed import Ranks
-from train.generations import outdated, sweep
+from train.generations import needed_by, outdated, sweep
 from train.schedule import most_generations
 from train.state import History
 
@@ -53,6 +53,14 @@ def run(tmp_path: Path) -> Path:
     checkpoint(tmp_path, 10, 0)
     checkpoint(tmp_path, 40, 3)
     return tmp_path
+
+
+def test_those_that_need_a_generation_are_named_and_one_that_cannot_be_read_may_need_any(run: Path) -> None:
+    checkpoint(run, 50, 3)
+    assert needed_by(run, name(3)) == ["continual-00000040", "continual-00000050"]
+    assert needed_by(run, name(5)) == []
+    (run / "checkpoints/continual-00000050/state.json").unlink()
+    assert needed_by(run, name(5)) == ["continual-00000050"]
 
 
 def left(run: Path) -> list[str]:
