@@ -2,9 +2,9 @@
 
 Of the candidates of a chunk, in the order of their scores, are refused (1) every reference of a document of
 which the row holds a token, and (2) every reference that the row overlaps by more than the limit (paper,
-section 4.4, with t = the whole row). The next that passes is taken. A chunk whose slots are not filled is searched
-again, twice as deep each time, until they are or the index gives no more: then a slot stays empty (-1), and a refused
-reference never comes back. So a long text, whose nearest references are all its own, reads others' all the same.
+section 4.4, with t = the whole row). The next that passes is taken; when none is left the slot stays empty
+(-1): a refused reference never comes back. Where slots stay empty because most candidates are of the row's own
+documents, as in a long text, the chunk is searched again, twice as deep each time.
 
 Not here: how chunks share what they found (pool.py) and the overlap itself (overlap.py).
 """
@@ -118,7 +118,8 @@ def find(
                 found.scores_MCk[row, chunk, taken] = scores_MCc[row, chunk, place]
                 taken += 1
 
-    unfilled = np.argwhere((found.ids_MCk[..., -1] < 0) & (ids_MCc[..., -1] >= 0))
+    crowded_MC = 2 * found.refused_own_MC > candidates
+    unfilled = np.argwhere(crowded_MC & (found.ids_MCk[..., -1] < 0) & (ids_MCc[..., -1] >= 0))
     at_once = max(1, _DEEPER_RESULTS // (2 * candidates))
     for begin in range(0, len(unfilled), at_once):
         rows, chunks = unfilled[begin : begin + at_once].T
