@@ -47,6 +47,15 @@ _VERSIONS = {
     shards.KIND: shards.VERSION,
     references.KIND: references.VERSION,
 }
+_COUNTED = {
+    "records": "records",
+    "documents": "documents",
+    "probes": "probes",
+    "vocab_size": "pieces in the vocabulary",
+    "tokens": "tokens",
+    "references": "references",
+}
+"""What is said of an artefact that was made: keys of its manifest's extra, in words."""
 _TRAINING_BYTES = 1 << 30  # of a larger corpus the tokenizer sees every n-th document
 
 Task = Callable[[int], None]
@@ -219,7 +228,8 @@ def _making(
         replacing(folder)
     with publishing(folder, **identity, extra=extra) as work:
         yield work
-    logger.info("%s: made %s %s", kind, folder, dict(extra))
+    counts = ", ".join(f"{extra[key]:,} {noun}" for key, noun in _COUNTED.items() if key in extra)
+    logger.info("%s: made %s%s", kind, folder, f": {counts}" if counts else "")
 
 
 def _prepare_corpus(config: DataConfig, root: Path, progress: Progress | None, making: Making) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.corpus import Corpus, Numbers, Table
-from data.documents import Document
+from data.documents import Document, Split
 from data.files import Manifest, MappedFile, open_manifest, write_atomic
 from data.tokenizer import Tokenizer
 
@@ -95,6 +95,21 @@ class TokenShards:
         size = self._dtype.itemsize
         first = int(self._tokens["begin"][document]) + begin
         return self._shards[shard].read(first * size, (end - begin) * size).view(self._dtype)
+
+    def held_out(self, split: Split, *, row_tokens: int) -> Numbers:
+        """The documents of a held-out split.
+
+        Raises:
+            ValueError: The split holds less than a row.
+        """
+        documents = self.corpus.select(split=split)
+        if int(self._lengths[documents].sum()) <= row_tokens:
+            raise ValueError(
+                f"the {split.value} split holds {len(documents)} of {self.num_documents} documents, less than one row "
+                f"of {row_tokens} tokens; set data.{split.value}_fraction higher than it is (0.1, say), or give more "
+                "text"
+            )
+        return documents
 
     def document(self, number: int) -> Document:
         """The document of that number, with its text."""

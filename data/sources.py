@@ -10,6 +10,7 @@ the cache of `datasets` lies in the folder given, never in the home folder.
 Not here: what is stored of the documents (`corpus`), how often a source is drawn (`order`).
 """
 
+import difflib
 import gzip
 import hashlib
 import json
@@ -34,7 +35,8 @@ _ENDINGS = {
     SourceKind.text: (".txt", ".md", ".rst"),
 }
 _WHERE = "memory3_where"  # column: the record's place in the source's files, "part1.jsonl:12"
-_READER_VERSION = 1  # of `_json_records`, whose output `datasets` caches
+_KINDS = {int: "a number", float: "a number", list: "a list", dict: "an object"}
+_READER_VERSION = 2  # of `_json_records`, whose output `datasets` caches
 
 
 class Source(Protocol):
@@ -116,7 +118,7 @@ def read_json_lines(files: Sequence[Path], label: str, settings: SourceConfig) -
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file} does not exist, or is no file; give files of JSON lines")
-        records = _json_records([str(file)], [str(file)], fields, settings.text_field, "")
+        records = _json_records([str(file)], [str(file)], fields, settings.text_field)
         for number, record in enumerate(records):
             if not str(record[settings.text_field]).strip():
                 raise ValueError(
@@ -217,6 +219,10 @@ class _RefusedLine(ValueError):
     """A line that is no document, or a file without lines; its message is for the user."""
 
 
+class _AbsentField(ValueError):
+    """Its name, which no record has, and the names that the last record has."""
+
+
 def _open_records(
     label: str, settings: SourceConfig, shared_path: str | None, cache: Path, *, content: str
 ) -> Any:
@@ -242,6 +248,7 @@ def _open_records(
                         "places": places,
                         "fields": fields,
                         "text_field": settings.text_field,
+                        "needed": fields,
                         "version": f"{_READER_VERSION} {content}",
                     },
                 )
@@ -259,39 +266,65 @@ def _open_records(
         cause = error.__cause__ or error  # datasets wraps what went wrong
         if isinstance(cause, _RefusedLine):
             raise ValueError(str(cause)) from None
+        if isinstance(cause, _AbsentField):
+            raise ValueError(_no_field(shown, label, settings, *cause.args)) from None
         if "corresponds to no data" in str(cause):
             raise ValueError(f"{shown} holds no documents; give a source that does") from error
         raise ValueError(f"{shown} cannot be read as {settings.kind.value}: {cause}") from error
     for name in fields:
         if name not in records.column_names:
-            raise ValueError(
-                f"{shown} has no field {name!r}, but {sorted(set(records.column_names) - {_WHERE})}; "
-                f"set data.sources.{label}.text_field, title_field or id_field to one of them"
-            )
+            there = sorted(set(records.column_names) - {_WHERE})
+            raise ValueError(_no_field(shown, label, settings, name, there))
     if len(records) == 0:
         raise ValueError(f"{shown} holds no documents; give a source that does")
     return records.select_columns([name for name in records.column_names if name in (*fields, _WHERE)])
 
 
+def _no_field(shown: str, label: str, settings: SourceConfig, name: str, there: Sequence[str]) -> str:
+    """That a source has no field of this name, and which key to set to what."""
+    key = next(key for key in ("text_field", "title_field", "id_field") if getattr(settings, key) == name)
+    near = difflib.get_close_matches(name, there, n=1)
+    others = " to one of them" if key == "text_field" else " to one of them, or to null"
+    remedy = f"={near[0]}" if near else others
+    return f"{shown} has no field {name!r}, but {list(there)}; set data.sources.{label}.{key}{remedy}"
+
+
 def _json_records(
-    files: list[str], places: list[str], fields: tuple[str, ...], text_field: str, version: str
+    files: list[str],
+    places: list[str],
+    fields: tuple[str, ...],
+    text_field: str,
+    *,
+    needed: tuple[str, ...] = (),
+    version: str = "",
 ) -> Iterator[dict[str, str | None]]:
     """The wanted fields of each line, read here since `datasets` guesses types (a text may become a date).
 
-    `version` names the reader and the files' content for the cache of `datasets`, and is not used.
+    Some line must have each of those `needed`. `version` names the reader and the files' content for the cache of
+    `datasets`, and is not used.
     """
+    absent, record = set(needed), None
     for name, place in zip(files, places, strict=True):
         with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as lines:
             try:
                 for number, line in enumerate(lines, start=1):
+                    if number == 1 and line.lstrip().startswith(b"["):
+                        raise _RefusedLine(
+                            f"{name} is one JSON array; every line must be one JSON object: "
+                            f"jq -c '.[]' {name} > FILE.jsonl"
+                        )
                     if line.strip():
-                        values = _json_fields(line, fields, text_field, where=f"{name}, line {number}")
-                        yield {**values, _WHERE: f"{place}:{number}"}
+                        where = f"{name}, line {number}"
+                        record = _json_record(line, text_field, where=where)
+                        absent.difference_update(record)
+                        yield {**_texts(record, fields, where=where), _WHERE: f"{place}:{number}"}
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 raise _RefusedLine(f"{name} is no whole gzip file: {error}; compress it again") from None
+    if absent and record is not None:
+        raise _AbsentField(min(absent), sorted(record))
 
 
-def _json_fields(line: bytes, fields: Sequence[str], text_field: str, *, where: str) -> dict[str, str | None]:
+def _json_record(line: bytes, text_field: str, *, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line.rstrip(b"\r\n"))
     except ValueError as error:
@@ -300,9 +333,21 @@ def _json_fields(line: bytes, fields: Sequence[str], text_field: str, *, where: 
         raise _RefusedLine(f"{where} is no JSON object but {line[:40]!r}; every line must be one")
     if not isinstance(record.get(text_field), str):
         raise _RefusedLine(
-            f"{where}: a document without text: no text in its field {text_field!r}; it has "
-            f"{sorted(record)}; set text_field to the one that holds the text, or give it text"
+            f"{where}: a document without text: {_no_text(record, text_field)}; set text_field to the one that holds "
+            "the text, or give it text"
         )
+    return record
+
+
+def _no_text(record: Mapping[str, Any], field: str) -> str:
+    if field not in record:
+        return f"it has no field {field!r}, but {sorted(record)}"
+    value = record[field]
+    held = json.dumps(value) if value is None or isinstance(value, bool) else _KINDS[type(value)]
+    return f"its field {field!r} holds {held}, not a text; its fields are {sorted(record)}"
+
+
+def _texts(record: Mapping[str, Any], fields: Sequence[str], *, where: str) -> dict[str, str | None]:
     values = {field: record.get(field) for field in fields}
     texts = {
         field: value if value is None or isinstance(value, str) else json.dumps(value)

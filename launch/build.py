@@ -252,15 +252,10 @@ def branch_source(run: Path, config: RunConfig) -> tuple[Path, StageConfig]:
     else:
         source = run_folder(stage.branch_from, config.paths.root)
         if not (source / "config.yaml").exists():
-            runs = [path.parent.name for path in Path(config.paths.root).glob("*/config.yaml")]
-            near = difflib.get_close_matches(stage.branch_from, runs, n=1)
+            near = nearest_run(stage.branch_from, config.paths.root)
             raise ValueError(
                 f"continual.branch_from={stage.branch_from}: {source} is not a run folder; "
-                + (
-                    f"did you mean continual.branch_from={near[0]}?"
-                    if near
-                    else "name a run that was warmed up"
-                )
+                + (f"did you mean continual.branch_from={near}?" if near else "name a run that was warmed up")
             )
     warmup = load_config(source / "config.yaml").warmup
     if warmup is None:
@@ -294,6 +289,25 @@ def run_folder(run: str, root: str) -> Path:
     """A run given as a folder, or as its name below the root."""
     path = Path(run)
     return path if (path / "config.yaml").exists() else Path(root) / run
+
+
+def frozen_config(run: str, root: str) -> RunConfig:
+    """The configuration of a run, by folder or name.
+
+    Raises:
+        ValueError: There is no such run; the message names the nearest.
+    """
+    path = run_folder(run, root) / "config.yaml"
+    near = None if path.exists() else nearest_run(run, root)
+    if near:
+        raise ValueError(f"{path.parent} is not a run folder; did you mean {near}?")
+    return load_config(path)
+
+
+def nearest_run(run: str, root: str) -> str | None:
+    """The name of the run below the root that is spelt nearly so."""
+    runs = [path.parent.name for path in Path(root).glob("*/config.yaml")]
+    return next(iter(difflib.get_close_matches(run, runs, n=1)), None)
 
 
 def code() -> dict[str, str]:

@@ -169,7 +169,7 @@ def _entries(arguments: argparse.Namespace) -> tuple[Path, list[Entry]]:
 
 def _run_folder(arguments: argparse.Namespace) -> Path:
     folder = build.run_folder(arguments.run, arguments.root)
-    load_config(folder / CONFIG)  # a run that is not there is named as such
+    build.frozen_config(arguments.run, arguments.root)  # a run that is not there is named as such
     if (folder / MANIFEST).exists():
         raise ValueError(f"{folder} is an export: it holds no checkpoints; name the run it was made from")
     return folder

@@ -4,14 +4,17 @@ Not here: what the commands do (one module each).
 """
 
 import argparse
+import difflib
 import errno
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from launch.devices import DEVICES
 from memorybank.config import BankContext, CodecKind
@@ -96,12 +99,36 @@ COMMANDS = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """With the nearest of what there is to choose from, in place of what there is not."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        near = wrong and difflib.get_close_matches(wrong[1], re.findall(r"[^', ]+", wrong[2]), n=1)
+        super().error(f"{message}; did you mean {near[0]}?" if near else message)
+
+
+class _Version(argparse.Action):
+    """Versions of this package and of what it stands on, none of which is imported."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        for name in ("memory3-pretrain", "torch", "deepspeed"):
+            try:
+                print(name, version(name))
+            except PackageNotFoundError:
+                print(name, "is not installed")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, as `--help` shows it."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="memory3",
         description="Pretrain language models with explicit memory (Memory3, arXiv 2407.01178).",
     )
+    top.add_argument("--version", action=_Version, nargs=0, help="show what is installed, and exit")
     # What deepspeed's launcher puts before the command; the environment says it as well.
     top.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -113,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
             epilog=command.details,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        sub.set_defaults(parser=sub)
         _add_arguments(sub, command.name)
     return top
 
@@ -204,6 +232,7 @@ def _add_actions(
             epilog=action.details,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        sub.set_defaults(parser=sub)
         add_arguments(sub, action.name)
 
 
@@ -550,11 +579,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; settings may stand on both sides of an option, which argparse allows on one side alone."""
     top = parser()
     arguments, left = top.parse_known_args(argv)
-    settings = [text for text in left if not text.startswith("-")]
-    if len(settings) < len(left) or not hasattr(arguments, "overrides"):
-        return top.parse_args(argv)  # which says what is wrong
-    arguments.overrides += settings
+    sub = arguments.parser
+    del arguments.parser
+    has_settings = hasattr(arguments, "overrides")
+    if any(text.startswith("-") for text in left):
+        given = list(sys.argv[1:] if argv is None else argv)
+        sub.error(_unrecognized_option(given, left, sub, has_settings=has_settings))
+    if left and not has_settings:
+        sub.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        arguments.overrides += left
     return arguments
+
+
+def _unrecognized_option(
+    given: Sequence[str], left: Sequence[str], sub: argparse.ArgumentParser, *, has_settings: bool
+) -> str:
+    """What to write in place of the first option that a command does not have."""
+    option = next(text for text in left if text.startswith("-"))
+    name, _, value = option.partition("=")
+    near = difflib.get_close_matches(name, re.findall(r"--[\w-]+", sub.format_usage()), n=1)
+    if near:
+        return f"unrecognized arguments: {option}; did you mean {near[0]}?"
+    if not has_settings:
+        return f"unrecognized arguments: {option}"
+    following = next(iter(given[given.index(option) + 1 :]), "")
+    if not value and following and not re.search(r"^-|=", following):
+        value = following
+    return f"unrecognized arguments: {option}; settings are written {name.lstrip('-')}={value or 'VALUE'}"
 
 
 _OF_THE_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)

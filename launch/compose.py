@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from data.files import write_atomic
 from launch.config import RunConfig, check
-from launch.explain import explain, refuse_unknown, with_files
+from launch.explain import explain, refuse_unknown, with_files, with_texts_quoted
 from launch.origins import REFUSALS, flat, settings_of_file, settings_of_files
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -29,6 +29,7 @@ def compose_config(overrides: list[str], *, config_name: str = "config") -> RunC
     Raises:
         ValueError: Naming the offending key, and the nearest one that exists.
     """
+    overrides = with_texts_quoted(overrides)
     config = compose_unchecked(overrides, config_name=config_name)
     try:
         check(config)
@@ -44,6 +45,7 @@ def compose_unchecked(overrides: list[str], *, config_name: str = "config") -> R
     Raises:
         ValueError: Naming the offending key, and the nearest one that exists.
     """
+    overrides = with_texts_quoted(overrides)
     refuse_unknown(overrides, CONF)
     ConfigStore.instance().store(name="schema", node=RunConfig)
     GlobalHydra.instance().clear()

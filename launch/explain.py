@@ -4,6 +4,7 @@ Not here: composing (`launch.compose`), rules across keys (`launch.config.check`
 """
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -13,7 +14,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from yaml import YAMLError
 
 from data.config import SourceKind, labels_of
@@ -40,6 +41,11 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
         match = re.match(r"[+~]{0,2}([\w./-]+)", override)
         if override.startswith("sweep="):
             raise ValueError(f"{override}: files of conf/sweep/ are run by `memory3 sweep {override}`")
+        if _is_path(override) and not (conf / override).is_dir():
+            raise ValueError(
+                f"{override}: settings are written KEY=VALUE; for documents of a file or folder write data=jsonl "
+                f"data.path={override} (data.sources.documents.kind says what it holds)"
+            )
         if match is None:  # left to Hydra's grammar
             continue
         if (conf / match[1]).is_dir():
@@ -55,6 +61,30 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
             raise ValueError(
                 f"{override}: keys cannot be deleted; set {match[1]}=null where a key may be null"
             )
+
+
+def with_texts_quoted(overrides: Sequence[str]) -> list[str]:
+    """Overrides, with quotes around texts that Hydra's grammar would refuse: paths with blanks, brackets or umlauts."""
+    return [_with_text_quoted(override) for override in overrides]
+
+
+def _with_text_quoted(override: str) -> str:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        key, equals, value = override.partition("=")
+        is_structure = re.match(r"[\[{]|\w+\(", value) or re.search(r"\\$|['\"]", value)
+        name = key.lstrip("+")
+        if equals and not is_structure and unknown_key(name) is None and kind_of(name) is str:
+            return f'{key}="{value}"'
+    return override
+
+
+def _is_path(override: str) -> bool:
+    """Whether documents were meant by what is no setting."""
+    ending = Path(override.removesuffix(".gz")).suffix
+    is_named = ending in (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".md", ".rst")
+    return "=" not in override and (is_named or (os.path.exists(override) and ending != ".yaml"))
 
 
 def explain(

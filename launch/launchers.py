@@ -99,7 +99,7 @@ def commands(config: RunConfig, folder: Path, *, address: str = "") -> list[list
     agent = [sys.executable, "-m", "launch.agent", str(folder.resolve())]
     match launcher.kind:
         case LauncherKind.local:
-            return [[*agent, str(num_ranks)]]
+            return [[*agent, str(num_ranks), "--listen"]]
         case LauncherKind.hosts:
             assert launcher.hosts.file is not None
             hosts = read_hosts(Path(launcher.hosts.file))
@@ -132,8 +132,7 @@ def run_agents(config: RunConfig, folder: Path) -> int:
     """Start the agents of a run, hand signals on to them, and return the exit code of the one that failed first."""
     on_slurm = config.launcher.kind is LauncherKind.slurm
     address = slurm.meeting_place(config.launcher.hosts.port) if on_slurm else ""
-    remote = config.launcher.kind is LauncherKind.hosts
-    return _run(commands(config, folder, address=address), config, remote=remote)
+    return _run(commands(config, folder, address=address), config, listening=not on_slurm)
 
 
 def run_here(program: str, worker: str, told: str, *, num_ranks: int, config: RunConfig) -> int:
@@ -146,15 +145,18 @@ def run_here(program: str, worker: str, told: str, *, num_ranks: int, config: Ru
         num_ranks: Processes.
         config: The run's; says how many threads each has.
     """
-    agent = [sys.executable, "-m", "launch.agent", told, str(num_ranks)]
+    agent = [sys.executable, "-m", "launch.agent", told, str(num_ranks), "--listen"]
     return _run([[*agent, f"--program={program}", f"--worker={worker}"]], config)
 
 
-def _run(started: Sequence[Sequence[str]], config: RunConfig, *, remote: bool = False) -> int:
+def _run(started: Sequence[Sequence[str]], config: RunConfig, *, listening: bool = True) -> int:
+    """Start agents and wait for them; those that listen end when this process does, even if it is killed."""
     environment = {**os.environ, **variables_of_ranks(config)}
     # Descriptors that may be inherited are: the lock of the run's folder.
     agents = [
-        subprocess.Popen(command, env=environment, close_fds=False, stdin=subprocess.PIPE if remote else None)
+        subprocess.Popen(
+            command, env=environment, close_fds=False, stdin=subprocess.PIPE if listening else None
+        )
         for command in started
     ]
 

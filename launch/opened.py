@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from data.files import MANIFEST
 from launch import build
-from launch.compose import load_config
 from launch.config import RunConfig
 from memorybank import codecs
 from memorybank.bank import Records
@@ -222,6 +221,6 @@ def open_run(run: str, root: str) -> OpenedRun:
 
 def run_context(run: str, root: str) -> build.Context:
     """What a run, by folder or name, was made from: its frozen configuration and its prepared corpus."""
-    config = load_config(build.run_folder(run, root) / "config.yaml")
+    config = build.frozen_config(run, root)
     config.paths.root = root
     return build.context(config)

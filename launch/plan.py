@@ -84,6 +84,8 @@ def _look(config: RunConfig, arguments: argparse.Namespace) -> _Seen:
 
         root = Path(config.paths.root)
         sizes = prepared_sizes(config.data, root / "prepared")
+        if sizes is not None:
+            notes += _held_out(config, root / "prepared")
         there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
         free_disk = shutil.disk_usage(there).free
         if memory is None and name == found:
@@ -114,6 +116,21 @@ def _look(config: RunConfig, arguments: argparse.Namespace) -> _Seen:
         prepared_bytes=None if sizes is None else sizes.num_bytes,
     )
     return _Seen(config, site, notes)
+
+
+def _held_out(config: RunConfig, prepared: Path) -> list[Problem]:
+    """What a prepared corpus lacks that training, and an evaluation of the test split that is wanted, will read."""
+    from data.documents import Split
+    from data.prepare import open_prepared
+
+    shards, notes = open_prepared(config.data, prepared).shards, []
+    for split in (Split.validation, Split.test) if config.data.test_fraction else (Split.validation,):
+        try:
+            shards.held_out(split, row_tokens=config.model.row_tokens)
+        except ValueError as refused:
+            says, _, remedy = str(refused).partition("; set ")
+            notes.append(Problem(says, remedy))
+    return notes
 
 
 def _vocabulary(config: RunConfig, prepared: int | None) -> tuple[int, list[Problem]]:

@@ -6,6 +6,7 @@ Not here: the formats (`data`, `memorybank`).
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ def ensure(config: RunConfig) -> None:
     from launch import build
 
     build.quiet_third_parties()
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
         prepared = prepare(
             config.data, build.prepared_root(config), progress=progress, replacing=_unless_needed(config)
         )
@@ -60,10 +61,9 @@ def refuse_without_validation(config: RunConfig) -> None:
     """
     from data.documents import Split
     from launch import build
-    from train.rows import held_out
 
     shards = build.context(config).prepared.shards
-    held_out(shards, Split.validation, row_tokens=config.model.row_tokens)
+    shards.held_out(Split.validation, row_tokens=config.model.row_tokens)
 
 
 def _unless_needed(config: RunConfig) -> Callable[[Path], None]:
@@ -104,7 +104,12 @@ def embed_references(context: "Context") -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     with Progress(
-        TextColumn("search vectors"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        TextColumn("search vectors"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        transient=True,
+        disable=not sys.stdout.isatty(),
     ) as progress:
         task = progress.add_task("", total=len(context.prepared.references))
         context.reference_vectors(context.embedder(), progress=lambda done: progress.advance(task, done))

@@ -1,4 +1,4 @@
-"""A composed configuration as a terminal shows it: a row for each section, what differs from the schema in bold.
+"""A composed configuration as a terminal shows it: a row for each section, what differs from the schema before a bar.
 
 Invariant: every key stands there once, with the value that a run is given.
 Not here: the same as YAML (`launch.compose.to_yaml`), what keys mean (docs/config.md). This module imports no torch.
@@ -54,13 +54,14 @@ def table(config: RunConfig) -> Table:
     """The sections as rows."""
     grid = Table.grid(padding=(0, 2))
     grid.title, grid.title_style, grid.title_justify = "Configuration, resolved", "bold", "left"
-    grid.caption = "bold: not the schema's default; as YAML: memory3 pretrain --cfg ..."
+    grid.caption = "behind | stand the schema's defaults; as YAML: memory3 pretrain --cfg ..."
     grid.caption_justify = "left"
     grid.add_column(overflow="fold", max_width=_LONGEST_NAME)
     grid.add_column(overflow="fold")
     for name, settings in sections(config).items():
-        texts = [Text(each.text, style="dim" if each.is_default else "bold") for each in settings]
-        grid.add_row(name, Text(" ").join(texts))
+        chosen = [Text(each.text, style="bold") for each in settings if not each.is_default]
+        defaults = [Text(each.text, style="dim") for each in settings if each.is_default]
+        grid.add_row(name, Text(" ").join([*chosen, *([Text("|"), *defaults] if defaults else [])]))
     return grid
 
 

@@ -25,7 +25,7 @@ from hydra.core.override_parser.types import (
 from hydra.errors import HydraException
 
 from launch.compose import CONF
-from launch.explain import kind_of, refuse_unknown, unknown_key
+from launch.explain import kind_of, refuse_unknown, unknown_key, with_texts_quoted
 
 Value = float | int | str
 
@@ -131,7 +131,7 @@ def parse_overrides(overrides: Sequence[str], *, varied: str) -> dict[str, Overr
     refuse_unknown(overrides, CONF)
     parser = OverridesParser.create()
     parsed: dict[str, Override] = {}
-    for text in overrides:
+    for text in with_texts_quoted(overrides):
         try:
             (override,) = parser.parse_overrides([text])
         except HydraException:

@@ -68,11 +68,16 @@ def main(
             return stop.exit_code
         return 0
 
-    return reported(work, say=say)
+    return reported(work, say=say, stop=stop)
 
 
-def reported(work: Callable[[], int], *, say: Callable[[BaseException], None] | None = None) -> int:
-    """Do a rank's work, and return its exit code; arguments and what is said are those of `main`."""
+def reported(
+    work: Callable[[], int], *, say: Callable[[BaseException], None] | None = None, stop: Stop | None = None
+) -> int:
+    """Do a rank's work, and return its exit code; arguments and what is said are those of `main`.
+
+    A rank that was told to stop and then lost a peer has no traceback to show: the peer is why.
+    """
     say = say or get_error_handler().record_exception
     try:
         return work()
@@ -84,6 +89,9 @@ def reported(work: Callable[[], int], *, say: Callable[[BaseException], None] | 
             said = f"{problem}; what was published is as it was: make room, and the same command goes on"
             say(ValueError(said))
             return 2
+        if stop is not None and stop.requested and distributed.lost_a_peer(problem):
+            say(problem)
+            return 1
         time.sleep(_GRACE_SECONDS)
         say(problem)
         raise

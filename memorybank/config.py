@@ -134,7 +134,7 @@ class RetrievalConfig:
     index: IndexConfig = field(default_factory=IndexConfig)
     """Search vectors to references."""
     candidates: int = 64
-    """References searched per chunk before filtering."""
+    """References searched per chunk before filtering; twice as many, and again, for a chunk that they do not fill."""
     fresh: int = 5
     """References that a chunk reads at inference, all found by one query."""
     window: int = 5

@@ -2,14 +2,15 @@
 
 Of the candidates of a chunk, in the order of their scores, are refused (1) every reference of a document of
 which the row holds a token, and (2) every reference that the row overlaps by more than the limit (paper,
-section 4.4, with t = the whole row). The next that passes is taken; when none is left the slot stays empty
-(-1): a refused reference never comes back.
+section 4.4, with t = the whole row). The next that passes is taken. A chunk whose slots are not filled is searched
+again, twice as deep each time, until they are or the index gives no more: then a slot stays empty (-1), and a refused
+reference never comes back. So a long text, whose nearest references are all its own, reads others' all the same.
 
 Not here: how chunks share what they found (pool.py) and the overlap itself (overlap.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from memorybank.overlap import exceeds
 
 Ids = NDArray[np.int64]
 Vectors = NDArray[np.float32]
+_DEEPER_RESULTS = 1 << 22
+"""Results of deeper searches held at once: some 100 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ def find(
         index: search vectors of the references, under their numbers.
         references: documents and tokens of the references.
         k: references per chunk.
-        candidates: references searched per chunk.
+        candidates: references searched per chunk at first.
         limit: largest overlap that passes; None lets all pass.
         allow_own_document: lets references of the row's own documents pass.
     """
@@ -114,4 +117,22 @@ def find(
                 found.ids_MCk[row, chunk, taken] = id
                 found.scores_MCk[row, chunk, taken] = scores_MCc[row, chunk, place]
                 taken += 1
+
+    unfilled = np.argwhere((found.ids_MCk[..., -1] < 0) & (ids_MCc[..., -1] >= 0))
+    at_once = max(1, _DEEPER_RESULTS // (2 * candidates))
+    for begin in range(0, len(unfilled), at_once):
+        rows, chunks = unfilled[begin : begin + at_once].T
+        deeper = find(
+            query_vectors_MCX[rows, chunks][:, None],
+            [row_documents[row] for row in rows],
+            None if row_tokens is None else [row_tokens[row] for row in rows],
+            index,
+            references,
+            k=k,
+            candidates=2 * candidates,
+            limit=limit,
+            allow_own_document=allow_own_document,
+        )
+        for field in fields(Neighbours):
+            getattr(found, field.name)[rows, chunks] = getattr(deeper, field.name)[:, 0]
     return found

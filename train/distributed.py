@@ -171,6 +171,12 @@ class Meeting:
 _POLL_SECONDS = 0.05
 
 
+def lost_a_peer(problem: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone, in the words of gloo and of NCCL."""
+    said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    return isinstance(problem, RuntimeError) and any(each in str(problem) for each in said)
+
+
 def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():

@@ -123,23 +123,8 @@ def held_out_rows(shards: TokenShards, split: Split, *, num_rows: int, row_token
     Raises:
         ValueError: The split holds less than a row.
     """
-    plan = pack(held_out(shards, split, row_tokens=row_tokens), shards.lengths(), row_tokens, seed=0)
+    plan = pack(shards.held_out(split, row_tokens=row_tokens), shards.lengths(), row_tokens, seed=0)
     return text_of(shards, plan, num_rows=num_rows)
-
-
-def held_out(shards: TokenShards, split: Split, *, row_tokens: int) -> Ids:
-    """The documents of a held-out split.
-
-    Raises:
-        ValueError: The split holds less than a row.
-    """
-    documents = shards.corpus.select(split=split)
-    if int(shards.lengths()[documents].sum()) <= row_tokens:
-        raise ValueError(
-            f"the {split.value} split holds {len(documents)} of {shards.num_documents} documents, less than one row of "
-            f"{row_tokens} tokens; set data.{split.value}_fraction higher than it is (0.1, say), or give more text"
-        )
-    return documents
 
 
 def text_of(shards: TokenShards, plan: RowPlan, *, num_rows: int) -> TextSet:

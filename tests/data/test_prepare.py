@@ -21,7 +21,7 @@ from data.documents import Split
 from data.files import MANIFEST, verify
 from data.prepare import open_prepared, prepare
 from data.tokenizer import train
-from tests.support.data import data_config, jsonl_source, sections, write_lines
+from tests.support.data import data_config, jsonl_source, prepare_sections, sections, write_lines
 
 ARTEFACTS = ("corpus", "tokenizer", "shards", "references")
 
@@ -221,6 +221,19 @@ def _linger(folder: Path, shard: int) -> None:
 
 def _factory(task: Callable[[int], None]) -> Callable[[int], None]:
     return task
+
+
+def test_what_was_made_is_said_in_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="data.prepare")
+    prepared = prepare_sections(tmp_path, num_countries=3)
+    said = dict(each.getMessage().split(": made ") for each in caplog.records if "made" in each.getMessage())
+    count, tokens = prepared.shards.num_documents, int(prepared.shards.lengths().sum())
+    assert said == {
+        "corpus": f"{prepared.folder}/corpus: {count} records, {count} documents, 0 probes",
+        "tokenizer": f"{prepared.folder}/tokenizer",
+        "shards": f"{prepared.folder}/shards: 600 pieces in the vocabulary, {tokens:,} tokens",
+        "references": f"{prepared.folder}/references: {len(prepared.references):,} references",
+    }
 
 
 def test_worker_that_dies_is_reported() -> None:

@@ -117,10 +117,15 @@ def test_hub_layout_in_a_folder(tmp_path: Path) -> None:
         ([{"text": "x"}, '["text"]'], r"x\.jsonl, line 2 is no JSON object"),
         (
             [{"text": "x"}, {"body": "y"}],
-            r"line 2: a document without text: .* it has \['body'\]; set text_field",
+            r"line 2: a document without text: it has no field 'text', but \['body'\]; set text_field",
         ),
-        ([{"text": None}], r"x\.jsonl, line 1: a document without text"),
-        ([{"text": 7}], r"x\.jsonl, line 1: a document without text"),
+        (
+            [{"text": None}],
+            r"x\.jsonl, line 1: a document without text: its field 'text' holds null, not a text",
+        ),
+        ([{"text": 7}], r"x\.jsonl, line 1: .*: its field 'text' holds a number, not a text"),
+        (['[{"text": "x"}]'], r"x\.jsonl is one JSON array; .*: jq -c '\.\[\]' .*x\.jsonl > FILE\.jsonl"),
+        (["[", '  {"text": "x"}', "]"], r"x\.jsonl is one JSON array"),
         ([{"text": "x"}, {"text": " \n"}], r"data\.sources\.a, record x\.jsonl:2: a document without text"),
         (['{"text": "half \\ud800"}'], r"line 1 holds half a character"),
         ([], r"x\.jsonl holds no documents"),
@@ -136,6 +141,31 @@ def test_a_file_that_is_no_whole_gzip_file_is_refused_by_name(tmp_path: Path, co
     (tmp_path / "x.jsonl.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.jsonl\.gz is no whole gzip file: .*; compress it again"):
         list(read_json_lines([tmp_path / "x.jsonl.gz"], "x", SourceConfig(kind=SourceKind.jsonl)))
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "remedy"),
+    [
+        ("title_field", "titel", "title_field=title"),
+        ("id_field", "number", "id_field to one of them, or to null"),
+    ],
+)
+def test_a_field_that_no_record_has_is_refused_with_the_nearest(
+    tmp_path: Path, key: str, name: str, remedy: str
+) -> None:
+    records = [{"text": "x"}, {"text": "y", "title": "t"}]
+    message = rf"x\.jsonl has no field '{name}', but \['text', 'title'\]; set data\.sources\.a\.{remedy}$"
+    with pytest.raises(ValueError, match=message):
+        read_lines(tmp_path, records, **{key: name})
+    write_parquet(tmp_path / "x.parquet", text=["x"], title=["t"])
+    source = SourceConfig(kind=SourceKind.parquet, path=str(tmp_path / "x.parquet"), **{key: name})
+    with pytest.raises(ValueError, match=message.replace("jsonl", "parquet")):
+        read(data_config(tmp_path, sources={"a": source}), tmp_path / "cache")
+
+
+def test_a_title_that_some_records_have_may_be_absent_elsewhere(tmp_path: Path) -> None:
+    documents = read_lines(tmp_path, [{"text": "x"}, {"text": "y", "title": None}], title_field="title")
+    assert [d.title for d in documents] == ["", ""]
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:

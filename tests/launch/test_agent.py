@@ -18,7 +18,7 @@ from pathlib import Path
 from launch import worker
 from train.divergence import HopelessError
 
-def fail(run, *given):
+def fail(run, stop, meeting):
     how = (Path(run) / os.environ["RANK"]).read_text()
     if how == "wait":
         time.sleep(60)
@@ -26,6 +26,12 @@ def fail(run, *given):
         os.kill(os.getpid(), 9)
     if how == "lost":
         raise RuntimeError("connection closed by peer")
+    if how.startswith("told"):  # the launcher ends this rank, which is computing, and only then looks for the other
+        with stop.deferred():
+            while not stop.requested:
+                time.sleep(0.01)
+            worker._GRACE_SECONDS = 0
+            raise RuntimeError(how.removeprefix("told, "))
     if how == "full":
         raise OSError(28, "No space left on device", "metrics.jsonl")
     raise {"value": ValueError, "bug": ZeroDivisionError, "hopeless": HopelessError}[how]("this is why")
@@ -51,8 +57,15 @@ sys.exit(worker.main(Path(sys.argv[1])))
         ),
         (("wait", "bug"), 1, "memory3 pretrain: rank 1: ZeroDivisionError: this is why", True),
         (("wait", "kill"), 137, "memory3 pretrain: rank 1 was ended by SIGKILL; ", False),
+        (
+            ("told, Connection closed by peer", "kill"),
+            137,
+            "memory3 pretrain: rank 1 was ended by SIGKILL; ",
+            False,
+        ),
+        (("told, a bug", "kill"), 137, "memory3 pretrain: rank 1 was ended by SIGKILL; ", True),
     ],
-    ids=["peer-lost", "value", "diverged", "full", "bug", "killed"],
+    ids=["peer-lost", "value", "diverged", "full", "bug", "killed", "killed-peer-lost", "killed-bug"],
 )
 def test_first_cause_is_said_once(
     ranks: tuple[str, str], code: int, last: str, traceback: bool, tmp_path: Path

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,26 @@ def test_help_answers_at_once_without_heavy_imports(command: str) -> None:
     assert float(seconds) < 1  # of a processor; a tenth of it, as a rule
 
 
+def test_the_version_is_shown_without_heavy_imports() -> None:
+    program = (
+        "import sys; from launch.cli import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit as end: print(end.code, sorted(set(sys.modules) & set(sys.argv)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *HEAVY],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    package, torch, deepspeed, end = done.stdout.splitlines()
+    assert package.startswith("memory3-pretrain ")
+    assert torch == f"torch {version('torch')}"
+    assert deepspeed == f"deepspeed {version('deepspeed')}"
+    assert end == "0 []"
+
+
 def test_settings_may_stand_on_both_sides_of_options(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = cli.parse(["sweep", "sweep=memory", "--trials", "3", "seed=1", "--name", "x", "a=b"])
     assert (arguments.overrides, arguments.trials, arguments.name) == (
@@ -80,7 +101,19 @@ def test_every_command_has_a_module_with_run() -> None:
         (["evaluate"], "the following arguments are required: run"),
         (["bank", "search", "x"], "the following arguments are required: text"),
         (["evaluate", "x", "--split", "train"], "invalid choice: 'train'"),
-        (["pretrain", "--cfgg"], "unrecognized arguments: --cfgg"),
+        (
+            ["pretrain", "--cfgg"],
+            "memory3 pretrain: error: unrecognized arguments: --cfgg; did you mean --cfg?",
+        ),
+        (["evalute", "x"], "; did you mean evaluate?"),
+        (["bank", "serach", "x", "y"], "; did you mean search?"),
+        (["pretrain", "--experiment", "quick"], "--experiment; settings are written experiment=quick"),
+        (["plan", "--warmup.steps=3", "seed=1"], "settings are written warmup.steps=3"),
+        (["prepare", "--experiment"], "settings are written experiment=VALUE"),
+        (
+            ["bank", "build", "x", "--experiment", "quick"],
+            "memory3 bank build: error: unrecognized arguments: --exp",
+        ),
     ],
 )
 def test_wrong_usage_ends_with_code_2(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +130,17 @@ def test_users_mistake_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]
     assert captured.err == (
         "memory3 pretrain: warmup.stepz=3: there is no key warmup.stepz; did you mean warmup.steps?\n"
     )
+
+
+@pytest.mark.parametrize("command", ["evaluate", "checkpoint list", "generate --prompt x"])
+def test_a_misspelt_run_is_answered_with_the_nearest(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference/config.yaml").touch()
+    assert cli.main([*command.split(), "refernce", "--root", str(tmp_path)]) == 2
+    said = f"{tmp_path}/refernce is not a run folder; did you mean reference?\n"
+    assert capsys.readouterr().err == f"memory3 {command.split(maxsplit=1)[0]}: {said}"
 
 
 def test_interrupt_ends_with_code_130(

@@ -109,6 +109,22 @@ def test_files_of_groups_change_something_or_state_the_default() -> None:
     assert compose_config(["optim=paper"]).optim == plain.optim
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "wörk.jsonl",
+        "/x/a (1).jsonl",
+        "/x/my texts/a.jsonl",
+        "C:\\texts\\a.jsonl",
+        "$HOME/a.jsonl",
+        "/x/{y}",
+    ],
+)
+def test_a_path_needs_no_quotes_but_the_shells(path: str) -> None:
+    assert compose_config(["data=jsonl", f"data.path={path}"]).data.path == path
+    assert compose_config(["data=jsonl", f'data.path="{path}"']).data.path == path
+
+
 REFUSED = {
     # keys: at every level, nearest named
     "warmup.stepz=3": "warmup.stepz=3: there is no key warmup.stepz; did you mean warmup.steps?",
@@ -244,6 +260,20 @@ def test_refusal_names_key_value_and_remedy_in_one_line(override: str) -> None:
     with pytest.raises(ValueError) as refused:  # noqa: PT011 (the whole message is compared)
         compose_config([override])
     assert str(refused.value) == REFUSED[override]
+
+
+def test_documents_in_place_of_a_setting_are_answered_with_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "model").mkdir()
+    for path in ("corpus.jsonl", "elsewhere/corpus.jsonl.gz", "texts"):
+        with pytest.raises(ValueError, match=rf"^{path}: .* write data=jsonl data\.path={path} \("):
+            compose_config(["experiment=quick", path])
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 (what must not be said)
+        compose_config(["model"])
+    assert "data.path" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

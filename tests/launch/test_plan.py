@@ -207,6 +207,8 @@ def test_the_configuration_is_printed_as_it_will_be_trained(monkeypatch: pytest.
     assert "vocab_size=16384" not in said
     assert said[said.index("data.sources.factbook") :][:2] == ["data.sources.factbook", "kind=factbook"]
     assert "name=a-corpus" in said
+    data = said[said.index("name=a-corpus") : said.index("data.sources.factbook")]
+    assert data[:3] == ["name=a-corpus", "|", "path=null"]  # what is a default shows without colours, too
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ GOOD = json.dumps({"id": "a", "title": "a", "text": "A line of text."})
         (f"{GOOD}\n[1]\n", "topics.jsonl, line 2 is no JSON object but b'[1]"),
         (
             f'{GOOD}\n{{"id": "b", "title": "b"}}\n',
-            "topics.jsonl, line 2: a document without text: no text in its field 'text'",
+            "topics.jsonl, line 2: a document without text: it has no field 'text'",
         ),
         (
             f'{GOOD}\n{{"id": "b", "title": "b", "text": " "}}\n',
@@ -29,7 +29,9 @@ GOOD = json.dumps({"id": "a", "title": "a", "text": "A line of text."})
         ("", "topics.jsonl holds no documents; give a source that does"),
         (f"{GOOD}\n{GOOD}\n", "two documents have the id 'a'"),
         (
-            "".join(json.dumps({"id": i, "text": f"Just a few words {i}."}) + "\n" for i in range(9)),
+            "".join(
+                json.dumps({"id": i, "title": "", "text": f"Just a few words {i}."}) + "\n" for i in range(9)
+            ),
             "data.vocab_size=640 is larger than the text allows: at most ",
         ),
     ],
@@ -99,3 +101,7 @@ def test_a_corpus_that_holds_nothing_out_is_refused_before_a_run_begins(tmp_path
     assert "the validation split holds 0 of " in done.err
     assert "set data.validation_fraction higher than it is (0.1, say), or give more text" in done.err
     assert not (root / "mine").exists()  # so that the same run may begin with other settings
+    plan = within("plan", *settings, "data.validation_fraction=0")
+    assert "the validation split holds 0 of " in plan.out
+    assert "set: data.validation_fraction higher than it is (0.1, say), or give more text" in plan.out
+    assert "the test split" not in plan.out

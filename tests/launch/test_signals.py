@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 
 from data.files import verify
 from launch import agent
-from tests.support.launch import trained
+from tests.support.launch import prepared_root, run_settings, trained
 from tests.support.spawn import HANG_SECONDS
 from train.metrics import read_metrics
 
@@ -109,3 +112,47 @@ def test_a_signal_during_an_update_publishes_it_and_one_during_a_compilation_lea
     assert compilation.seconds < 30  # torchrun's patience
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line and line["stage"] == "continual"] == [1, 2]
+
+
+def test_a_launcher_that_is_killed_takes_its_run_with_it_checkpoint_first(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    root.mkdir()
+    (root / "prepared").symlink_to(prepared_root() / "prepared")
+    endless = [
+        "warmup.steps=100000",
+        "saving.every_steps=100000",
+        "logging.validate_every=100000",
+        "stage=warmup",
+    ]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "pretrain", "--no-prepare", *run_settings(root, "w"), *endless],
+        cwd=Path(agent.__file__).parents[1], start_new_session=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(
+            lambda: read_metrics(root / "w/metrics.jsonl") if (root / "w/metrics.jsonl").exists() else None
+        )
+        launcher.kill()
+        launcher.wait()
+        wait_for(lambda: not _is_alive(launcher.pid))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    (checkpoint,) = (root / "w/checkpoints").iterdir()
+    assert verify(checkpoint) == []
+
+
+def _is_alive(session: int) -> bool:
+    """Whether the launcher, its agent or a rank is left."""
+    try:
+        os.killpg(session, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + HANG_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

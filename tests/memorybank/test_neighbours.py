@@ -1,7 +1,10 @@
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
 from data.references import References
+from memorybank import neighbours
 from memorybank.config import QueryMode
 from memorybank.neighbours import Neighbours, find
 from memorybank.overlap import overlap
@@ -89,7 +92,7 @@ def test_equals_the_definition(passages: References) -> None:
     row, document = row_of(passages, 2), np.array([17])
     limit, candidates = 0.3, 12
     found = search(passages, [row], [document], limit=limit, candidates=candidates)
-    _, ids = index_of(passages).search(queries(row)[0], candidates)
+    _, ids = index_of(passages).search(queries(row)[0], len(passages))
     share = {id: overlap(row, passages.content_tokens(id)) for id in np.unique(ids).tolist()}
     for chunk in range(ROW // CHUNK):
         passing = [
@@ -99,6 +102,20 @@ def test_equals_the_definition(passages: References) -> None:
         ]
         assert found.ids_MCk[0, chunk].tolist() == (passing + [-1] * 3)[:3]
     assert found.refused_overlap > 0
+
+
+def test_a_long_text_whose_nearest_references_are_all_its_own_reads_others(
+    passages: References, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few candidates are looked at first, and however few searches are made at once."""
+    rows, documents = [row_of(passages, 0, 1), row_of(passages, 5, 6)], [np.array([0, 1]), np.array([5, 6])]
+    enough = search(passages, rows, documents, candidates=len(passages))
+    monkeypatch.setattr(neighbours, "_DEEPER_RESULTS", 8)
+    few = search(passages, rows, documents, candidates=3)
+    for field in fields(Neighbours):
+        assert np.array_equal(getattr(few, field.name), getattr(enough, field.name))
+    assert (few.ids_MCk[0] >= 0).all()
+    assert (few.refused_own_MC >= 3).any()
 
 
 def test_in_previous_mode_a_chunk_decides_nothing_for_itself_or_those_before_it(passages: References) -> None:
