@@ -120,6 +120,11 @@ def read_json_lines(files: Sequence[Path], label: str, settings: SourceConfig) -
             raise ValueError(f"{file} does not exist, or is no file; give files of JSON lines")
         records = _json_records([str(file)], [str(file)], fields, settings.text_field)
         for number, record in enumerate(records):
+            if not str(record[settings.text_field]).strip():
+                raise ValueError(
+                    f"{record[_WHERE]}: a document without text (field {settings.text_field!r}); give it text, or take "
+                    "its line out"
+                )
             document = source.document(number, record)
             if document is not None:
                 yield document
