@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
@@ -213,7 +214,7 @@ def stat(arguments: argparse.Namespace) -> int:
     generations = _generations(run_folder)
     there = next(folder.glob("state-*/" + MANIFEST), None) is not None
     if not there and arguments.bank is None and not generations.row_count:
-        load_config(run_folder / "config.yaml")  # a run that is not there is named as such
+        builders.frozen_config(arguments.run, arguments.root)  # a run that is not there is named as such
         raise ValueError(
             f"{run_folder / 'bank'} holds no bank; make one with `memory3 bank build {arguments.run}`"
         )
@@ -228,7 +229,7 @@ def stat(arguments: argparse.Namespace) -> int:
 
 def search(arguments: argparse.Namespace) -> int:
     """Show what a text retrieves."""
-    config = load_config(builders.run_folder(arguments.run, arguments.root) / "config.yaml")
+    config = builders.frozen_config(arguments.run, arguments.root)
     embedder = embedders.build(config.retrieval.embedder)
     if not arguments.text.strip():
         raise ValueError("the text to search for is empty")
@@ -329,7 +330,7 @@ def _like_the_old(document: Document, library: Library, arguments: argparse.Name
 
 
 def _on_ranks(arguments: argparse.Namespace) -> int:
-    config = load_config(builders.run_folder(arguments.run, arguments.root) / "config.yaml")
+    config = builders.frozen_config(arguments.run, arguments.root)
     program, told = f"memory3 bank {arguments.action}", json.dumps(vars(arguments))
     code = run_here(program, "launch.bank_worker", told, num_ranks=arguments.ranks, config=config)
     if code in STOPPED:
@@ -532,22 +533,23 @@ def _bytes_in(folder: Path) -> int:
 
 
 class _Rate(ProgressColumn):
-    """References per second, and bytes done."""
+    """How many a second, once there was a second to measure, and the bytes done, unless they are what is counted."""
 
     def render(self, task: Task) -> Text:
-        speed = f"{task.speed:,.0f}/s" if task.speed else ""
-        return Text(f"{speed} {decimal(int(task.fields['size']))}")
+        speed = f"{decimal(round(task.speed))}/s" if task.speed and (task.elapsed or 0) > 1 else ""
+        size = int(task.fields["size"])
+        return Text(" ".join(filter(None, [speed, decimal(size) if size != task.completed else ""])))
 
 
 @contextmanager
 def _bars(unit: str = "references") -> Iterator[Told]:
     """A bar for each kind of work, as it begins."""
     tasks: dict[str, tuple[int, int]] = {}
+    amount = [DownloadColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
+        *amount,
         _Rate(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
