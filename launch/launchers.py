@@ -182,6 +182,10 @@ def _run(started: Sequence[Sequence[str]], config: RunConfig, *, listening: bool
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        for agent in agents:
+            if agent.stdin is not None:
+                with suppress(OSError):  # what it was not told any more
+                    agent.stdin.close()
 
 
 def _wait(agents: Sequence["subprocess.Popen[bytes]"], tell: Callable[[int], None]) -> int:

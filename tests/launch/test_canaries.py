@@ -71,7 +71,7 @@ def test_documents_are_text_whatever_they_say(canary: Path, tmp_path: Path) -> N
         {"text": text, "_target_": "os.system", "title": {"_target_": f"touch {canary}"}} for text in texts
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    found = list(_json_records([str(path)], ["corpus.jsonl"], ("text", "title"), "text", ""))
+    found = list(_json_records([str(path)], ["corpus.jsonl"], ("text", "title"), "text"))
     assert [record["text"] for record in found] == texts
     assert not canary.exists()
 
