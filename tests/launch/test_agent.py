@@ -23,11 +23,15 @@ def fail(run, stop, meeting):
     if how == "wait":
         time.sleep(60)
     if how == "kill":
+        is_told = Path(run, str(1 - int(os.environ["RANK"]))).read_text().startswith("told")
+        while is_told and not Path(run, "computing").exists():
+            time.sleep(0.01)
         os.kill(os.getpid(), 9)
     if how == "lost":
         raise RuntimeError("connection closed by peer")
     if how.startswith("told"):  # the launcher ends this rank, which is computing, and only then looks for the other
         with stop.deferred():
+            Path(run, "computing").touch()
             while not stop.requested:
                 time.sleep(0.01)
             worker._GRACE_SECONDS = 0
