@@ -121,9 +121,8 @@ def _failure(run: Path | None, failed: ChildFailedError, watchdog: Watchdog, kil
 
 def _listen() -> None:
     """Take signals from the launcher, and its end for one, however it ended."""
-    while said := os.read(
-        sys.stdin.fileno(), 1024
-    ):  # unbuffered: nobody may hold a lock when the process ends
+    # Unbuffered: nobody may hold a lock when the process ends.
+    while said := os.read(sys.stdin.fileno(), 1024):
         for number in said.split():
             os.kill(os.getpid(), int(number))
     os.kill(os.getpid(), signal.SIGTERM)

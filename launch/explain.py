@@ -178,16 +178,17 @@ def _of_group(text: str, overrides: Sequence[str], conf: Path) -> str | None:
     if not re.search(r"Config group override|[Mm]ultiple values for|more than once", text):
         return None
     of_groups = [each for each in overrides if _name(each) and (conf / _name(each)).is_dir()]
-    for override in sorted(of_groups, key=lambda each: _is_choice(each, of_groups, conf)):
-        return _choose(override, _name(override), conf)
-    return None
+    if not of_groups:
+        return None
+    wrong = min(of_groups, key=lambda each: _is_choice(each, of_groups, conf))
+    return _choose(wrong, _name(wrong), conf)
 
 
 def _is_choice(override: str, of_groups: Sequence[str], conf: Path) -> bool:
     """Whether nothing is wrong with the choice of a file."""
     name, _, choice = override.partition("=")
     once = sum(_name(each) == name for each in of_groups) == 1
-    return once and choice in _choices(conf / name) if (conf / name).is_dir() else False
+    return once and choice in _choices(conf / name)
 
 
 def _choose(override: str, group: str, conf: Path) -> str:

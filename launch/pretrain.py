@@ -86,9 +86,8 @@ def _prepare_and_train(arguments: argparse.Namespace, config: RunConfig) -> int:
         from launch import prepare
 
         prepare.ensure(config)
-        prepare.refuse_without_validation(
-            config
-        )  # before there is a run folder, which would hold these settings
+        # Before there is a run folder, which would hold these settings.
+        prepare.refuse_without_validation(config)
     return pretrain(config)
 
 
@@ -181,10 +180,8 @@ def check_branch(config: RunConfig, folder: Path) -> None:
     if newest_of(folder, "continual") is not None:
         return
     source, warmup = branch_source(folder, config)
-    named, constant = (
-        f"continual.branch_from={config.continual.branch_from}",
-        warmup.steps - warmup.decay_steps,
-    )
+    named = f"continual.branch_from={config.continual.branch_from}"
+    constant = warmup.steps - warmup.decay_steps
     if newest_of(source, "warmup", at_most=constant) is None:
         raise ValueError(
             f"{named}: {source} has no warmup checkpoint from step {constant} or before, where its decay begins; "

@@ -296,9 +296,8 @@ class Library:
             except BaseException as problem:
                 os.close(descriptor)
                 standing = state_numbers(folder)
-                swept = chosen not in (
-                    standing if number else standing[-1:]
-                )  # meanwhile: there is a newer one
+                # Swept meanwhile, since there is a newer one?
+                swept = chosen not in (standing if number else standing[-1:])
                 if not (swept and isinstance(problem, ValueError | OSError)):
                     raise
                 continue

@@ -260,9 +260,8 @@ def _publish(
         for first in range(0, len(missing), team.world_size):
             dealt = missing[first : first + team.world_size]
             num_batches = max(count(shards[shard]) for shard in dealt)
-            shard = dealt[
-                team.rank % len(dealt)
-            ]  # without a shard of its own, a rank encodes along for nothing
+            # Without a shard of its own, a rank encodes along for nothing.
+            shard = dealt[team.rank % len(dealt)]
             due, told = sum(len(shards[shard]) for shard in dealt), 0
             made: list[Tensor] = []
             for done, records in enumerate(make(shards[shard], num_batches), start=1):

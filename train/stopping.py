@@ -61,9 +61,8 @@ class Stop:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in SIGNALS:
             if number != signal.SIGHUP or heeds_hangup():
-                signal.signal(
-                    number, lambda *_: None
-                )  # the interpreter itself writes the number into the pipe
+                # The interpreter itself writes the number into the pipe.
+                signal.signal(number, lambda *_: None)
         Thread(target=self._watch, args=(reader,), name="stop", daemon=True).start()
 
     @contextmanager
