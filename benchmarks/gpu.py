@@ -16,14 +16,18 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.files import write_atomic
 from launch import build
@@ -34,6 +38,9 @@ from model.attention import PrefixKeys, fast_attention, reference_attention
 from model.config import ModelConfig
 from model.memory import MemoryBatch, ReferenceBatch
 from model.transformer import Memory3LM
+from train import distributed
+from train.config import EngineConfig, OptimConfig
+from train.engine import DeepSpeedEngine, ModelInput
 
 _SECONDS = 570
 _CORRECT_SECONDS = 60
@@ -137,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def correctness(device: torch.device) -> Iterator[tuple[str, float, float]]:
-    """Yield what is compared with the plain definition in float64, the relative error, and what it may be."""
+    """Yield what is compared with the plain definition in float64, the relative error (or a count), and its limit."""
     for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
         for heads, kept, tokens in _SHAPES:
             config = ModelConfig(
@@ -162,6 +169,8 @@ def correctness(device: torch.device) -> Iterator[tuple[str, float, float]]:
     if device.type == "cuda":
         yield "a compiled model's gradients in bfloat16, online memory", _compiled(device), 5e-2
     yield "live memory and the same memory from a bank, bitwise", _live_and_stored(device), 0.0
+    with ProcessPoolExecutor(1, get_context("spawn")) as aside:  # ranks leave their mark on a process
+        yield "waits for the device that further micro-batches add", aside.submit(waits_added).result(), 0.0
 
 
 def _cut(problem: Problem, tokens: int, dtype: torch.dtype) -> Problem:
@@ -243,6 +252,78 @@ def _live_and_stored(device: torch.device) -> float:
         rows = tokens.view(2, -1)[:, :256]
         logits = [model(rows, memory=MemoryBatch(pool, slots)) for pool in (live, stored)]
     return float((logits[0] - logits[1]).abs().max())
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the CPU wait for the device: values that it reads, and DeepSpeed's `synchronize`.
+
+    On a GPU PyTorch tells of every call of CUDA's that waits, of copies from pages that may move, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+        self._told = warnings.catch_warnings(record=True)
+
+    def __enter__(self) -> Self:
+        from deepspeed.accelerator import get_accelerator
+
+        self._accelerator = get_accelerator()
+        self._accelerator.synchronize = self._counted
+        if torch.cuda.is_available():
+            self._warnings = self._told.__enter__()
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *problem: Any) -> None:
+        super().__exit__(*problem)  # type: ignore[no-untyped-call]
+        del self._accelerator.synchronize
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")
+            self._told.__exit__(*problem)
+            self.count += sum("synchronizing CUDA operation" in str(each.message) for each in self._warnings)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default and not torch.cuda.is_available()
+        return function(*args, **(kwargs or {}))
+
+    def _counted(self, *_: Any) -> None:
+        self.count += 1
+
+
+def waits_added() -> float:
+    """Return the waits of a step of four micro-batches less those of one of two; references are encoded in both."""
+    ranks = distributed.start(threads=torch.get_num_threads())
+    config = ModelConfig(
+        num_layers=2, num_memory_layers=1, width=128, ffn_width=128, row_tokens=128, prefix_ids=[1, 2, 3]
+    )
+    tokens = torch.randint(0, config.vocab_size, (1, 129))
+    lengths = torch.full((2,), 32)
+    references = ReferenceBatch(
+        tokens[:, :64].reshape(2, 32), lengths, torch.zeros_like(lengths), torch.arange(2).view(1, 2, 1)
+    )
+    micro = ModelInput(tokens[:, :-1], tokens[:, 1:], references)
+    counts: list[int] = []
+    try:
+        for count in (2, 4):
+            engine = DeepSpeedEngine(
+                Memory3LM(config),
+                optim=OptimConfig(),
+                engine=EngineConfig(),
+                rows_per_step=count,
+                micro_rows=1,
+                ranks=ranks,
+            )
+            for _ in range(3):  # DeepSpeed's timers begin at the third step
+                engine.train_step([micro] * count, lr=1e-3)
+            with Waits() as waits:
+                engine.train_step([micro.to(ranks.device) for _ in range(count)], lr=1e-3)
+            counts.append(waits.count)
+    finally:
+        distributed.stop()
+    assert min(counts) > 0, "the norm is read once a step: nothing was counted"
+    return float(counts[1] - counts[0])
 
 
 def _run(part: Part, folder: Path, *, seconds: float) -> dict[str, Any] | str:

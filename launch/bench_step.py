@@ -9,7 +9,6 @@ references are random (`launch.bench_corpus`); every chunk found a reference of 
 Not here: operations (`model.flops`), generation.
 """
 
-import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,7 +48,7 @@ from train.config import DivergenceConfig, OptimConfig, StageConfig
 from train.distributed import Ranks
 from train.engine import DeepSpeedEngine, ModelInput
 from train.inputs import InputsAhead
-from train.loop import train_epoch
+from train.loop import collector_at_rest, train_epoch
 from train.metrics import JsonLines, Metrics
 from train.optim import parameter_groups
 from train.products import products
@@ -352,13 +351,9 @@ def measure(config: RunConfig, conditions: Conditions) -> Bench:
             sides["compiling"] = compiling(now, count=count)
         if has_room_for_another(now):
             sides["bare loop"] = bare_loop(now)
-        gc.collect()
-        gc.freeze()  # each side begins with a collection, which a run has once an epoch
-        try:
+        with collector_at_rest():
             times = interleaved(sides, conditions, warm=_WARM)
-        finally:
-            gc.unfreeze()
-        profiles = [where_time_goes(name, loop) for name, loop in trained.items()]
+            profiles = [where_time_goes(name, loop) for name, loop in trained.items()]
         filled, read = now.filled, now.num_read
     rows, warmup = stage.rows_per_step, times["warmup"]
     plain = step_flops(model, rows=rows)

@@ -18,7 +18,7 @@ from data.references import ReferenceSource
 from memorybank.codec import Codec
 from memorybank.pool import distinct
 from memorybank.windows import alone
-from model.memory import MemoryBatch, ReferenceBatch
+from model.memory import MemoryBatch, ReferenceBatch, sent
 
 Ids = NDArray[np.int64]
 
@@ -41,8 +41,8 @@ class BankReader:
     def batch(self, ids_BCK: Ids, device: torch.device | str = "cpu") -> MemoryBatch:
         """Return the pool of the distinct references, and the slots into it; -1 stays empty."""
         ids_N, slots_BCK = distinct(ids_BCK)
-        pool = self._codec.decode(self._records.read(ids_N).to(device))
-        return MemoryBatch(pool=pool, slots_BCK=slots_BCK.to(device))
+        pool = self._codec.decode(sent(self._records.read(ids_N), device))
+        return MemoryBatch(pool=pool, slots_BCK=sent(slots_BCK, device))
 
 
 class OnlineReader:

@@ -17,6 +17,17 @@ SCORES_IN_CACHE = 1 << 18
 """Scores that token selection holds at once on a CPU: 1 MiB in float32, which stays in a core's own cache."""
 
 
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device, for which nothing waits: a GPU copies from pages that stay in place, in its order.
+
+    From other pages the copy would begin when all that was queued before it is done, and this thread would wait.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # kept until it is copied
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ExplicitMemory:
     """What N references offer to each memory layer."""
@@ -31,9 +42,9 @@ class ExplicitMemory:
     def to(self, device: torch.device | str) -> "ExplicitMemory":
         """Return the same memory on another device."""
         return ExplicitMemory(
-            self.k_NLGSE.to(device, non_blocking=True),
-            self.v_NLGSE.to(device, non_blocking=True),
-            self.index_NLGS.to(device, non_blocking=True),
+            sent(self.k_NLGSE, device),
+            sent(self.v_NLGSE, device),
+            sent(self.index_NLGS, device),
         )
 
 
@@ -47,7 +58,7 @@ class MemoryBatch:
 
     def to(self, device: torch.device | str) -> "MemoryBatch":
         """Return the same batch on another device."""
-        return MemoryBatch(self.pool.to(device), self.slots_BCK.to(device, non_blocking=True))
+        return MemoryBatch(self.pool.to(device), sent(self.slots_BCK, device))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,10 +76,10 @@ class ReferenceBatch:
     def to(self, device: torch.device | str) -> "ReferenceBatch":
         """Return the same batch on another device."""
         return ReferenceBatch(
-            self.tokens_NR.to(device, non_blocking=True),
-            self.lengths_N.to(device, non_blocking=True),
-            self.titles_N.to(device, non_blocking=True),
-            self.slots_BCK.to(device, non_blocking=True),
+            sent(self.tokens_NR, device),
+            sent(self.lengths_N, device),
+            sent(self.titles_N, device),
+            sent(self.slots_BCK, device),
         )
 
 
@@ -86,7 +97,7 @@ class Places:
 
     def to(self, device: torch.device | str) -> "Places":
         """Return the same places on another device."""
-        return Places(self.row_N.to(device, non_blocking=True), self.begin_N.to(device, non_blocking=True))
+        return Places(sent(self.row_N, device), sent(self.begin_N, device))
 
     def tokens(self, titles_N: Tensor, *, row_tokens: int, reference_tokens: int) -> Tensor:
         """Return where each token of each reference stands in the flattened rows, (N, R).

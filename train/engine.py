@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from copy import copy as shallow_copy
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from model.attention import AttentionShares
 from model.loss import LossSum
-from model.memory import ExplicitMemory, MemoryBatch, Places, ReferenceBatch
+from model.memory import ExplicitMemory, MemoryBatch, Places, ReferenceBatch, sent
 from model.transformer import Memory3LM
 from train.config import EngineConfig, OptimConfig, Precision
 from train.distributed import Ranks
@@ -60,8 +60,8 @@ class ModelInput:
     def to(self, device: torch.device | str) -> "ModelInput":
         """The same inputs on another device."""
         return ModelInput(
-            self.tokens_BT.to(device, non_blocking=True),
-            self.targets_BT.to(device, non_blocking=True),
+            sent(self.tokens_BT, device),
+            sent(self.targets_BT, device),
             None if self.memory is None else self.memory.to(device),
         )
 
@@ -76,7 +76,7 @@ class StepResult:
         grad_norm: Global norm before clipping; None in float32 without ZeRO, where DeepSpeed does not keep it.
         skipped: Whether the update was left out because the gradient was not finite.
         seconds_update: What the optimizer took of the step: clipping, update, exchange of parameters. Gradients are
-            exchanged before, at the end of the backward pass.
+            exchanged before, at the end of the backward pass. On a GPU, of the step before: this one's goes on.
     """
 
     loss: float
@@ -128,8 +128,8 @@ class Inference(Protocol):
 class Engine(Inference, Protocol):
     """What the loop and the checkpoints need beyond that."""
 
-    def train_step(self, inputs: Sequence[ModelInput], *, lr: float) -> StepResult:
-        """Make one optimizer update from this rank's micro-batches; a collective."""
+    def train_step(self, inputs: Iterable[ModelInput], *, lr: float) -> StepResult:
+        """Make one optimizer update from this rank's micro-batches, each asked for when it is needed; a collective."""
         ...
 
     def weights(self) -> dict[str, Tensor]:
@@ -183,6 +183,8 @@ class DeepSpeedEngine:
                 gc.unfreeze()
         self._zero_stage = engine.zero_stage
         self._copies = TensorCopies()
+        clock = _GpuClock if ranks.device.type == "cuda" else _CpuClock
+        self._clock: _CpuClock | _GpuClock = clock(self._engine.basic_optimizer)
         if engine.zero_stage == 1 and engine.precision is Precision.bf16:
             _add_up_in_one_pass(self._engine.optimizer)
         if engine.zero_stage == 0 and engine.precision is Precision.bf16:
@@ -195,28 +197,24 @@ class DeepSpeedEngine:
         """The wrapped model, for what only reads it."""
         return self._engine.module
 
-    def train_step(self, inputs: Sequence[ModelInput], *, lr: float) -> StepResult:
+    def train_step(self, inputs: Iterable[ModelInput], *, lr: float) -> StepResult:
         engine = self._engine
         engine.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        device = self._ranks.device
-        losses = torch.zeros(
-            2, dtype=torch.float64, device=device
-        )  # read once, when the whole step is queued
-        computed = _mark(device)
+        losses = torch.zeros(2, dtype=torch.float64, device=self._ranks.device)  # read once, at the end
         for micro in inputs:
             loss = self._forward(micro)
             engine.backward(loss.sum / loss.count.clamp(min=1))
             losses += torch.stack([loss.sum.detach().double(), loss.count.double()])
-            computed = _mark(device)
+            self._clock.computed()
             engine.step()
             self._ranks.pulse.beat()
-        updated = _mark(device)
+        self._clock.updated()
         norm = engine.get_global_grad_norm()
         totals = torch.zeros(4, dtype=torch.float64)
-        totals[:2] = losses.cpu()
-        totals[2] = 0.0 if norm is None else float(norm)
+        totals[:2] = self._clock.read(losses)
+        totals[2] = 0.0 if norm is None else float(self._clock.read(torch.as_tensor(norm)))
         totals[3] = not engine.was_step_applied()
         totals = self._ranks.sum(totals)  # what is decided from these numbers is decided alike on every rank
         return StepResult(
@@ -224,7 +222,7 @@ class DeepSpeedEngine:
             tokens=int(totals[1]),
             grad_norm=None if norm is None else totals[2].item() / self._ranks.world_size,
             skipped=bool(totals[3]),
-            seconds_update=_seconds_between(computed, updated),
+            seconds_update=self._clock.seconds_update(),
         )
 
     @torch.no_grad()
@@ -256,9 +254,9 @@ class DeepSpeedEngine:
         self._ranks.pulse.beat()
         device = self._ranks.device
         memory: ExplicitMemory = self.module.encode(
-            tokens_NR.to(device),
-            lengths_N.to(device),
-            None if titles_N is None else titles_N.to(device),
+            sent(tokens_NR, device),
+            sent(lengths_N, device),
+            None if titles_N is None else sent(titles_N, device),
             None if places is None else places.to(device),
         )
         return memory
@@ -341,6 +339,63 @@ class DeepSpeedEngine:
         batch = inputs.to(self._ranks.device)
         loss: LossSum = self._engine(batch.tokens_BT, targets_BT=batch.targets_BT, memory=batch.memory)
         return loss
+
+
+class _CpuClock:
+    """When a step's gradients were there and when its update was made; reads what was found by then."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        del optimizer  # an update is made when it returns
+        self._marks = [0.0, 0.0]
+
+    def computed(self) -> None:
+        """A micro-batch's gradients are there."""
+        self._marks[0] = time.perf_counter()
+
+    def updated(self) -> None:
+        """The update of a step is made, or queued."""
+        self._marks[1] = time.perf_counter()
+
+    def read(self, values: Tensor) -> Tensor:
+        """What was known before the update, on the CPU."""
+        return values
+
+    def seconds_update(self) -> float:
+        """What the optimizer took; asked once a step, when its values were read."""
+        return self._marks[1] - self._marks[0]
+
+
+class _GpuClock:
+    """The same where work is queued: only what comes before an update is waited for, as DeepSpeed itself does.
+
+    So what follows a step is done, and the next one queued, while its update is made; its time is known a step later.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._known = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._marks, self._marks_before = _two_marks(), None
+        optimizer.register_step_pre_hook(lambda *_: self._known.record())
+
+    def computed(self) -> None:
+        self._marks[0].record()
+        self._known.record()  # the optimizer never begins an update that is left out
+
+    def read(self, values: Tensor) -> Tensor:
+        self._aside.wait_event(self._known)
+        with torch.cuda.stream(self._aside):
+            return values.cpu()
+
+    def updated(self) -> None:
+        self._marks[1].record()
+
+    def seconds_update(self) -> float:
+        before, self._marks_before, self._marks = self._marks_before, self._marks, _two_marks()
+        return 0.0 if before is None else float(before[0].elapsed_time(before[1])) / 1000
+
+
+def _two_marks() -> Any:
+    return [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
 
 
 class _Caught:
@@ -429,9 +484,9 @@ class InferenceEngine:
         places: Places | None = None,
     ) -> ExplicitMemory:
         return self.model.encode(
-            tokens_NR.to(self.device),
-            lengths_N.to(self.device),
-            None if titles_N is None else titles_N.to(self.device),
+            sent(tokens_NR, self.device),
+            sent(lengths_N, self.device),
+            None if titles_N is None else sent(titles_N, self.device),
             None if places is None else places.to(self.device),
         )
 
@@ -467,6 +522,9 @@ def deepspeed_settings(
             },
         },
         "steps_per_print": 2**31,
+        "timers": {
+            "throughput": {"enabled": False}
+        },  # it waits for the device before and after each micro-batch
         "zero_force_ds_cpu_optimizer": False,
     }
     if engine.precision is Precision.bf16 and engine.zero_stage > 0:
@@ -485,23 +543,6 @@ def hash_weights(weights: dict[str, Tensor]) -> str:
         digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
         digest.update(value.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _mark(device: torch.device) -> Any:
-    """A point in the order of the device's work, without waiting for it."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    mark.record()
-    return mark
-
-
-def _seconds_between(first: Any, last: Any) -> float:
-    """Seconds from one mark to another, both of which the device has passed."""
-    if isinstance(first, float):
-        return float(last) - first
-    last.synchronize()
-    return float(first.elapsed_time(last)) / 1000
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:

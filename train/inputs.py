@@ -1,11 +1,11 @@
 """What the steps of an epoch are given, made ahead.
 
-While a step runs, a thread gathers the records that the next rows read, through a cache, and decodes them on the
-device.
+While a micro-batch is computed, a thread gathers the records that the next rows read, through a cache, and decodes them
+on the device.
 
 Invariants: inputs are those that the stage would make when they are asked for, bit for bit; the cursor counts what was
 handed out, not what was made ahead. On a GPU the thread queues its copies and its decoding on the stream that trains:
-they are in order by construction, and short beside a step.
+they are in order by construction, short beside a micro-batch, and wait for nothing (`model.memory.sent`).
 
 Not here: which references a row reads (`stages`), the rows (`data.loader`).
 """
@@ -38,21 +38,24 @@ class BankReading:
     bytes_read: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepInputs:
     """What a step is given.
 
     Attributes:
-        micro: Its micro-batches, on this rank.
+        micro: Its micro-batches on this rank, handed out one at a time: those that follow are made in the meantime.
+            What stands below is known when there are no more.
         cursor: Rows of the plan consumed by the whole run once the step is done.
-        seconds_retrieve: Time that was waited for what the rows read; the rest of the wait was for the rows.
+        seconds_waited: Time that was waited for the micro-batches.
+        seconds_retrieve: What of it was waited for what the rows read; the rest was for the rows.
         reading: None for a stage that reads no bank.
     """
 
-    micro: list[ModelInput]
-    cursor: int
-    seconds_retrieve: float
-    reading: BankReading | None
+    micro: Iterator[ModelInput]
+    cursor: int = 0
+    seconds_waited: float = 0.0
+    seconds_retrieve: float = 0.0
+    reading: BankReading | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +103,30 @@ class InputsAhead:
         return self
 
     def __next__(self) -> StepInputs:
-        micro: list[ModelInput] = []
-        waited = 0.0
-        for _ in range(self._accumulate):
-            asked = time.perf_counter()
-            made = next(self._ahead)
-            # While this waited, the thread fetched the rows first; from then on, it read their memories.
-            waited += max(0.0, time.perf_counter() - max(asked, made.begun))
-            micro.append(made.inputs)
-        if made.counts is None:
-            return StepInputs(micro, made.cursor, waited, None)
-        read, self._counted = made.counts.since(self._counted), made.counts
-        asked_for = read.held + read.missed
-        rate = read.held / asked_for if asked_for else None
-        return StepInputs(micro, made.cursor, waited, BankReading(rate, read.bytes_read))
+        """The step that follows; the one before must have been handed out whole."""
+        step = StepInputs(iter(()))
+        step.micro = self._hand_out(step, self._await(step))
+        return step
+
+    def _hand_out(self, step: StepInputs, made: _Made) -> Iterator[ModelInput]:
+        yield made.inputs
+        for _ in range(1, self._accumulate):
+            made = self._await(step)
+            yield made.inputs
+        step.cursor = made.cursor
+        if made.counts is not None:
+            read, self._counted = made.counts.since(self._counted), made.counts
+            asked_for = read.held + read.missed
+            step.reading = BankReading(read.held / asked_for if asked_for else None, read.bytes_read)
+
+    def _await(self, step: StepInputs) -> _Made:
+        asked = time.perf_counter()
+        made = next(self._ahead)
+        got = time.perf_counter()
+        step.seconds_waited += got - asked
+        # While this waited, the thread fetched the rows first; from then on, it read their memories.
+        step.seconds_retrieve += max(0.0, got - max(asked, made.begun))
+        return made
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ Not here: how an epoch is opened (`continual`), how a run is put together (`laun
 import gc
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -54,7 +55,8 @@ def train_epoch(
 ) -> RunState:
     """Train up to `last_step` finished updates of the stage and return where that leaves the run.
 
-    A checkpoint is published when the schedule says so, at `last_step`, and before an early return.
+    A checkpoint is published when the schedule says so, at `last_step`, and before an early return. To be called with
+    the `collector_at_rest`.
 
     Args:
         engine: Makes the updates.
@@ -73,67 +75,74 @@ def train_epoch(
     Raises:
         DivergedError: The updates since the last good one are not to be kept.
     """
-    collected = gc.isenabled()
+    while state.step < last_step:
+        started = time.perf_counter()
+        given = next(inputs)
+        if state.health.passes_over(state.step):
+            for _ in given.micro:
+                pass  # they come in their order
+            state = state.passing_over(cursor=given.cursor)
+            metrics.log(stage=state.stage, step=state.step, passed_over=True)
+        else:
+            lr = schedule.learning_rate(state.step) * state.health.lr_factor
+            result = engine.train_step(given.micro, lr=lr)
+            health = state.health.after(result, divergence)
+            state = state.after(result, cursor=given.cursor, health=health)
+            ended = time.perf_counter()
+            rate = result.tokens / (ended - started)
+            reads = stage.reads(state.cursor)
+            metrics.log(
+                stage=state.stage,
+                step=state.step,
+                num_steps=schedule.num_steps,
+                epoch=state.epoch,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=lr,
+                skipped=result.skipped,
+                tokens=state.tokens,
+                tokens_per_second=rate,
+                mfu=_share(rate, peak.palm if peak else None),
+                mfu_causal=_share(rate, peak.causal if peak else None),
+                matmul_share=_share(rate, peak.products if peak else None),
+                seconds_data=given.seconds_waited - given.seconds_retrieve,
+                seconds_retrieve=given.seconds_retrieve,
+                seconds_compute=ended - started - given.seconds_waited - result.seconds_update,
+                seconds_update=result.seconds_update,
+                generation=state.generation,
+                generation_age=None if state.generation is None else state.step - state.epoch_step,
+                **({} if reads is None else asdict(reads)),
+                **({} if given.reading is None else asdict(given.reading)),
+            )
+            state.health.judge(state.step, result, divergence)
+        stopped = stopping()
+        if schedule.validates(state.step) and not stopped:
+            measured = validate(state)
+            metrics.log(stage=state.stage, step=state.step, **measured)
+            loss = measured.get("validation_memory", measured["validation_none"])
+            state = replace(state, validation=loss)
+        if schedule.saves(state.step) or state.step == last_step or stopped:
+            save(state)
+        if stopped:
+            break
+        if state.step % 100 == 0:
+            gc.collect()
+    return state
+
+
+@contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Keep Python's garbage collector from stalling a step, and with it every rank; `train_epoch` calls it at times."""
+    collects = gc.isenabled()
     gc.collect()
     gc.freeze()  # what is there now stays, and need not be looked at again
-    gc.disable()  # a collection in the middle of a step stalls every rank
+    gc.disable()
     try:
-        while state.step < last_step:
-            started = time.perf_counter()
-            given = next(inputs)
-            fetched = time.perf_counter()
-            if state.health.passes_over(state.step):
-                state = state.passing_over(cursor=given.cursor)
-                metrics.log(stage=state.stage, step=state.step, passed_over=True)
-            else:
-                lr = schedule.learning_rate(state.step) * state.health.lr_factor
-                result = engine.train_step(given.micro, lr=lr)
-                health = state.health.after(result, divergence)
-                state = state.after(result, cursor=given.cursor, health=health)
-                ended = time.perf_counter()
-                rate = result.tokens / (ended - started)
-                reads = stage.reads(state.cursor)
-                metrics.log(
-                    stage=state.stage,
-                    step=state.step,
-                    num_steps=schedule.num_steps,
-                    epoch=state.epoch,
-                    loss=result.loss,
-                    grad_norm=result.grad_norm,
-                    lr=lr,
-                    skipped=result.skipped,
-                    tokens=state.tokens,
-                    tokens_per_second=rate,
-                    mfu=_share(rate, peak.palm if peak else None),
-                    mfu_causal=_share(rate, peak.causal if peak else None),
-                    matmul_share=_share(rate, peak.products if peak else None),
-                    seconds_data=fetched - started - given.seconds_retrieve,
-                    seconds_retrieve=given.seconds_retrieve,
-                    seconds_compute=ended - fetched - result.seconds_update,
-                    seconds_update=result.seconds_update,
-                    generation=state.generation,
-                    generation_age=None if state.generation is None else state.step - state.epoch_step,
-                    **({} if reads is None else asdict(reads)),
-                    **({} if given.reading is None else asdict(given.reading)),
-                )
-                state.health.judge(state.step, result, divergence)
-            stopped = stopping()
-            if schedule.validates(state.step) and not stopped:
-                measured = validate(state)
-                metrics.log(stage=state.stage, step=state.step, **measured)
-                loss = measured.get("validation_memory", measured["validation_none"])
-                state = replace(state, validation=loss)
-            if schedule.saves(state.step) or state.step == last_step or stopped:
-                save(state)
-            if stopped:
-                break
-            if state.step % 100 == 0:
-                gc.collect()
+        yield
     finally:
         gc.unfreeze()
-        if collected:
+        if collects:
             gc.enable()
-    return state
 
 
 def _share(rate: float, peak: float | None) -> float | None:

@@ -30,7 +30,7 @@ from train.divergence import DivergedError, HopelessError
 from train.engine import Engine
 from train.evaluate import Setting, TextSet, memory_attention, validation_losses
 from train.inputs import InputsAhead, StepInputs
-from train.loop import PeakSpeed, train_epoch
+from train.loop import PeakSpeed, collector_at_rest, train_epoch
 from train.metrics import Metrics
 from train.rows import plan_epoch
 from train.schedule import Schedule, epoch_begins
@@ -181,6 +181,7 @@ def _train(parts: Parts, plan: RowPlan, state: RunState, history: History, last_
     with ExitStack() as opened:
         opened.enter_context(parts.stop.deferred())
         opened.enter_context(ranks.pulse.batches(f"an update of the {parts.name} stage"))
+        opened.enter_context(collector_at_rest())
         opened.enter_context(batches)
         inputs: Iterator[StepInputs] = opened.enter_context(ahead)
         if parts.tracing is not None:

@@ -2,12 +2,16 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import gpu
 from launch.compose import compose_config
+from tests.support.spawn import spawn
+from train import engine
+from train.engine import deepspeed_settings
 
 
 def one_part(**_: object) -> list[gpu.Part]:
@@ -22,9 +26,23 @@ def test_a_part_is_run_and_stands_in_the_table(monkeypatch: pytest.MonkeyPatch, 
     assert gpu.main(["--smallest", "--output", str(tmp_path)]) == 0
     table = (tmp_path / "gpu.md").read_text()
     assert "forward pass / compiling" in table
-    assert table.count("correct") == 13
+    assert table.count("correct") == 14
     assert "attention and its gradients: 389 tokens, head size 80, 32 kept, bfloat16" in table
     assert (tmp_path / "tiny" / "bench_compile.json").exists()
+
+
+def _timed(*given: Any, **named: Any) -> dict[str, Any]:
+    return deepspeed_settings(*given, **named) | {"timers": {"throughput": {"enabled": True}}}
+
+
+def test_deepspeeds_timers_would_wait_twice_for_each_micro_batch() -> None:
+    assert spawn(_waits_with_timers, world_size=1) == [4.0]
+
+
+def _waits_with_timers() -> float:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "deepspeed_settings", _timed)
+        return gpu.waits_added()
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ class CountingEngine(Engine):
         self.rates.append(lr)
         self.inputs.append(list(inputs))
         loss = 1.0 if self._losses is None else self._losses[self.updates - 1]
-        tokens = sum(micro.targets_BT.numel() for micro in inputs)
+        tokens = sum(micro.targets_BT.numel() for micro in self.inputs[-1])
         return StepResult(loss, tokens, 0.5, self.updates in self._skips)
 
     def weights(self) -> dict[str, Tensor]:

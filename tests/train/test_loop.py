@@ -10,7 +10,7 @@ from train.config import DivergenceConfig
 from train.divergence import DivergedError, Health
 from train.engine import ModelInput
 from train.inputs import BankReading, StepInputs
-from train.loop import PeakSpeed, train_epoch
+from train.loop import PeakSpeed, collector_at_rest, train_epoch
 from train.metrics import JsonLines, Metrics, read_metrics
 from train.schedule import Schedule
 from train.stages import PlainStage
@@ -63,7 +63,7 @@ class Trained:
             rows = [torch.full((2, 5), self.handed_out + first) for first in (0, 2)]
             self.handed_out += 4
             micro = [ModelInput(tokens[:, :-1], tokens[:, 1:]) for tokens in rows]
-            yield StepInputs(micro, self.handed_out, 0.0, self.reading)
+            yield StepInputs(iter(micro), self.handed_out, reading=self.reading)
 
 
 def test_counts_updates_and_gives_each_its_micro_batches_and_its_rate(tmp_path: Path) -> None:
@@ -131,7 +131,6 @@ def test_updates_without_finite_gradient_are_left_out_and_too_many_in_a_row_dive
     ) as found:
         Trained(tmp_path, CountingEngine(skips=frozenset({2, 3, 4})))
     assert found.value.window(DivergenceConfig(margin_steps=1)) == (0, 5)
-    assert gc.isenabled()
 
 
 def test_rows_that_are_passed_over_move_the_step_and_make_no_update(tmp_path: Path) -> None:
@@ -173,11 +172,10 @@ def test_a_state_knows_the_validation_loss_of_its_weights(tmp_path: Path) -> Non
     assert Trained(tmp_path, CountingEngine(), last_step=5).state.validation is None
 
 
-def test_the_collector_rests_during_the_epoch_only(tmp_path: Path) -> None:
-    class Looking(CountingEngine):
-        def train_step(self, inputs: object, *, lr: float) -> object:
-            assert not gc.isenabled()
-            return super().train_step(inputs, lr=lr)
-
-    Trained(tmp_path, Looking())
+def test_the_collector_rests_and_what_is_there_by_then_is_not_looked_at_again() -> None:
+    frozen = gc.get_freeze_count()
+    with collector_at_rest():
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() > frozen
     assert gc.isenabled()
+    assert gc.get_freeze_count() == 0

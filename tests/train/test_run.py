@@ -3,6 +3,7 @@
 One spawn trains everything; the tests read what the runs left behind.
 """
 
+import gc
 import json
 from collections.abc import Container
 from dataclasses import replace
@@ -139,6 +140,7 @@ def _poison(patch: pytest.MonkeyPatch, ranks: Ranks, *, updates: Container[int],
     forward, poisoned, calls = DeepSpeedEngine._forward, set(), count()
 
     def poisoning(self: DeepSpeedEngine, inputs: ModelInput) -> LossSum:
+        assert not gc.isenabled()  # the collector rests while a run trains
         loss, rows = forward(self, inputs), inputs.tokens_BT.numpy().tobytes()
         if next(calls) // 2 in updates and ranks.rank == 1:  # two micro-batches an update
             poisoned.add(rows)
