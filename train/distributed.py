@@ -113,17 +113,15 @@ def start(*, threads: int, timeout_seconds: int = 1800, meeting: "Meeting | None
         # Activations, a bank's compilation and validation ask for blocks of other sizes in turn.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
-        if meeting is None:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(
-                backend, store=meeting.store(), rank=given.rank, world_size=given.world_size, timeout=timeout
-            )
+        where: dict[str, Any] = {}  # else at the address that a launcher has set
+        if meeting is not None:
+            where = {"store": meeting.store(), "rank": given.rank, "world_size": given.world_size}
+        elif "MASTER_PORT" not in os.environ:  # alone, and in need of no port
+            where = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=timeout, **where)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, given.local_size)
 
 
@@ -181,11 +179,3 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -11,6 +11,7 @@ import gc
 import io
 import json
 import logging
+import math
 import operator
 import os
 import shutil
@@ -76,7 +77,7 @@ class StepResult:
         grad_norm: Global norm before clipping; None in float32 without ZeRO, where DeepSpeed does not keep it.
         skipped: Whether the update was left out because the gradient was not finite.
         seconds_update: What the optimizer took of the step: clipping, update, exchange of parameters. Gradients are
-            exchanged before, at the end of the backward pass. On a GPU, of the step before: this one's goes on.
+            exchanged before, at the end of the backward pass.
     """
 
     loss: float
@@ -128,9 +129,22 @@ class Inference(Protocol):
 class Engine(Inference, Protocol):
     """What the loop and the checkpoints need beyond that."""
 
-    def train_step(self, inputs: Iterable[ModelInput], *, lr: float) -> StepResult:
-        """Make one optimizer update from this rank's micro-batches, each asked for when it is needed; a collective."""
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether updates are made on a device while this thread goes on."""
         ...
+
+    def queue_step(self, inputs: Iterable[ModelInput], *, lr: float) -> Callable[[], StepResult]:
+        """Queue one optimizer update from this rank's micro-batches, each asked for when it is needed; a collective.
+
+        Returns:
+            Waits for the update and tells of it; a collective, to be called in the order of the updates.
+        """
+        ...
+
+    def train_step(self, inputs: Iterable[ModelInput], *, lr: float) -> StepResult:
+        """Make one update, and wait for it."""
+        return self.queue_step(inputs, lr=lr)()
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters by name, on rank 0 (empty elsewhere); a collective under ZeRO-3."""
@@ -150,7 +164,7 @@ class Engine(Inference, Protocol):
         ...
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Engine):
     """The engine of every run, on GPUs (nccl) and on CPU ranks (gloo)."""
 
     def __init__(
@@ -183,10 +197,9 @@ class DeepSpeedEngine:
                 gc.unfreeze()
         self._zero_stage = engine.zero_stage
         self._copies = TensorCopies()
-        clock = _GpuClock if ranks.device.type == "cuda" else _CpuClock
-        self._clock: _CpuClock | _GpuClock = clock(self._engine.basic_optimizer)
         if engine.zero_stage == 1 and engine.precision is Precision.bf16:
             _add_up_in_one_pass(self._engine.optimizer)
+            _judge_on_the_device(self._engine.optimizer, clip_norm=optim.clip_norm)
         if engine.zero_stage == 0 and engine.precision is Precision.bf16:
             # DeepSpeed makes AdamW's states by an update without gradient, which must not count in its bias correction.
             for moments in self._engine.optimizer.optimizer.state.values():
@@ -197,33 +210,47 @@ class DeepSpeedEngine:
         """The wrapped model, for what only reads it."""
         return self._engine.module
 
-    def train_step(self, inputs: Iterable[ModelInput], *, lr: float) -> StepResult:
-        engine = self._engine
+    @property
+    def runs_ahead(self) -> bool:
+        return self._ranks.device.type == "cuda"
+
+    def queue_step(self, inputs: Iterable[ModelInput], *, lr: float) -> Callable[[], StepResult]:
+        engine, device = self._engine, self._ranks.device
         engine.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        losses = torch.zeros(2, dtype=torch.float64, device=self._ranks.device)  # read once, at the end
+        found = torch.zeros(3, dtype=torch.float64, device=device)  # loss, targets, norm
+        computed = _mark(device)
         for micro in inputs:
             loss = self._forward(micro)
             engine.backward(loss.sum / loss.count.clamp(min=1))
-            losses += torch.stack([loss.sum.detach().double(), loss.count.double()])
-            self._clock.computed()
+            found[:2] += torch.stack([loss.sum.detach().double(), loss.count.double()])
+            computed = _mark(device)
             engine.step()
             self._ranks.pulse.beat()
-        self._clock.updated()
+        updated = _mark(device)
         norm = engine.get_global_grad_norm()
-        totals = torch.zeros(4, dtype=torch.float64)
-        totals[:2] = self._clock.read(losses)
-        totals[2] = 0.0 if norm is None else float(self._clock.read(torch.as_tensor(norm)))
-        totals[3] = not engine.was_step_applied()
-        totals = self._ranks.sum(totals)  # what is decided from these numbers is decided alike on every rank
-        return StepResult(
-            loss=(totals[0] / totals[1].clamp(min=1)).item(),
-            tokens=int(totals[1]),
-            grad_norm=None if norm is None else totals[2].item() / self._ranks.world_size,
-            skipped=bool(totals[3]),
-            seconds_update=self._clock.seconds_update(),
-        )
+        if norm is not None:
+            found[2] = norm
+        applied = engine.was_step_applied()
+        read = _on_its_way(found)
+
+        def result() -> StepResult:
+            totals = torch.tensor([*read().tolist(), not applied], dtype=torch.float64)
+            if totals[2] < 0:  # DeepSpeed's word for one that is not finite
+                totals[2:] = torch.tensor([math.inf, 1.0])
+            totals = self._ranks.sum(
+                totals
+            )  # what is decided from these numbers is decided alike on every rank
+            return StepResult(
+                loss=(totals[0] / totals[1].clamp(min=1)).item(),
+                tokens=int(totals[1]),
+                grad_norm=None if norm is None else totals[2].item() / self._ranks.world_size,
+                skipped=bool(totals[3]),
+                seconds_update=_seconds_between(computed, updated),
+            )
+
+        return result
 
     @torch.no_grad()
     def token_losses(self, inputs: ModelInput) -> Tensor:
@@ -339,63 +366,6 @@ class DeepSpeedEngine:
         batch = inputs.to(self._ranks.device)
         loss: LossSum = self._engine(batch.tokens_BT, targets_BT=batch.targets_BT, memory=batch.memory)
         return loss
-
-
-class _CpuClock:
-    """When a step's gradients were there and when its update was made; reads what was found by then."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        del optimizer  # an update is made when it returns
-        self._marks = [0.0, 0.0]
-
-    def computed(self) -> None:
-        """A micro-batch's gradients are there."""
-        self._marks[0] = time.perf_counter()
-
-    def updated(self) -> None:
-        """The update of a step is made, or queued."""
-        self._marks[1] = time.perf_counter()
-
-    def read(self, values: Tensor) -> Tensor:
-        """What was known before the update, on the CPU."""
-        return values
-
-    def seconds_update(self) -> float:
-        """What the optimizer took; asked once a step, when its values were read."""
-        return self._marks[1] - self._marks[0]
-
-
-class _GpuClock:
-    """The same where work is queued: only what comes before an update is waited for, as DeepSpeed itself does.
-
-    So what follows a step is done, and the next one queued, while its update is made; its time is known a step later.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._known = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._marks, self._marks_before = _two_marks(), None
-        optimizer.register_step_pre_hook(lambda *_: self._known.record())
-
-    def computed(self) -> None:
-        self._marks[0].record()
-        self._known.record()  # the optimizer never begins an update that is left out
-
-    def read(self, values: Tensor) -> Tensor:
-        self._aside.wait_event(self._known)
-        with torch.cuda.stream(self._aside):
-            return values.cpu()
-
-    def updated(self) -> None:
-        self._marks[1].record()
-
-    def seconds_update(self) -> float:
-        before, self._marks_before, self._marks = self._marks_before, self._marks, _two_marks()
-        return 0.0 if before is None else float(before[0].elapsed_time(before[1])) / 1000
-
-
-def _two_marks() -> Any:
-    return [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
 
 
 class _Caught:
@@ -545,6 +515,36 @@ def hash_weights(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _on_its_way(values: Tensor) -> Callable[[], Tensor]:
+    """Start a copy to the CPU, and return what waits for it, but not for what is queued later."""
+    if values.device.type != "cuda":
+        return lambda: values
+    copy = torch.empty_like(values, device="cpu", pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    there.record()
+
+    def wait() -> Tensor:
+        there.synchronize()
+        return copy
+
+    return wait
+
+
+def _mark(device: torch.device) -> Any:
+    """A point in the order of the device's work, without waiting for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    mark.record()
+    return mark
+
+
+def _seconds_between(first: Any, last: Any) -> float:
+    """Seconds from one mark to another, both of which the device has passed."""
+    return float(last - first) if isinstance(first, float) else float(first.elapsed_time(last)) / 1000
+
+
 def _generators(device: torch.device) -> dict[str, Tensor]:
     """States of the random number generators of this process (nothing else draws: rows and order come from seeds)."""
     states = {"cpu": torch.get_rng_state()}
@@ -575,6 +575,25 @@ def _add_up_in_one_pass(optimizer: Any) -> None:
             parameter.grad = None
 
     optimizer._update_hp_grad = add
+
+
+def _judge_on_the_device(optimizer: Any, *, clip_norm: float) -> None:
+    """Let the device clip gradients, and leave out an update whose gradients are not finite.
+
+    DeepSpeed reads their norm on the CPU for both, which waits for the whole backward pass before it queues the update.
+    PyTorch's fused AdamW does both by itself, and spares a pass over the gradients.
+    """
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.is_invalid_grad_norm = lambda _: False
+    optimizer.clip_grad = 0.0
+
+    def judge(adamw: Any, *_: Any) -> None:
+        norm = optimizer._global_grad_norm  # negative: not finite
+        adamw.found_inf = (norm < 0).to(torch.float32)
+        adamw.grad_scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)
+
+    optimizer.optimizer.register_step_pre_hook(judge)
 
 
 def _import_deepspeed(ranks: Ranks) -> Any:

@@ -6,13 +6,14 @@ Not here: how an epoch is opened (`continual`), how a run is put together (`laun
 
 import gc
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from train.config import DivergenceConfig
-from train.engine import Engine
+from train.engine import Engine, StepResult
 from train.inputs import StepInputs
 from train.metrics import Metrics
 from train.schedule import Schedule
@@ -55,8 +56,9 @@ def train_epoch(
 ) -> RunState:
     """Train up to `last_step` finished updates of the stage and return where that leaves the run.
 
-    A checkpoint is published when the schedule says so, at `last_step`, and before an early return. To be called with
-    the `collector_at_rest`.
+    A checkpoint is published when the schedule says so, at `last_step`, and before an early return. Where updates are
+    made on a device, the next one is queued before one is waited for, unless somebody looks at the weights between
+    them; what they are does not depend on it. To be called with the `collector_at_rest`.
 
     Args:
         engine: Makes the updates.
@@ -75,22 +77,30 @@ def train_epoch(
     Raises:
         DivergedError: The updates since the last good one are not to be kept.
     """
-    while state.step < last_step:
+    queued: deque[_Queued] = deque()
+    stopped = False
+    while state.step < last_step and not (stopped and not queued):
         started = time.perf_counter()
-        given = next(inputs)
-        if state.health.passes_over(state.step):
-            for _ in given.micro:
-                pass  # they come in their order
-            state = state.passing_over(cursor=given.cursor)
+        waited = retrieved = 0.0
+        while not stopped and len(queued) <= engine.runs_ahead:
+            step = state.step + len(queued)
+            if step == last_step or (queued and (schedule.validates(step) or schedule.saves(step))):
+                break  # somebody looks at the weights first
+            queued.append(_queue(engine, next(inputs), schedule, state, step))
+            waited += queued[-1].given.seconds_waited
+            retrieved += queued[-1].given.seconds_retrieve
+        update = queued.popleft()
+        if update.tell is None:
+            state = state.passing_over(cursor=update.given.cursor)
             metrics.log(stage=state.stage, step=state.step, passed_over=True)
         else:
-            lr = schedule.learning_rate(state.step) * state.health.lr_factor
-            result = engine.train_step(given.micro, lr=lr)
+            result = update.tell()
             health = state.health.after(result, divergence)
-            state = state.after(result, cursor=given.cursor, health=health)
+            state = state.after(result, cursor=update.given.cursor, health=health)
             ended = time.perf_counter()
             rate = result.tokens / (ended - started)
             reads = stage.reads(state.cursor)
+            reading = update.given.reading
             metrics.log(
                 stage=state.stage,
                 step=state.step,
@@ -98,21 +108,21 @@ def train_epoch(
                 epoch=state.epoch,
                 loss=result.loss,
                 grad_norm=result.grad_norm,
-                lr=lr,
+                lr=update.lr,
                 skipped=result.skipped,
                 tokens=state.tokens,
                 tokens_per_second=rate,
                 mfu=_share(rate, peak.palm if peak else None),
                 mfu_causal=_share(rate, peak.causal if peak else None),
                 matmul_share=_share(rate, peak.products if peak else None),
-                seconds_data=given.seconds_waited - given.seconds_retrieve,
-                seconds_retrieve=given.seconds_retrieve,
-                seconds_compute=ended - started - given.seconds_waited - result.seconds_update,
+                seconds_data=waited - retrieved,
+                seconds_retrieve=retrieved,
+                seconds_compute=ended - started - waited - result.seconds_update,
                 seconds_update=result.seconds_update,
                 generation=state.generation,
                 generation_age=None if state.generation is None else state.step - state.epoch_step,
                 **({} if reads is None else asdict(reads)),
-                **({} if given.reading is None else asdict(given.reading)),
+                **({} if reading is None else asdict(reading)),
             )
             state.health.judge(state.step, result, divergence)
         stopped = stopping()
@@ -121,13 +131,36 @@ def train_epoch(
             metrics.log(stage=state.stage, step=state.step, **measured)
             loss = measured.get("validation_memory", measured["validation_none"])
             state = replace(state, validation=loss)
-        if schedule.saves(state.step) or state.step == last_step or stopped:
+        if schedule.saves(state.step) or state.step == last_step or (stopped and not queued):
             save(state)
-        if stopped:
-            break
         if state.step % 100 == 0:
             gc.collect()
     return state
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    """An update on its way.
+
+    Attributes:
+        given: What it reads.
+        lr: Its learning rate.
+        tell: Waits for it and tells of it; None: its rows are passed over.
+    """
+
+    given: StepInputs
+    lr: float
+    tell: Callable[[], StepResult] | None
+
+
+def _queue(engine: Engine, given: StepInputs, schedule: Schedule, state: RunState, step: int) -> _Queued:
+    """Queue the update that follows `step` finished or queued ones."""
+    lr = schedule.learning_rate(step) * state.health.lr_factor
+    if not state.health.passes_over(step):
+        return _Queued(given, lr, engine.queue_step(given.micro, lr=lr))
+    for _ in given.micro:
+        pass  # rows come in their order
+    return _Queued(given, lr, None)
 
 
 @contextmanager

@@ -35,14 +35,14 @@ def _timed(*given: Any, **named: Any) -> dict[str, Any]:
     return deepspeed_settings(*given, **named) | {"timers": {"throughput": {"enabled": True}}}
 
 
-def test_deepspeeds_timers_would_wait_twice_for_each_micro_batch() -> None:
+def test_deepspeeds_timers_would_wait_before_and_after_each_micro_batch() -> None:
     assert spawn(_waits_with_timers, world_size=1) == [4.0]
 
 
 def _waits_with_timers() -> float:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "deepspeed_settings", _timed)
-        return gpu.waits_added()
+        return gpu.waits_of_a_step()
 
 
 @pytest.mark.slow

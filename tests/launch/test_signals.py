@@ -33,7 +33,7 @@ class Seen(stopping.Stop):
         stops.append(self)
 
 worker.Stop = Seen
-train_step = DeepSpeedEngine.train_step
+queue_step = DeepSpeedEngine.queue_step
 
 def tell_the_agent(number):
     if os.environ["RANK"] == "0":
@@ -41,7 +41,7 @@ def tell_the_agent(number):
         os.kill(os.getppid(), number)
 
 def step(self, inputs, *, lr):
-    result = train_step(self, inputs, lr=lr)
+    result = queue_step(self, inputs, lr=lr)
     tell_the_agent(signal.SIGUSR1)
     while not stops[0].requested:
         time.sleep(0.01)
@@ -52,7 +52,7 @@ def compiling(*arguments, **settings):
     time.sleep(60)
 
 if "{what}" == "step":
-    DeepSpeedEngine.train_step = step
+    DeepSpeedEngine.queue_step = step
 else:
     continual.compile_generation = compiling
 worker.leave(worker.main(Path(sys.argv[1])))

@@ -6,6 +6,7 @@ The processes come from one fork server that has imported torch and DeepSpeed, s
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import time
 import traceback
@@ -28,7 +29,7 @@ def spawn(
         RuntimeError: A rank raised (its traceback is the message), or ended without a word.
         TimeoutError: A rank took longer than the timeout; all are ended.
     """
-    port = _free_port()
+    port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         here, there = _CONTEXT.Pipe(duplex=False)
@@ -85,7 +86,13 @@ def _run(
     pipe.send_bytes(sent)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody listens at, below those that the kernel gives to connections in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

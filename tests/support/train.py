@@ -2,7 +2,7 @@
 
 import atexit
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -179,6 +179,8 @@ class Canary:
 class CountingEngine(Engine):
     """An engine without a model: its weights count its updates, and its losses come from a list."""
 
+    runs_ahead = False
+
     def __init__(self, *, losses: list[float] | None = None, skips: frozenset[int] = frozenset()) -> None:
         self.updates = 0
         self.rates: list[float] = []
@@ -186,13 +188,14 @@ class CountingEngine(Engine):
         self._losses = losses
         self._skips = skips
 
-    def train_step(self, inputs: Any, *, lr: float) -> StepResult:
+    def queue_step(self, inputs: Any, *, lr: float) -> Callable[[], StepResult]:
         self.updates += 1
         self.rates.append(lr)
         self.inputs.append(list(inputs))
         loss = 1.0 if self._losses is None else self._losses[self.updates - 1]
         tokens = sum(micro.targets_BT.numel() for micro in self.inputs[-1])
-        return StepResult(loss, tokens, 0.5, self.updates in self._skips)
+        result = StepResult(loss, tokens, 0.5, self.updates in self._skips)
+        return lambda: result
 
     def weights(self) -> dict[str, Tensor]:
         return {"updates": torch.tensor([self.updates])}

@@ -1,5 +1,6 @@
 """DeepSpeed on two real ranks: that it trains, alike on all ranks and with every ZeRO stage, and loads no pickles."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from tests.support.spawn import spawn
 from tests.support.train import Canary, model_config, two_ranks
 from train.config import EngineConfig, OptimConfig, Precision
 from train.distributed import Ranks
-from train.engine import DeepSpeedEngine, InferenceEngine, ModelInput, deepspeed_settings, hash_weights
+from train.engine import (
+    DeepSpeedEngine,
+    InferenceEngine,
+    ModelInput,
+    StepResult,
+    deepspeed_settings,
+    hash_weights,
+)
 
 STEPS = 12
 ROWS = 4
@@ -89,11 +97,52 @@ def check_everything(folder: Path) -> dict[str, Any]:
         found["online, recomputed"] = trained(ranks, memory=True, switches=recomputing)
         found["rate 0"] = _rate_of_zero(ranks)
         found["clipped"] = trained(ranks, clip_norm=1e-4)["norms"]
+        found["clipping"] = {
+            stage: _distances(ranks, stage, clip_norms=(1e-2, 2e-2, 4e-2, 1e6, 1e7)) for stage in (1, 2)
+        }
+        found["not finite"] = {stage: _not_finite(ranks, stage) for stage in (1, 2)}
         found["forward"] = _forward(ranks)
         found["resumed"] = _resumed(ranks, folder)
         found["pickle"] = _load_with_pickle(ranks, folder)
         found["nothing"] = _message(lambda: engine(ranks).load(folder / "nothing"))
     return found
+
+
+def _distances(ranks: Ranks, zero_stage: int, *, clip_norms: tuple[float, ...]) -> list[float]:
+    """How far one update goes, where AdamW's `eps` is so large that it goes as far as the gradient is long."""
+    moved = []
+    for clip_norm in clip_norms:
+        made = engine(ranks, zero_stage=zero_stage, clip_norm=clip_norm, eps=1e3, weight_decay=0.0)
+        before = _masters(made)
+        made.train_step(rows(ranks, 0, micro_rows=2), lr=1.0)
+        moved.append(float((_masters(made) - before).norm()))
+    return moved
+
+
+def _masters(made: DeepSpeedEngine) -> Tensor:
+    """This rank's part of the float32 weights."""
+    optimizer = made._engine.optimizer
+    parts = (
+        getattr(optimizer, "fp32_groups_flat_partition", None) or optimizer.single_partition_of_fp32_groups
+    )
+    return torch.cat([part.detach().clone() for part in parts])
+
+
+def _not_finite(ranks: Ranks, zero_stage: int) -> tuple[list[bool], list[float | None], bool]:
+    """Three updates, the second with a NaN on one rank: which were left out; norms; whether it left no trace."""
+    results: list[list[StepResult]] = []
+    ends = []
+    for steps in ((0, 1, 2), (0, 2)):
+        made = engine(ranks, zero_stage=zero_stage)
+        results.append([])
+        for step in steps:
+            factor = math.nan if (step, ranks.rank) == (1, 1) else 1.0
+            hook = made.module.norm.register_forward_hook(lambda *given, factor=factor: given[2] * factor)
+            results[-1].append(made.train_step(rows(ranks, step, micro_rows=2), lr=3e-3))
+            hook.remove()
+        ends.append(_masters(made))
+    first = results[0]
+    return [each.skipped for each in first], [each.grad_norm for each in first], torch.equal(*ends)
 
 
 def _rate_of_zero(ranks: Ranks) -> bool:
@@ -157,6 +206,26 @@ def _message(act: Callable[[], object]) -> str:
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}"
     return "accepted"
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_a_gradient_is_clipped_to_its_norm(zero_stage: int, both: list[dict[str, Any]]) -> None:
+    for found in both:
+        short, double, fourfold, free, freer = found["clipping"][zero_stage]
+        assert double / short == pytest.approx(2, rel=0.01)
+        assert fourfold / short == pytest.approx(4, rel=0.01)
+        assert free == freer > fourfold
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_an_update_whose_gradient_is_not_finite_leaves_no_trace(
+    zero_stage: int, both: list[dict[str, Any]]
+) -> None:
+    for found in both:
+        skipped, norms, same = found["not finite"][zero_stage]
+        assert skipped == [False, True, False]
+        assert [math.isfinite(norm) for norm in norms] == [True, False, True]
+        assert same
 
 
 @pytest.fixture(scope="module")

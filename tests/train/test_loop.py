@@ -1,6 +1,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from tests.support.train import CountingEngine
 from train.config import DivergenceConfig
 from train.divergence import DivergedError, Health
-from train.engine import ModelInput
+from train.engine import ModelInput, StepResult
 from train.inputs import BankReading, StepInputs
 from train.loop import PeakSpeed, collector_at_rest, train_epoch
 from train.metrics import JsonLines, Metrics, read_metrics
@@ -121,6 +122,65 @@ def test_a_line_says_how_memories_came_from_the_bank(tmp_path: Path) -> None:
     assert (line["cache_hit_rate"], line["bytes_read"]) == (0.25, 300)
     without = read_metrics(Trained(tmp_path / "plain", CountingEngine()).path)[0]
     assert not {"cache_hit_rate", "bytes_read"} & without.keys()
+
+
+class Ahead(CountingEngine):
+    """Tells in which order updates are queued and waited for."""
+
+    runs_ahead = True
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.said: list[str] = []
+
+    def queue_step(self, inputs: object, *, lr: float) -> Callable[[], StepResult]:
+        tell, number = super().queue_step(inputs, lr=lr), self.updates
+        self.said.append(f"queued {number}")
+
+        def told() -> StepResult:
+            self.said.append(f"told {number}")
+            return tell()
+
+        return told
+
+
+def test_an_update_is_queued_before_the_last_one_is_waited_for_unless_weights_are_looked_at(
+    tmp_path: Path,
+) -> None:
+    engine = Ahead()
+    done = Trained(tmp_path, engine, last_step=5)  # saves after 3, validates after 4
+    first = ["queued 1", "queued 2", "told 1", "queued 3", "told 2", "told 3"]
+    assert engine.said == [*first, "queued 4", "told 4", "queued 5", "told 5"]
+    assert (done.validated, done.saved) == ([4], [3, 5])
+
+
+@pytest.mark.parametrize("passed_over", [(), ((2, 4), (6, 7)), ((0, 2),)])
+def test_running_ahead_changes_nothing_but_the_order(
+    passed_over: tuple[tuple[int, int], ...], tmp_path: Path
+) -> None:
+    skips, health = frozenset({2, 3}), Health(passed_over=passed_over)
+    plain, ahead = (
+        Trained(tmp_path / kind.__name__, kind(skips=skips), health=health)
+        for kind in (CountingEngine, Ahead)
+    )
+    assert ahead.state == plain.state
+    assert (ahead.saved, ahead.validated) == (plain.saved, plain.validated)
+    timeless = [
+        [
+            {key: value for key, value in line.items() if key != "time" and "second" not in key}
+            for line in read_metrics(done.path)
+        ]
+        for done in (plain, ahead)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_who_is_to_stop_waits_for_what_is_queued_and_queues_no_more(tmp_path: Path) -> None:
+    engine = Ahead()
+    asked = iter([True, True])
+    done = Trained(tmp_path, engine, stopping=lambda: next(asked))
+    assert engine.said == ["queued 1", "queued 2", "told 1", "told 2"]
+    assert (done.state.step, done.saved) == (2, [2])
 
 
 def test_updates_without_finite_gradient_are_left_out_and_too_many_in_a_row_diverge(tmp_path: Path) -> None:
