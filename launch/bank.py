@@ -214,7 +214,6 @@ def stat(arguments: argparse.Namespace) -> int:
     generations = _generations(run_folder)
     there = next(folder.glob("state-*/" + MANIFEST), None) is not None
     if not there and arguments.bank is None and not generations.row_count:
-        builders.frozen_config(arguments.run, arguments.root)  # a run that is not there is named as such
         raise ValueError(
             f"{run_folder / 'bank'} holds no bank; make one with `memory3 bank build {arguments.run}`"
         )
@@ -384,7 +383,9 @@ def _opened(arguments: argparse.Namespace, team: Team) -> tuple[OpenedRun, Edito
 
 
 def _folder(arguments: argparse.Namespace) -> Path:
-    return library_folder(builders.run_folder(arguments.run, arguments.root), arguments.bank)
+    """Where the bank stands; one outside the run's folder needs no run."""
+    find = builders.run_folder if arguments.bank else builders.existing_run
+    return library_folder(find(arguments.run, arguments.root), arguments.bank)
 
 
 def _verify_absent(arguments: argparse.Namespace, folder: Path) -> int:

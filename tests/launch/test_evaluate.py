@@ -139,8 +139,7 @@ def test_missing_bank_and_missing_run_are_named(root: Path) -> None:
     done = within("evaluate", "nope", "--root", str(root))
     assert done.code == 2
     assert done.err == (
-        f"memory3 evaluate: {root}/nope/config.yaml does not exist: {root}/nope is not a run folder; "
-        f"list runs with `ls {root}`\n"
+        f"memory3 evaluate: {root}/nope is not a run folder; list runs with `ls {root}`\n"
     )
 
 
