@@ -6,6 +6,7 @@ Not here: what a launcher says of a process (`announced`), gradients and paramet
 import json
 import os
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,7 +115,7 @@ def start(*, threads: int, timeout_seconds: int = 1800, meeting: "Meeting | None
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
@@ -172,20 +173,20 @@ _POLL_SECONDS = 0.05
 
 
 def lost_a_peer(problem: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone, in the words of gloo and of NCCL."""
-    said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    """Whether a collective failed because another rank is gone, in the words of gloo, of NCCL and of the store."""
+    said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
+            "Failed to recv, got 0 bytes")  # fmt: skip
     return isinstance(problem, RuntimeError) and any(each in str(problem) for each in said)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on, as of now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

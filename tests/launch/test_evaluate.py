@@ -138,9 +138,7 @@ def test_missing_bank_and_missing_run_are_named(root: Path) -> None:
     assert f"there is no bank in {root}/nope; make one with `memory3 bank build RUN`" in done.err
     done = within("evaluate", "nope", "--root", str(root))
     assert done.code == 2
-    assert done.err == (
-        f"memory3 evaluate: {root}/nope is not a run folder; list runs with `ls {root}`\n"
-    )
+    assert done.err == (f"memory3 evaluate: {root}/nope is not a run folder; list runs with `ls {root}`\n")
 
 
 def test_run_without_checkpoint_is_refused(root: Path) -> None:

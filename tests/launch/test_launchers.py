@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from tests.support import slurm
 from tests.support.launch import prepared_root, run_settings, trained
 from tests.support.spawn import HANG_SECONDS
 from train.announced import Announced, announced
+from train.distributed import free_port
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -66,13 +66,6 @@ def start(command: list[str], **environment: str) -> str:
 
 def first_loss(run: Path) -> float:
     return float(next(line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def expected() -> float:

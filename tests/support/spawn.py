@@ -6,12 +6,13 @@ The processes come from one fork server that has imported torch and DeepSpeed, s
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from train.distributed import free_port
 
 HANG_SECONDS = 1200.0
 """What takes longer hangs. No test measures this: a slow machine may take its time."""
@@ -28,7 +29,7 @@ def spawn(
         RuntimeError: A rank raised (its traceback is the message), or ended without a word.
         TimeoutError: A rank took longer than the timeout; all are ended.
     """
-    port = _free_port()
+    port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         here, there = _CONTEXT.Pipe(duplex=False)
@@ -83,9 +84,3 @@ def _run(
     except BaseException:
         sent = pickle.dumps((True, traceback.format_exc()))
     pipe.send_bytes(sent)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
