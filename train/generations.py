@@ -82,7 +82,9 @@ def _quantisers_of(run: Path, doomed: Sequence[Path]) -> list[Path]:
     used = {manifest.settings["codec"] for manifest in map(_manifest, staying) if manifest is not None}
     used |= {ColdRecords(path).settings["codec"] for path in stores(bank)}
     found = []
-    for path in sorted(bank.glob(f"codec-*/{MANIFEST}")):  # a folder for each set of weights (memorybank.codecs)
+    for path in sorted(
+        bank.glob(f"codec-*/{MANIFEST}")
+    ):  # a folder for each set of weights (memorybank.codecs)
         try:
             manifest = open_manifest(path.parent, kind=quantizer.KIND, version=quantizer.VERSION)
         except ValueError:
