@@ -65,6 +65,7 @@ from launch.lock import only_user  # noqa: E402
 from launch.pretrain import freeze  # noqa: E402
 from train import checkpoint, distributed, engine  # noqa: E402
 from train.checkpoint import entries  # noqa: E402
+from train.config import STAGES  # noqa: E402
 from train.engine import _import_deepspeed  # noqa: E402
 from train.metrics import read_metrics  # noqa: E402
 
@@ -72,7 +73,6 @@ KINDS = ("operations", "times", "corruptions")
 _BATCH = 25
 CHAIN = 5
 """Kills of one run, at random times, before it may end."""
-STAGES = ("warmup", "continual")
 WORLDS = (1, 2)
 _LATE = ("torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer")
 _PATIENCE_SECONDS = 1800.0

@@ -382,7 +382,7 @@ def on_slurm(config: RunConfig) -> bool:
 
 def total_steps(config: RunConfig) -> int:
     """Updates of both stages."""
-    return sum(stage.steps for stage in (config.warmup, config.continual) if stage is not None)
+    return sum(stage.steps for stage in config.stages.values())
 
 
 def main(folder: str, descriptor: str | None = None, *settings: str) -> int:

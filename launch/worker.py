@@ -145,8 +145,8 @@ def _train(run: Path, config: RunConfig, ranks: distributed.Ranks, stop: Stop | 
             _restore_wandb_id(run, newest)
     position = _start(config, newest)
     with _metrics(run, config, newest, ranks) as metrics:
-        for name in ("warmup", "continual"):
-            if getattr(config, name) is None or _is_behind(position, name):
+        for name in config.stages:
+            if _is_behind(position, name):
                 continue
             with rank_memory.explained(config, name):
                 _train_stage(name, run, context, checkpoints, newest, metrics, ranks, stop)

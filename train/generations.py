@@ -17,7 +17,8 @@ from pathlib import Path
 from data.files import MANIFEST, Manifest, delete_artefact, is_held, open_manifest
 from memorybank import quantizer, store
 from memorybank.cold import ColdRecords, stores
-from train.checkpoint import STAGES, entries
+from train.checkpoint import entries
+from train.config import STAGES
 
 log = logging.getLogger(__name__)
 
