@@ -33,7 +33,6 @@ import platform
 import random
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -66,6 +65,7 @@ from launch.lock import only_user  # noqa: E402
 from launch.pretrain import freeze  # noqa: E402
 from train import checkpoint, distributed, engine  # noqa: E402
 from train.checkpoint import entries  # noqa: E402
+from train.config import STAGES  # noqa: E402
 from train.engine import _import_deepspeed  # noqa: E402
 from train.metrics import read_metrics  # noqa: E402
 
@@ -73,7 +73,6 @@ KINDS = ("operations", "times", "corruptions")
 _BATCH = 25
 CHAIN = 5
 """Kills of one run, at random times, before it may end."""
-STAGES = ("warmup", "continual")
 WORLDS = (1, 2)
 _LATE = ("torch._dynamo", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer")
 _PATIENCE_SECONDS = 1800.0
@@ -201,7 +200,7 @@ class Campaign:
         self, scenario: Scenario, root: Path, counters: "Sequence[Operations] | None" = None
     ) -> "Ranks":
         """Fork the ranks of a run, which trains or goes on."""
-        run, port = root / scenario.name, _free_port()
+        run, port = root / scenario.name, distributed.free_port()
         run.mkdir(parents=True, exist_ok=True)
         if not (run / "config.yaml").exists():
             forked(lambda: freeze(self.config(scenario, root), run), run.with_suffix(".log"))
@@ -536,12 +535,6 @@ def _restarts(run: Path) -> int:
     path = run / "metrics.jsonl"
     lines = read_metrics(path) if path.exists() else []
     return sum(line.get("event") == "restarted" for line in lines)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -54,7 +54,6 @@ from train.statistics import Floats, Interval, group_sums, mean_interval
 Ids = NDArray[np.int64]
 
 NEAREST = 8
-STATES = ("without memory", "before", "edited", "third value", "elsewhere", "removed", "removed elsewhere")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

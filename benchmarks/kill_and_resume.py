@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def draw_moments(config: RunConfig, kinds: Sequence[str], *, seed: int) -> list[Moment]:
     """Moments of these kinds within a run, in the order in which it will reach them."""
     rng = random.Random(seed)
-    stages = {name: stage for name in ("warmup", "continual") if (stage := getattr(config, name)) is not None}
+    stages = config.stages
     before = {"warmup": 0, "continual": stages["warmup"].steps if "warmup" in stages else 0}
     steps = [(name, step) for name, stage in stages.items() for step in range(1, stage.steps + 1)]
     saves = [

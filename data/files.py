@@ -56,6 +56,11 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(_canonical(value).encode()).hexdigest()[:16]
 
 
+def named_apart(folder: Path) -> str:
+    """The name of a folder, and a mark of where it lies: another of the same name has another mark."""
+    return f"{folder.name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears at `path`, durable and whole, when the block ends without an exception."""

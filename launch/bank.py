@@ -196,10 +196,7 @@ def verify(arguments: argparse.Namespace) -> int:
         print(problem)
     if found and arguments.fix:
         with _bars() as told:
-            made = soundness.repair(
-                Editor(folder=folder, compiler=editor.compiler, told=told),
-                found,
-            )
+            made = soundness.repair(with_fields(editor, told=told), found)
         print(f"made anew: {', '.join(made) or 'nothing'}")
         found = problems()
         for problem in found:
@@ -214,7 +211,6 @@ def stat(arguments: argparse.Namespace) -> int:
     generations = _generations(run_folder)
     there = next(folder.glob("state-*/" + MANIFEST), None) is not None
     if not there and arguments.bank is None and not generations.row_count:
-        builders.frozen_config(arguments.run, arguments.root)  # a run that is not there is named as such
         raise ValueError(
             f"{run_folder / 'bank'} holds no bank; make one with `memory3 bank build {arguments.run}`"
         )
@@ -266,15 +262,13 @@ def corpus_documents(opened: OpenedRun, editor: Editor) -> Documents:
         for number in numbers.tolist():
             yield cutter.cut(shards.document(number), shards.tokens(number), shards.title_length(number))
 
+    embedder = editor.compiler.embedder
     if editor.team.rank == 0:
-        opened.context.reference_vectors(
-            editor.compiler.embedder
-        )  # one process makes them, where they are not there
+        opened.context.reference_vectors(embedder)  # where they are not there, one process makes them
     editor.team.barrier()
     corpus = opened.context.prepared.references.fingerprint
     origin = {"references": corpus, "documents": fingerprint(numbers.tolist())}
-    known = Known(opened.context.reference_vectors(editor.compiler.embedder), opened.bank_ids)
-    return Documents(origin, read, known)
+    return Documents(origin, read, Known(opened.context.reference_vectors(embedder), opened.bank_ids))
 
 
 def _put(arguments: argparse.Namespace, team: Team, edit: Callable[[Editor, Documents], int]) -> int:
@@ -384,7 +378,9 @@ def _opened(arguments: argparse.Namespace, team: Team) -> tuple[OpenedRun, Edito
 
 
 def _folder(arguments: argparse.Namespace) -> Path:
-    return library_folder(builders.run_folder(arguments.run, arguments.root), arguments.bank)
+    """Where the bank stands; one outside the run's folder needs no run."""
+    find = builders.run_folder if arguments.bank else builders.existing_run
+    return library_folder(find(arguments.run, arguments.root), arguments.bank)
 
 
 def _verify_absent(arguments: argparse.Namespace, folder: Path) -> int:

@@ -286,9 +286,23 @@ def prepared_folder(config: RunConfig) -> Path:
 
 
 def run_folder(run: str, root: str) -> Path:
-    """A run given as a folder, or as its name below the root."""
+    """A run given as a folder, or as its name below the root; it may not be there."""
     path = Path(run)
     return path if (path / "config.yaml").exists() else Path(root) / run
+
+
+def existing_run(run: str, root: str) -> Path:
+    """The folder of a run that was begun, by folder or name.
+
+    Raises:
+        ValueError: There is no such run; the message names the nearest.
+    """
+    folder = run_folder(run, root)
+    if not any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl")):
+        near = nearest_run(run, root)
+        advice = f"did you mean {near}?" if near else f"list runs with `ls {folder.parent}`"
+        raise ValueError(f"{folder} is not a run folder; {advice}")
+    return folder
 
 
 def frozen_config(run: str, root: str) -> RunConfig:
@@ -297,11 +311,7 @@ def frozen_config(run: str, root: str) -> RunConfig:
     Raises:
         ValueError: There is no such run; the message names the nearest.
     """
-    path = run_folder(run, root) / "config.yaml"
-    near = None if path.exists() else nearest_run(run, root)
-    if near:
-        raise ValueError(f"{path.parent} is not a run folder; did you mean {near}?")
-    return load_config(path)
+    return load_config(existing_run(run, root) / "config.yaml")
 
 
 def nearest_run(run: str, root: str) -> str | None:

@@ -168,8 +168,7 @@ def _entries(arguments: argparse.Namespace) -> tuple[Path, list[Entry]]:
 
 
 def _run_folder(arguments: argparse.Namespace) -> Path:
-    folder = build.run_folder(arguments.run, arguments.root)
-    build.frozen_config(arguments.run, arguments.root)  # a run that is not there is named as such
+    folder = build.existing_run(arguments.run, arguments.root)
     if (folder / MANIFEST).exists():
         raise ValueError(f"{folder} is an export: it holds no checkpoints; name the run it was made from")
     return folder

@@ -131,17 +131,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action=_Version, nargs=0, help="show what is installed, and exit")
     # What deepspeed's launcher puts before the command; the environment says it as well.
     top.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        sub = commands.add_parser(
-            command.name,
-            help=command.summary,
-            description=command.summary[0].upper() + command.summary[1:] + ".",
-            epilog=command.details,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(parser=sub)
-        _add_arguments(sub, command.name)
+    _add_commands(top, "command", COMMANDS, _add_arguments)
     return top
 
 
@@ -218,22 +208,24 @@ def _add_checkpoint_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         sub.add_argument("--dry-run", action="store_true", help="say what would go, and delete nothing")
 
 
-def _add_actions(
-    command: argparse.ArgumentParser,
+def _add_commands(
+    parser: argparse.ArgumentParser,
+    kind: str,
     listed: Sequence[Command],
     add_arguments: Callable[[argparse.ArgumentParser, str], None],
 ) -> None:
-    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for action in listed:
-        sub = actions.add_parser(
-            action.name,
-            help=action.summary,
-            description=action.summary[0].upper() + action.summary[1:] + ".",
-            epilog=action.details,
+    """Add commands to a parser, or actions (its `kind`) to that of a command."""
+    commands = parser.add_subparsers(dest=kind, metavar=kind.upper(), required=True)
+    for command in listed:
+        sub = commands.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog=command.details,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(parser=sub)
-        add_arguments(sub, action.name)
+        add_arguments(sub, command.name)
 
 
 def _add_bank_arguments(sub: argparse.ArgumentParser, name: str) -> None:
@@ -377,7 +369,7 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         "checkpoint": (CHECKPOINT_ACTIONS, _add_checkpoint_arguments),
     }
     if name in actions:
-        _add_actions(sub, *actions[name])
+        _add_commands(sub, "action", *actions[name])
     if name in ("evaluate", "generate"):
         _add_run(sub)
         _add_bank_read(sub)

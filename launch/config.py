@@ -27,6 +27,7 @@ from memorybank.config import (
 from memorybank.record import MemoryShape
 from model.config import ModelConfig
 from train.config import (
+    STAGES,
     DivergenceConfig,
     EngineConfig,
     EvaluationConfig,
@@ -175,6 +176,12 @@ class RunConfig:
     """The final table."""
 
     @property
+    def stages(self) -> dict[str, StageConfig]:
+        """The stages that there are, in the order of time."""
+        found = {name: getattr(self, name) for name in STAGES}
+        return {name: stage for name, stage in found.items() if stage is not None}
+
+    @property
     def memory(self) -> MemoryConfig | None:
         """How the trained run reads memory: as its last stage did."""
         last = self.continual or self.warmup
@@ -226,9 +233,8 @@ def check(config: RunConfig) -> None:
             f"data.reference_tokens={config.data.reference_tokens} differs from "
             f"model.reference_tokens={config.model.reference_tokens}; set both alike"
         )
-    for name, stage in (("warmup", config.warmup), ("continual", config.continual)):
-        if stage is not None:
-            _check_stage(name, stage, config)
+    for name, stage in config.stages.items():
+        _check_stage(name, stage, config)
     if config.warmup is not None and config.warmup.branch_from is not None:
         raise ValueError("warmup.branch_from is set, but only the continual stage branches; set it to null")
     if config.warmup is None and config.continual is not None and config.continual.branch_from is None:

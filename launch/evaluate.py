@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.documents import Split
-from data.files import fingerprint, write_json_atomic
+from data.files import fingerprint, named_apart, write_json_atomic
 from data.references import ReferenceSource
 from launch import build
-from launch.opened import OpenedRun, open_run
+from launch.opened import OpenedRun, library_folder, open_run
 from memorybank.bank import BankReader, OnlineReader
 from memorybank.library import Library
 from train.arms import Arm, Bank, Reading, probe_readings, reference_ids, text_readings
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     results = save_results(opened, split, library=library)
     samples = opened.config.evaluation.bootstrap_samples
     print(render_results([results], samples=samples, headline=headline(opened.context)))
-    print(f"results: {results_path(opened.folder, arguments.split, _name_of(library))}")
+    print(f"results: {results_path(opened.folder, arguments.split, _name_of(library, opened.folder))}")
     return 0
 
 
@@ -63,7 +63,7 @@ def save_results(opened: OpenedRun, split: Split, *, library: Library | None = N
 
     Arguments are those of `evaluate`.
     """
-    path, config = results_path(opened.folder, split.value, _name_of(library)), opened.config
+    path, config = results_path(opened.folder, split.value, _name_of(library, opened.folder)), opened.config
     identity = {
         "weights": opened.engine.weights_hash(),
         "bank": None if library is None else library.fingerprint,
@@ -87,12 +87,16 @@ def headline(context: build.Context) -> list[str]:
 
 
 def results_path(folder: Path, split: str, bank: str | None = None) -> Path:
-    """Where a run's results of a split are kept; those with the memories of a bank apart, by its folder's name."""
+    """Where a run's results of a split are kept; those with the memories of a bank apart, by the bank's name."""
     return folder / (f"evaluation-{split}.json" if bank is None else f"evaluation-{split}-{bank}.json")
 
 
-def _name_of(library: Library | None) -> str | None:
-    return None if library is None else library.folder.resolve().name
+def _name_of(library: Library | None, run: Path) -> str | None:
+    """A bank by its folder's name; one that is not the run's own is marked by where it lies."""
+    if library is None:
+        return None
+    folder = library.folder.resolve()
+    return folder.name if folder == library_folder(run, None).resolve() else named_apart(folder)
 
 
 def banks_evaluated(folder: Path, split: str) -> dict[str, str]:

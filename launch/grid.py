@@ -260,7 +260,11 @@ def _submit(each: Combination, program: Sequence[str]) -> End:
         return End("finished", "before")
     if each.folder.exists() and is_in_use(each.folder):
         return End("waiting", "a run that was started otherwise trains there")
-    again = "" if run.log() is None else f", submitted again, for it failed: {_why(run)}"
+    again = ""
+    if run.log() is not None:
+        again = f", submitted again, for it failed: {_why(run)}"
+    elif run.was_submitted:
+        again = ", submitted again, for the one before was cancelled before it began"
     return End("waiting", f"job {run.submit()}{again}")
 
 

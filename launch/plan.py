@@ -122,14 +122,14 @@ def _held_out(config: RunConfig, prepared: Path) -> list[Problem]:
     """What a prepared corpus lacks that training, and an evaluation of the test split that is wanted, will read."""
     from data.documents import Split
     from data.prepare import open_prepared
+    from data.shards import HeldOutError
 
     shards, notes = open_prepared(config.data, prepared).shards, []
     for split in (Split.validation, Split.test) if config.data.test_fraction else (Split.validation,):
         try:
             shards.held_out(split, row_tokens=config.model.row_tokens)
-        except ValueError as refused:
-            says, _, remedy = str(refused).partition("; set ")
-            notes.append(Problem(says, remedy))
+        except HeldOutError as refused:
+            notes.append(Problem(refused.says, refused.remedy))
     return notes
 
 

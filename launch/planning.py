@@ -178,7 +178,7 @@ def plan(config: RunConfig, site: Site) -> RunPlan:
         ValueError: A figure of the site cannot be.
     """
     site.check()
-    stages = [_stage(name, stage, config, site) for name, stage in _stages(config)]
+    stages = [_stage(name, stage, config, site) for name, stage in config.stages.items()]
     bank = _bank(config, site)
     disk = _disk(config, site, bank)
     problems = [*_memory_problems(config, site, stages), *_disk_problems(config, site, disk)]
@@ -209,13 +209,6 @@ def stage_memory(
         cpu=cpu,
         asynchronous=config.saving.asynchronous,
     )
-
-
-def _stages(config: RunConfig) -> Iterator[tuple[str, StageConfig]]:
-    for name in ("warmup", "continual"):
-        stage = getattr(config, name)
-        if stage is not None:
-            yield name, stage
 
 
 def _accumulate(config: RunConfig, stage: StageConfig) -> int:
@@ -294,7 +287,7 @@ def _references_read(stage: StageConfig, config: RunConfig, site: Site) -> int:
 
 
 def _bank(config: RunConfig, site: Site) -> BankPlan | None:
-    stages = [stage for _, stage in _stages(config) if stage.memory is not None]
+    stages = [stage for stage in config.stages.values() if stage.memory is not None]
     if not stages:
         return None
     references = max(_references_read(stage, config, site) for stage in stages)
@@ -335,7 +328,7 @@ def _disk(config: RunConfig, site: Site, bank: BankPlan | None) -> DiskPlan:
             precision=config.engine.precision,
             num_documents=site.documents or 0,
         ),
-        checkpoints=sum(_checkpoints(stage, config) for _, stage in _stages(config)),
+        checkpoints=sum(_checkpoints(stage, config) for stage in config.stages.values()),
         bank=0 if bank is None else bank.generations * bank.generation_bytes,
     )
 

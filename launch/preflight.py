@@ -109,7 +109,7 @@ def needed(config: RunConfig, num_references: int) -> Room:
     """The room that a run takes at most."""
     parameters = count_parameters(config.model).total
     weights = 2 if config.engine.precision is Precision.bf16 else 4
-    stages = [stage for stage in (config.warmup, config.continual) if stage is not None]
+    stages = list(config.stages.values())
     return Room(
         # For inference and for DeepSpeed; masters and two moments in float32.
         checkpoint=parameters * (2 * weights + 12),

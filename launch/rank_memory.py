@@ -36,7 +36,7 @@ def check(config: RunConfig) -> None:
     device = device_memory_here()
     total = memory_here() // config.engine.num_ranks if device is None else device
     free = available_here() // config.engine.num_ranks if device is None else device
-    for name, stage in _stages(config):
+    for name, stage in config.stages.items():
         taken = _taken(config, stage)
         # How many parameters ZeRO-3 gathers at a time is not known.
         state = taken.masters + taken.moments + (taken.parameters if config.engine.zero_stage < 3 else 0)
@@ -103,7 +103,8 @@ def explain_kill(run: Path, *, by_kernel: bool) -> str:
     """
     config = load_config(run / "config.yaml")
     name, taken = max(
-        ((name, _taken(config, stage)) for name, stage in _stages(config)), key=lambda each: each[1].total
+        ((name, _taken(config, stage)) for name, stage in config.stages.items()),
+        key=lambda each: each[1].total,
     )
     why = (
         "the kernel has ended processes meanwhile for want of memory"
@@ -129,13 +130,6 @@ def _ran_out(problem: BaseException) -> bool:
     if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
         return True
     return isinstance(problem, RuntimeError) and any(words in str(problem) for words in _SAID)
-
-
-def _stages(config: RunConfig) -> Iterator[tuple[str, StageConfig]]:
-    for name in ("warmup", "continual"):
-        stage = getattr(config, name)
-        if stage is not None:
-            yield name, stage
 
 
 def _taken(config: RunConfig, stage: StageConfig, *, micro_rows: int | None = None) -> RankMemory:

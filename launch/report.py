@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data.files import write_atomic
 from launch import chart, report_page
-from launch.build import run_folder
+from launch.build import existing_run
 from launch.evaluate import banks_evaluated, read_headline, read_results, render_results, results_path
 from launch.page import refuse_without_folder
 from launch.report_page import Evaluation
@@ -113,9 +113,11 @@ def _groups(pairs: Sequence[Pair], split: str) -> list[Sequence[Pair]]:
 
 def _pair(text: str, root: str) -> Pair:
     main, _, control = text.partition("=")
-    return Pair(
-        RunLog.read(run_folder(main, root)), RunLog.read(run_folder(control, root)) if control else None
-    )
+    return Pair(_log(main, root), _log(control, root) if control else None)
+
+
+def _log(run: str, root: str) -> RunLog:
+    return RunLog.read(existing_run(run, root))
 
 
 def _refuse_repeated(pairs: Sequence[Pair]) -> None:

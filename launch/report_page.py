@@ -15,8 +15,8 @@ from launch import chart
 from launch.chart import Chart, Dash, Look, Series, mean, smoothed, thinned
 from launch.page import document, tile
 from launch.run_log import OTHER, SECONDS, Line, RunLog, different_settings
+from train.config import STAGES
 from train.evaluate import HEADER, TableRow, cells
-from train.metrics import STAGES
 
 _TOKENS = "tokens trained on"
 _ARMS = {

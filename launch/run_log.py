@@ -13,7 +13,8 @@ from typing import Any
 
 from launch.chart import Point
 from launch.compose import read_settings
-from train.metrics import STAGES, read_metrics
+from train.config import STAGES
+from train.metrics import read_metrics
 
 Line = dict[str, Any]
 

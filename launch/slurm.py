@@ -16,9 +16,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 
+from data.files import named_apart
 from launch.config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ _QUEUE_SECONDS = 10.0
 
 
 def job_name(folder: Path) -> str:
-    """The name of the job of a run, or of a sweep: the folder's, and a mark of where it lies."""
-    return f"{folder.name}-{sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
+    """The name of the job of a run, or of a sweep."""
+    return named_apart(folder)
 
 
 def script(config: RunConfig, folder: Path, command: str, *, array: bool = False) -> str:

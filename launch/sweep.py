@@ -349,23 +349,31 @@ class _Watched:
         return end
 
     def _look(self) -> tuple[str, str] | None:
-        trial, run = self.trial, self.run
-        self.waits = not run.is_alive()  # asked first: what is read afterwards is then all there is
+        self.waits = not self.run.is_alive()  # asked first: what is read afterwards is then all there is
         bad = self._read_losses()
         if bad is not None:
             return bad
         if not self.waits:
             self._was_alive = True
             return None
-        code = run.exit_code()
+        code = self.run.exit_code()
         if code == 0 and self._final is not None:
             return self._finish(self._final)
+        why = self._why_it_failed(code)
+        return None if why is None else _failed(self.trial, why)
+
+    def _why_it_failed(self, code: int | None) -> str | None:
+        """Why a trial of which nothing lives is not started again; None where it is."""
+        trial, run = self.trial, self.run
+        cancelled = run.cancelled()
+        if cancelled is not None:
+            return f"job {cancelled} was cancelled before it began; a greater --trials draws another instead"
         if code is not None and code <= _KILLED:
-            return _failed(trial, run.last_words())
+            return run.last_words()
         if code is not None or self._was_alive:
             trial.died()  # else nobody saw it die: the machine, or this command, was ended as well
         if trial.deaths >= _MOST_DEATHS:
-            return _failed(trial, f"ended {trial.deaths} times by a signal; {run.last_words()}")
+            return f"ended {trial.deaths} times by a signal; {run.last_words()}"
         return None
 
     def _finish(self, loss: float) -> tuple[str, str]:

@@ -96,6 +96,10 @@ class TrialRun(ABC):
         path = self.folder / "trial-exit"
         return int(path.read_text()) if path.exists() else None
 
+    def cancelled(self) -> str | None:
+        """The number of its job, if that was seen to wait and has left the queue before it began."""
+        return None
+
     def last_words(self) -> str:
         """The line that says best why it ended."""
         path = self.log()
@@ -251,6 +255,7 @@ class TrialJob(TrialRun):
     task: int | None
     queue: Queue
     program: Sequence[str] = PROGRAM
+    _job: str | None = None
 
     def hand_over(self) -> None:
         """Leave its settings to the job that will be submitted."""
@@ -268,7 +273,19 @@ class TrialJob(TrialRun):
         return slurm.newest_output(self.jobs_folder, self.task)
 
     def is_alive(self) -> bool:
-        return self.task in self.queue.jobs()
+        job = self.queue.jobs().get(self.task)
+        self._job = job or self._job
+        return job is not None
+
+    def cancelled(self) -> str | None:
+        # SLURM makes the file of what a job says when the job begins.
+        has_begun = (self.jobs_folder / f"slurm-{self._job}.out").exists()
+        return None if has_begun else self._job
+
+    @property
+    def was_submitted(self) -> bool:
+        """Whether a job for it was ever asked for."""
+        return (self.folder / "trial.json").exists()
 
     def stop(self) -> None:
         deadline = time.monotonic() + _STOP_SECONDS
@@ -365,7 +382,7 @@ def on_slurm(config: RunConfig) -> bool:
 
 def total_steps(config: RunConfig) -> int:
     """Updates of both stages."""
-    return sum(stage.steps for stage in (config.warmup, config.continual) if stage is not None)
+    return sum(stage.steps for stage in config.stages.values())
 
 
 def main(folder: str, descriptor: str | None = None, *settings: str) -> int:

@@ -8,6 +8,7 @@ Not here: composing the configuration (`launch.compose`), what a stage does (`tr
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -76,7 +77,8 @@ def reported(
 ) -> int:
     """Do a rank's work, and return its exit code; arguments and what is said are those of `main`.
 
-    A rank that was told to stop and then lost a peer has no traceback to show: the peer is why.
+    A rank that lost another has no traceback to show, but a line: the other is why, and this one may be on a machine
+    where nothing else is known of it.
     """
     say = say or get_error_handler().record_exception
     try:
@@ -89,10 +91,13 @@ def reported(
             said = f"{problem}; what was published is as it was: make room, and the same command goes on"
             say(ValueError(said))
             return 2
-        if stop is not None and stop.requested and distributed.lost_a_peer(problem):
-            say(problem)
+        is_lost = distributed.lost_a_peer(problem)
+        if not (is_lost and stop is not None and stop.requested):
+            time.sleep(_GRACE_SECONDS)
+        if is_lost:
+            first_words = re.split(r"\. |\n", str(problem))[0]
+            say(ValueError(f"lost another rank, whose own launcher says why: {first_words}"))
             return 1
-        time.sleep(_GRACE_SECONDS)
         say(problem)
         raise
 
@@ -140,8 +145,8 @@ def _train(run: Path, config: RunConfig, ranks: distributed.Ranks, stop: Stop | 
             _restore_wandb_id(run, newest)
     position = _start(config, newest)
     with _metrics(run, config, newest, ranks) as metrics:
-        for name in ("warmup", "continual"):
-            if getattr(config, name) is None or _is_behind(position, name):
+        for name in config.stages:
+            if _is_behind(position, name):
                 continue
             with rank_memory.explained(config, name):
                 _train_stage(name, run, context, checkpoints, newest, metrics, ranks, stop)

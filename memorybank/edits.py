@@ -501,7 +501,7 @@ class Editor:
         An index keeps no query that was made of another text: who deletes a text need not look into other indexes.
         """
         of = Segments(texts)
-        ids = of.ids(np.unique(np.linspace(0, len(of) - 1, QUERIES).astype(np.int64)))
+        ids = of.ids(_spread(len(of)))
         if self.compiler is not None:
             asked = [text[len(text) // 2 :] for text in map(of.content, ids.tolist())]
             return ids, self.compiler.embedder.embed(asked)
@@ -509,13 +509,9 @@ class Editor:
         if known:
             then, queries = (np.concatenate(part) for part in zip(*known, strict=True))
             there = np.flatnonzero(of.locate(then)[0] >= 0)
-            there = (
-                there[np.unique(np.linspace(0, len(there) - 1, QUERIES).astype(np.int64))]
-                if len(there)
-                else there
-            )
             if len(there):
-                return then[there], queries[there]
+                chosen = there[_spread(len(there))]
+                return then[chosen], queries[chosen]
         return ids, Blocks(blocks).of(ids)
 
     def _write_segments(self, number: int, documents: Documents, first: int) -> None:
@@ -595,49 +591,45 @@ class Editor:
 
     def _rewritten(self, base: Library, groups: Sequence[Sequence[int]]) -> list[Part]:
         """Copy what is left of each group of parts into one; a group that loses nothing stays as it is."""
-        number, parts = base.number + 1, []
+        parts = []
         for place, group in enumerate(groups):
-            if len(group) == 1 and base.live_ids(group[0]).size == base.parts[group[0]].references:
-                parts.append(base.parts[group[0]])
-                continue
-            text, vectors, records = (
-                piece_folder(self.folder, what, number, place) for what in ("text", "vectors", "records")
-            )
-            old = base.segments[group[0]]
-            cut = {key: old.manifest.settings[key] for key in ("reference_tokens", "pad_id", "vocab_size")}
-            ids = np.concatenate([base.live_ids(at) for at in group])
-            left = hashlib.sha256(ids.tobytes()).hexdigest()
-            origin = fingerprint([[base.segments[at].fingerprint for at in group], left])
-
-            def copied(group: Sequence[int] = group) -> Iterator[tuple[int, CutDocument]]:
-                for at in group:
-                    for row in base.live_documents(at).tolist():
-                        yield base.segments[at].cut_document(row)
-
-            write_segment(
-                text,
-                copied(),
-                tokenizer=base.settings.tokenizer,
-                settings={
-                    **cut,
-                    "origin": {"segments": origin},
-                    "part": place,
-                    "first": base.parts[group[0]].first,
-                },
-                max_references=len(ids),
-            )
-            made = Segment(open_manifest(text, kind=segments.KIND, version=segments.VERSION))
-            copy_vectors(base.vectors(group[0]), base.read_vectors, made.numbers, made, vectors)
-            copy_generation(
-                base.generation(group[0]),
-                base.read,
-                made.numbers,
-                records,
-                settings=_generation_settings(base.settings, made),
-                progress=lambda done: self.told("copying", len(base), done, base.record_bytes),
-            )
-            parts.append(_part(made, vectors, records))
+            is_whole = len(group) == 1 and base.live_ids(group[0]).size == base.parts[group[0]].references
+            parts.append(base.parts[group[0]] if is_whole else self._joined(base, group, place))
         return parts
+
+    def _joined(self, base: Library, group: Sequence[int], place: int) -> Part:
+        """Copy what is left of a group of parts into one, which stands at a place of the next state."""
+        text, vectors, records = (
+            piece_folder(self.folder, what, base.number + 1, place) for what in ("text", "vectors", "records")
+        )
+        old = base.segments[group[0]]
+        cut = {key: old.manifest.settings[key] for key in ("reference_tokens", "pad_id", "vocab_size")}
+        ids = np.concatenate([base.live_ids(at) for at in group])
+        left = hashlib.sha256(ids.tobytes()).hexdigest()
+        origin = fingerprint([[base.segments[at].fingerprint for at in group], left])
+        write_segment(
+            text,
+            (base.segments[at].cut_document(row) for at in group for row in base.live_documents(at).tolist()),
+            tokenizer=base.settings.tokenizer,
+            settings={
+                **cut,
+                "origin": {"segments": origin},
+                "part": place,
+                "first": base.parts[group[0]].first,
+            },
+            max_references=len(ids),
+        )
+        made = Segment(open_manifest(text, kind=segments.KIND, version=segments.VERSION))
+        copy_vectors(base.vectors(group[0]), base.read_vectors, made.numbers, made, vectors)
+        copy_generation(
+            base.generation(group[0]),
+            base.read,
+            made.numbers,
+            records,
+            settings=_generation_settings(base.settings, made),
+            progress=lambda done: self.told("copying", len(base), done, base.record_bytes),
+        )
+        return _part(made, vectors, records)
 
     def _publish(
         self,
@@ -703,17 +695,13 @@ def clashes(made: Sequence[Segment], base: Library | None, *, replaces: bool) ->
     Raises:
         ValueError: two new documents have one id; or one is there already, and is not to be replaced, or the reverse.
     """
-    for place, new in enumerate(made):
-        twice = next(new.repeated_ids(), None)
-        for other in made[:place]:
-            twice = twice or next((id for id, _, _ in new.shared_ids(other)), None)
-        if twice is not None:
-            raise ValueError(f"two of the documents have the id {twice!r}; ids must be unique")
+    _refuse_repeated_ids(made)
+    if base is None:
+        return np.zeros(0, np.int64)
     replaced: list[int] = []
     num_new = sum(new.num_documents for new in made)
     for new in made:
-        for old in [] if base is None else base.segments:
-            assert base is not None
+        for old in base.segments:
             for document_id, _, row in new.shared_ids(old):
                 number = int(old.numbers[old.documents[row]["first"]])
                 if base.were_removed(np.array([number]))[0]:
@@ -725,7 +713,6 @@ def clashes(made: Sequence[Segment], base: Library | None, *, replaces: bool) ->
                     )
                 replaced.append(number)
     if replaces and len(replaced) < num_new:
-        assert base is not None
         for new in made:
             for row in range(new.num_documents):
                 document_id = new.document(row).id
@@ -735,6 +722,15 @@ def clashes(made: Sequence[Segment], base: Library | None, *, replaces: bool) ->
                         "`memory3 bank add`"
                     )
     return np.array(sorted(replaced), np.int64)
+
+
+def _refuse_repeated_ids(made: Sequence[Segment]) -> None:
+    for place, new in enumerate(made):
+        twice = next(new.repeated_ids(), None)
+        for other in made[:place]:
+            twice = twice or next((id for id, _, _ in new.shared_ids(other)), None)
+        if twice is not None:
+            raise ValueError(f"two of the documents have the id {twice!r}; ids must be unique")
 
 
 def publish_state(
@@ -803,6 +799,11 @@ def sweep(folder: Path, *, kept: int = KEPT_STATES) -> list[Path]:
         if path.name not in named and (PIECE.fullmatch(name) or STATE.fullmatch(name)):
             delete_artefact(path)
     return held
+
+
+def _spread(num: int) -> Ids:
+    """Return at most `QUERIES` of the numbers below `num`, evenly apart."""
+    return np.unique(np.linspace(0, num - 1, QUERIES).astype(np.int64))
 
 
 def _known(known: Known | None, texts: Segment, first: int) -> Known | None:

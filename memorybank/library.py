@@ -246,23 +246,7 @@ class Library:
                 )
         if self.shared.codec is not None:
             self._piece(self.shared.codec)
-        for part, text, found, records in zip(
-            self.parts, self.segments, self._vectors, self._records, strict=True
-        ):
-            made_of = {found.segment, records.settings.references, text.fingerprint}
-            if len(made_of) > 1 or (len(text), text.num_documents) != (part.references, part.documents):
-                raise ValueError(
-                    f"{manifest.folder}: {', '.join(part.pieces)} do not belong together; restore the library from a "
-                    "copy with `memory3 bank fetch`"
-                )
-            made_with = {
-                name: getattr(self.settings, name) for name in ("weights", "context", "window_tokens")
-            }
-            for key, is_value, stated in differences(asdict(records.settings), made_with):
-                raise ValueError(
-                    f"{records.folder}: its {key} is {is_value}, but {stated} is that of {manifest.folder}; restore "
-                    "the library from a copy with `memory3 bank fetch`"
-                )
+        self._refuse_mixed_pieces()
 
     @classmethod
     def open(
@@ -286,7 +270,9 @@ class Library:
             chosen = number or numbers[-1]
             state = state_folder(folder, chosen)
             if state.is_symlink():
-                raise ValueError(f"{state} is a symbolic link, and a bank holds folders only")
+                raise ValueError(
+                    f"{state} is a symbolic link, and a bank holds folders only; put the folder in its place"
+                )
             try:
                 descriptor = hold(state)
             except FileNotFoundError:  # swept between the two lines: there is a newer one
@@ -567,11 +553,30 @@ class Library:
         places, rows = self._found(np.array([reference]))
         return int(places[0]), int(rows[0])
 
+    def _refuse_mixed_pieces(self) -> None:
+        """Refuse parts whose vectors or records were made of another text, or records made with other settings."""
+        made_with = {name: getattr(self.settings, name) for name in ("weights", "context", "window_tokens")}
+        restore = f"restore it from a copy with `memory3 bank fetch COPY {self.folder}`"
+        for part, text, found, records in zip(
+            self.parts, self.segments, self._vectors, self._records, strict=True
+        ):
+            made_of = {found.segment, records.settings.references, text.fingerprint}
+            if len(made_of) > 1 or (len(text), text.num_documents) != (part.references, part.documents):
+                raise ValueError(
+                    f"{self.manifest.folder}: {', '.join(part.pieces)} do not belong together; {restore}"
+                )
+            for key, is_value, stated in differences(asdict(records.settings), made_with):
+                raise ValueError(
+                    f"{records.folder}: its {key} is {is_value}, but {stated} is that of {self.manifest.folder}; "
+                    f"{restore}"
+                )
+
     def _piece(self, name: str) -> Manifest:
         folder = self.folder / name
         if not PIECE.fullmatch(name):
             raise ValueError(
-                f"{self.manifest.folder / MANIFEST} names the piece {name!r}, which is no piece's name"
+                f"{self.manifest.folder / MANIFEST} names the piece {name!r}, which is no piece's name; restore it "
+                f"from a copy with `memory3 bank fetch COPY {self.folder}`"
             )
         if folder.is_symlink():
             raise ValueError(

@@ -41,6 +41,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.files import delete_artefact, hold, is_held, open_manifest, partial, publishing, verify
+from train.config import STAGES
 from train.distributed import Ranks
 from train.engine import UNIVERSAL, Engine, Snapshot
 from train.state import History, RunState
@@ -50,7 +51,6 @@ log = logging.getLogger(__name__)
 KIND = "checkpoint"
 VERSION = 1
 Documents = NDArray[np.bool_]
-STAGES = ("warmup", "continual")
 CONFIG, ORIGIN, WEIGHTS = "config.yaml", "origin.json", "model.safetensors"
 _NAME = re.compile(r"(warmup|continual)-(\d{8})")
 _DELETED, _OUTDATED = ".deleted", ".outdated"
@@ -528,7 +528,7 @@ def _newest_sound(folders: Sequence[Path]) -> Path | None:
 def _verified(folder: Path) -> Path:
     problem = damage(folder)
     if problem is not None:
-        raise ValueError(problem)
+        raise ValueError(f"{problem}; restore it from a copy")
     return folder
 
 

@@ -9,6 +9,9 @@ from enum import Enum
 
 from memorybank.config import QueryMode
 
+STAGES = ("warmup", "continual")
+"""Of a run, in the order of time."""
+
 
 class MemorySource(Enum):
     """Where the memories that a training step reads come from."""

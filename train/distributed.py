@@ -5,7 +5,9 @@ Not here: what a launcher says of a process (`announced`), gradients and paramet
 
 import json
 import os
+import random
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,9 +172,22 @@ _POLL_SECONDS = 0.05
 
 
 def lost_a_peer(problem: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone, in the words of gloo and of NCCL."""
-    said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    """Whether a collective failed because another rank is gone, in the words of gloo, of NCCL and of the store."""
+    said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
+            "Failed to recv, got 0 bytes")  # fmt: skip
     return isinstance(problem, RuntimeError) and any(each in str(problem) for each in said)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at, below those that the kernel gives to new connections."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def stop() -> None:

@@ -5,7 +5,7 @@ that the table can be made later, from several runs and seeds. A row states what
 query mode, pattern, filter, hits, age of the generation. A difference is the row's loss less that of M's
 memory arm, paired over the same tokens or probes: positive means that memory is better.
 
-`evaluation.json`:
+`evaluation-<split>.json`, beside what the results were made of (`launch.evaluate`):
 
     {"format": "memory3-evaluation", "version": 1, "results": [{"arm", "model", ..., "items": [{...}]}]}
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from data.files import MANIFEST, Manifest, delete_artefact, is_held, open_manifest
 from memorybank import quantizer, store
 from memorybank.cold import ColdRecords, stores
-from train.checkpoint import STAGES, entries
+from train.checkpoint import entries
+from train.config import STAGES
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,9 @@ def _quantisers_of(run: Path, doomed: Sequence[Path]) -> list[Path]:
     used = {manifest.settings["codec"] for manifest in map(_manifest, staying) if manifest is not None}
     used |= {ColdRecords(path).settings["codec"] for path in stores(bank)}
     found = []
-    for path in sorted(bank.glob(f"codec-*/{MANIFEST}")):
+    for path in sorted(
+        bank.glob(f"codec-*/{MANIFEST}")
+    ):  # a folder for each set of weights (memorybank.codecs)
         try:
             manifest = open_manifest(path.parent, kind=quantizer.KIND, version=quantizer.VERSION)
         except ValueError:

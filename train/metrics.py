@@ -20,11 +20,9 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from data.files import write_atomic
+from train.config import STAGES
 
 log = logging.getLogger(__name__)
-
-STAGES = ("warmup", "continual")
-"""In the order of time."""
 
 _MIRROR_SECONDS = 60
 """A mirror whose server is gone gets this long to start, and this long to finish."""

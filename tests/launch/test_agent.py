@@ -11,6 +11,7 @@ import pytest
 from launch import agent
 from launch.compose import compose_config, save_config
 from tests.support.spawn import HANG_SECONDS
+from train.distributed import free_port
 
 RANK = """
 import os, sys, time
@@ -100,6 +101,46 @@ def test_first_cause_is_said_once(
     assert (failure["code"], failure["from_outside"]) == (code, code == 137)
     assert ("Traceback" in done.stderr) is traceback
     assert sum(line.startswith("memory3 pretrain") for line in done.stderr.splitlines()) == 1
+
+
+APART = """
+import os, sys
+from pathlib import Path
+from launch import worker
+from train import distributed
+
+def fail(run, stop, meeting):
+    ranks = distributed.start(threads=1)
+    ranks.barrier()
+    if ranks.is_first:
+        os.kill(os.getpid(), 9)
+    ranks.barrier()
+
+worker._run = fail
+sys.exit(worker.main(Path(sys.argv[1])))
+"""
+
+
+def test_a_rank_that_lost_one_of_another_machine_says_so_in_a_line(tmp_path: Path) -> None:
+    """The agents of two machines, with a rank each: only the first knows that its rank was killed."""
+    save_config(compose_config(["experiment=demo"]), tmp_path / "config.yaml")
+    (tmp_path / "apart.py").write_text(APART)
+    root = Path(agent.__file__).parents[1]
+    given = ["1", "--nodes=2", f"--address=127.0.0.1:{free_port()}", "--worker=apart"]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "launch.agent", str(tmp_path), *given, f"--node={node}"],
+            cwd=root, env={**os.environ, "PYTHONPATH": f"{root}:{tmp_path}"},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    killed, lost = (each.communicate(timeout=HANG_SECONDS)[1] for each in agents)
+    assert [each.returncode for each in agents] == [137, 1]
+    assert killed.startswith("memory3 pretrain: rank 0 was ended by SIGKILL; ")
+    assert lost.startswith("memory3 pretrain: rank 1: lost another rank, whose own launcher says why: ")
+    assert lost.count("\n") == 1, lost
+    assert json.loads((tmp_path / agent.FAILURE).read_text())["code"] == 137
 
 
 def test_ranks_of_one_machine_meet_where_no_name_has_to_be_known(tmp_path: Path) -> None:

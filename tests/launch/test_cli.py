@@ -132,7 +132,9 @@ def test_users_mistake_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]
     )
 
 
-@pytest.mark.parametrize("command", ["evaluate", "checkpoint list", "generate --prompt x"])
+@pytest.mark.parametrize(
+    "command", ["evaluate", "checkpoint list", "generate --prompt x", "report", "bank compact"]
+)
 def test_a_misspelt_run_is_answered_with_the_nearest(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from data.documents import Split
 from launch.bank import corpus_documents
-from launch.evaluate import evaluate
+from launch.evaluate import banks_evaluated, evaluate
 from launch.opened import OpenedRun, library_folder, open_run
 from memorybank import cold
 from memorybank.edits import Editor
@@ -90,6 +90,23 @@ def test_an_evaluation_with_a_bank_stands_beside_the_one_without_and_the_report_
     assert "m with the memories of bank library (state 1, " in (tmp_path / "report.html").read_text()
 
 
+def test_evaluations_with_two_banks_of_one_name_stand_side_by_side(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "m/bank/library", tmp_path / "library")
+    own = root / "m/evaluation-validation-library.json"
+    own.write_text("of the run's own bank")
+    done = within(
+        "evaluate", "m", "--root", str(root), "--bank", str(tmp_path / "library"), "--stale", "allow"
+    )
+    assert done.code == 0, done.err
+    assert own.read_text() == "of the run's own bank"
+    own.unlink()
+    (path,) = (root / "m").glob("evaluation-validation-library-*.json")
+    assert f"results: {path}\n" in done.out
+    (bank,) = banks_evaluated(root / "m", "validation")
+    assert bank == path.stem.removeprefix("evaluation-validation-")
+    path.unlink()
+
+
 def test_a_refreshed_bank_gives_the_numbers_of_what_evaluate_compiles_itself(root: Path) -> None:
     opened = open_run("m", str(root))
     itself = evaluate(opened, Split.validation)
@@ -138,10 +155,7 @@ def test_missing_bank_and_missing_run_are_named(root: Path) -> None:
     assert f"there is no bank in {root}/nope; make one with `memory3 bank build RUN`" in done.err
     done = within("evaluate", "nope", "--root", str(root))
     assert done.code == 2
-    assert done.err == (
-        f"memory3 evaluate: {root}/nope/config.yaml does not exist: {root}/nope is not a run folder; "
-        f"list runs with `ls {root}`\n"
-    )
+    assert done.err == (f"memory3 evaluate: {root}/nope is not a run folder; list runs with `ls {root}`\n")
 
 
 def test_run_without_checkpoint_is_refused(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
@@ -260,6 +261,22 @@ def test_a_job_that_failed_is_named_when_it_is_submitted_again(
     ]
     assert [slurm.wait_for(cluster / "jobs" / job) for job in ("103", "104")] == [1, 0]
     assert [starts(each.folder) for each in runs] == [1, 2, 2]
+
+
+def test_a_job_that_was_cancelled_before_it_began_is_named_when_it_is_submitted_again(
+    tmp_path: Path, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = of(tmp_path, RATES, "launcher=slurm", "launcher.slurm.gpus=false")
+    (cluster / "full").touch()
+    assert control(runs, PROGRAM) == 0
+    subprocess.run(["scancel", "101"], check=True)
+    capsys.readouterr()
+    assert control(runs, PROGRAM) == 0
+    ends = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[2:4]]
+    again = "job 102, submitted again, for the one before was cancelled before it began"
+    assert ends == ["waiting: job 100, submitted before", f"waiting: {again}"]
+    for job in ("100", "102"):  # else they wait for ever
+        subprocess.run(["scancel", job], check=True)
 
 
 def test_what_jobs_say_is_read_of_the_newest(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from launch.launchers import commands, ranks_per_host, read_hosts
 from launch.slurm import job_name, meeting_place, script
 from tests.support import slurm
 from tests.support.launch import prepared_root, run_settings, trained
-from tests.support.spawn import HANG_SECONDS, free_port
+from tests.support.spawn import HANG_SECONDS
 from train.announced import Announced, announced
+from train.distributed import free_port
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]

@@ -86,9 +86,11 @@ def test_a_page_is_not_written_where_there_is_no_folder(root: Path, tmp_path: Pa
 
 
 def test_a_run_that_is_not_there_is_named(root: Path) -> None:
-    done = within("report", "nothing", "--root", str(root))
-    assert done.code == 2
-    assert f"{root}/nothing/metrics.jsonl does not exist" in done.err
+    for given in ("nothing", "m=nothing"):
+        done = within("report", given, "--root", str(root))
+        assert done.code == 2
+        said = f"{root}/nothing is not a run folder; list runs with `ls {root}`"
+        assert done.err == f"memory3 report: {said}\n"
 
 
 def test_a_run_that_is_named_twice_is_no_second_seed(root: Path) -> None:

@@ -1,9 +1,10 @@
 """A SLURM of one machine, for tests: `sbatch` really runs its script, in a process group of its own.
 
     install(FOLDER)      writes FOLDER/bin/{sbatch,squeue,scancel,scontrol,srun}
+    FOLDER/full          jobs wait for as long as it is there
 
-A job lives as FOLDER/jobs/NUMBER[_TASK]/{pid,name,requeue}; nothing but this file is imported. `srun` runs its tasks
-here, one for each node, and hands signals on to them, as the real one does.
+A job lives as FOLDER/jobs/NUMBER[_TASK]/{pid,name,requeue,code}; nothing but this file is imported. `srun` runs its
+tasks here, one for each node, and hands signals on to them, as the real one does.
 """
 
 import os
@@ -49,21 +50,27 @@ def sbatch(folder: Path, arguments: list[str]) -> str:
             "SLURM_JOB_NODELIST": "node[1-9]",
             **({} if task is None else {"SLURM_ARRAY_TASK_ID": task}),
         }
-        with open(output.replace("%a", str(task)), "ab") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-S", __file__, str(folder), "daemon", str(job), str(script)],
-                env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-            )  # fmt: skip
+        output = output.replace("%a", str(task))
+        process = subprocess.Popen(
+            [sys.executable, "-S", __file__, str(folder), "daemon", str(job), str(script), output],
+            env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
         (job / "daemon").write_text(str(process.pid))
     return str(number) if "parsable" in given else f"Submitted batch job {number}\n"
 
 
 def daemon(folder: Path, arguments: list[str]) -> str:
-    """Run a job's script, again for as long as it is queued again."""
-    job, script = Path(arguments[0]), arguments[1]
+    """Run a job's script when its turn comes, again for as long as it is queued again."""
+    job, script, output = Path(arguments[0]), arguments[1], arguments[2]
+    while (folder / "full").exists() and not (job / "code").exists():
+        time.sleep(0.02)
+    if (job / "code").exists():  # cancelled
+        return ""
     again = True
     while again:
-        process = subprocess.Popen(["/bin/bash", script], start_new_session=True)
+        with open(output, "ab") as out:
+            process = subprocess.Popen(["/bin/bash", script], stdout=out, stderr=out, start_new_session=True)
         (job / "pid").write_text(str(process.pid))
         code = process.wait()
         again = (job / "requeue").exists()
@@ -85,7 +92,10 @@ def squeue(folder: Path, arguments: list[str]) -> str:
 
 def scancel(folder: Path, arguments: list[str]) -> str:
     job = folder / "jobs" / arguments[0]
-    os.kill(int((job / "pid").read_text()), signal.SIGTERM)
+    if (job / "pid").exists():
+        os.kill(int((job / "pid").read_text()), signal.SIGTERM)
+    else:
+        (job / "code").write_text("0")
     return ""
 
 

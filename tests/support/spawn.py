@@ -6,13 +6,13 @@ The processes come from one fork server that has imported torch and DeepSpeed, s
 import multiprocessing
 import os
 import pickle
-import random
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from train.distributed import free_port
 
 HANG_SECONDS = 1200.0
 """What takes longer hangs. No test measures this: a slow machine may take its time."""
@@ -84,15 +84,3 @@ def _run(
     except BaseException:
         sent = pickle.dumps((True, traceback.format_exc()))
     pipe.send_bytes(sent)
-
-
-def free_port() -> int:
-    """A port that nobody listens at, below those that the kernel gives to connections in the meantime."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 30_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port

@@ -127,7 +127,7 @@ def test_a_damaged_file_is_found_by_name_and_the_checkpoint_before_it_serves(
     save(tmp_path, 5)
     folder = save(tmp_path, 10)
     damage(folder / file)
-    with pytest.raises(ValueError, match=rf"{folder} is damaged: {file}"):
+    with pytest.raises(ValueError, match=rf"{folder} is damaged: {file}; restore it from a copy"):
         checkpoints(tmp_path).open(folder)
     with caplog.at_level(logging.WARNING):
         assert newest(tmp_path).state.step == 5
