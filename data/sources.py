@@ -130,6 +130,10 @@ def read_json_lines(files: Sequence[Path], label: str, settings: SourceConfig) -
                     f"{record[_WHERE]}: a document without text (field {settings.text_field!r}); give it text, or take "
                     "its line out"
                 )
+            if settings.id_field is not None and record[settings.id_field] in (None, ""):
+                raise ValueError(
+                    f"{record[_WHERE]}: a document without id (field {settings.id_field!r}); give it one"
+                )
             document = source.document(number, record)
             if document is not None:
                 yield document

@@ -603,6 +603,11 @@ def _unrecognized_option(
         return f"unrecognized arguments: {option}; did you mean {near[0]}?"
     if not has_settings:
         return f"unrecognized arguments: {option}"
+    if name.startswith("--config-"):
+        from launch.compose import CONF
+        from launch.explain import own_files
+
+        return f"unrecognized arguments: {option}; {own_files(CONF)}"
     following = next(iter(given[given.index(option) + 1 :]), "")
     if not value and following and not re.search(r"^-|=", following):
         value = following

@@ -110,6 +110,7 @@ def test_every_command_has_a_module_with_run() -> None:
         (["pretrain", "--experiment", "quick"], "--experiment; settings are written experiment=quick"),
         (["plan", "--warmup.steps=3", "seed=1"], "settings are written warmup.steps=3"),
         (["prepare", "--experiment"], "settings are written experiment=VALUE"),
+        (["pretrain", "--config-dir", "mine"], "/conf/GROUP/NAME.yaml, is chosen with GROUP=NAME"),
         (
             ["bank", "build", "x", "--experiment", "quick"],
             "memory3 bank build: error: unrecognized arguments: --exp",
