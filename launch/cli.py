@@ -614,7 +614,17 @@ def _unrecognized_option(
     return f"unrecognized arguments: {option}; settings are written {name.lstrip('-')}={value or 'VALUE'}"
 
 
-_OF_THE_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
+_OF_THE_DISK = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EDQUOT,
+)
 """What the place of a file can cause; anything else is a mistake of ours, and shows where."""
 
 

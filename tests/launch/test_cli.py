@@ -170,6 +170,14 @@ def test_a_place_that_cannot_be_written_is_named_without_traceback(
     )
 
 
+def test_a_name_that_is_too_long_is_told_without_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = topics(tmp_path / "topics.jsonl", limit=1000)
+    assert cli.main(["prepare", *corpus_settings(tmp_path, corpus), f"data.name={'x' * 300}"]) == 2
+    assert "x: File name too long; mend it" in capsys.readouterr().err
+
+
 def test_a_reader_that_has_enough_is_no_crash() -> None:
     program = "import sys; from launch import cli, pretrain\n"
     program += "pretrain.run = lambda _: len([print('x' * 9999) for _ in range(10000)])\n"
