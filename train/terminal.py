@@ -192,6 +192,13 @@ class PlainLines:
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
+def view(line_every: int, console: Console | None = None) -> LiveView | PlainLines:
+    """The live view on a terminal that lines can be drawn over on; elsewhere, TERM=dumb too, plain lines."""
+    console = console or Console()
+    is_live = console.file.isatty() and not console.is_dumb_terminal
+    return LiveView(console) if is_live else PlainLines(line_every, console)
+
+
 def _labelled(parts: list[tuple[str, str]]) -> Text:
     text = Text(overflow="fold")
     for label, value in parts:

@@ -2,9 +2,10 @@ import io
 import logging
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from train.terminal import LiveView, PlainLines, Status
+from train.terminal import LiveView, PlainLines, Status, view
 
 
 def step(number: int, **changes: Any) -> dict[str, Any]:
@@ -126,6 +127,20 @@ def test_the_live_view_scrolls_what_is_logged_and_gives_the_stream_back() -> Non
         assert handler.stream is stream
     finally:
         logging.getLogger().removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "name", "expected"),
+    [(True, "xterm", LiveView), (True, "dumb", PlainLines), (False, "xterm", PlainLines)],
+)
+def test_the_live_view_is_for_terminals_that_lines_can_be_drawn_over_on(
+    is_terminal: bool, name: str, expected: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", name)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: is_terminal)
+    assert type(view(1, Console(file=out))) is expected
 
 
 def test_a_run_that_never_took_a_step_closes() -> None:
