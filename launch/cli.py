@@ -633,8 +633,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("faiss").setLevel(logging.WARNING)
-    module = importlib.import_module(f"launch.{arguments.command}")
     try:
+        module = importlib.import_module(
+            f"launch.{arguments.command}"
+        )  # torch: seconds in which one may think better
         code = int(module.run(arguments))
         sys.stdout.flush()
         return code

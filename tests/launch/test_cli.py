@@ -157,6 +157,17 @@ def test_interrupt_ends_with_code_130(
     assert capsys.readouterr().err == "memory3 pretrain: interrupted\n"
 
 
+def test_interrupt_while_a_command_is_imported_ends_with_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["evaluate", "mine"]) == 130
+    assert capsys.readouterr().err == "memory3 evaluate: interrupted\n"
+
+
 def test_a_place_that_cannot_be_written_is_named_without_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
