@@ -32,7 +32,7 @@ class SourceConfig:
     kind: SourceKind
     """factbook (needs the package), local files as jsonl, parquet or text, or a dataset of the hub."""
     path: str | None = None
-    """A file, or a folder that is searched through; None takes data.path. For local kinds."""
+    """A file, or a folder that is searched through, but for hidden files; None takes data.path. For local kinds."""
     name: str | None = None
     """Name of the hub dataset, or a local folder laid out like one. For kind hub."""
     hub_config: str | None = None
@@ -52,7 +52,7 @@ class SourceConfig:
     weight: float = 1.0
     """How often its documents are drawn, relative to the other sources' weights; 0 draws none."""
     min_chars: int = 0
-    """Shorter texts are dropped; at 0 nothing is, and a document without text is an error."""
+    """Shorter texts are dropped, and null; at 0 nothing is, and a document without text is an error."""
     max_documents: int | None = None
     """Only so many records are read, from the first on; None reads all."""
 

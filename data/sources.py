@@ -36,7 +36,7 @@ _ENDINGS = {
 }
 _WHERE = "memory3_where"  # column: the record's place in the source's files, "part1.jsonl:12"
 _KINDS = {int: "a number", float: "a number", list: "a list", dict: "an object"}
-_READER_VERSION = 2  # of `_json_records`, whose output `datasets` caches
+_READER_VERSION = 3  # of `_json_records`, whose output `datasets` caches
 
 
 class Source(Protocol):
@@ -100,8 +100,13 @@ def content_fingerprints(config: DataConfig) -> dict[str, str]:
             fingerprints[label] = fingerprint([repr(item) for item in (*text.documents, *text.probes)])
         if settings.kind.is_local:
             root, files = _files(label, settings, config.path)
-            names = {path.relative_to(root).as_posix(): path for path in files}
-            fingerprints[label] = fingerprint(hash_files(names))
+        elif settings.kind is SourceKind.hub and Path(settings.name or "").is_dir():
+            root = Path(settings.name or "")
+            files = _files_below(root)
+        else:
+            continue
+        names = {path.relative_to(root).as_posix(): path for path in files}
+        fingerprints[label] = fingerprint(hash_files(names))
     return fingerprints
 
 
@@ -120,10 +125,14 @@ def read_json_lines(files: Sequence[Path], label: str, settings: SourceConfig) -
             raise ValueError(f"{file} does not exist, or is no file; give files of JSON lines")
         records = _json_records([str(file)], [str(file)], fields, settings.text_field)
         for number, record in enumerate(records):
-            if not str(record[settings.text_field]).strip():
+            if not (record[settings.text_field] or "").strip():
                 raise ValueError(
                     f"{record[_WHERE]}: a document without text (field {settings.text_field!r}); give it text, or take "
                     "its line out"
+                )
+            if settings.id_field is not None and record[settings.id_field] in (None, ""):
+                raise ValueError(
+                    f"{record[_WHERE]}: a document without id (field {settings.id_field!r}); give it one"
                 )
             document = source.document(number, record)
             if document is not None:
@@ -187,12 +196,17 @@ class RecordSource:
         place = record.get(_WHERE, number)
         where = f"data.sources.{self.label}, record {place}"
         text = record[settings.text_field]
-        if not isinstance(text, str) or not text.strip():
-            if isinstance(text, str) and settings.min_chars > 0:
+        if text is None or (isinstance(text, str) and not text.strip()):
+            if settings.min_chars > 0:
                 return None
             raise ValueError(
                 f"{where}: a document without text (field {settings.text_field!r}); give it text, or drop "
                 f"empty texts with data.sources.{self.label}.min_chars=1"
+            )
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{where}: field {settings.text_field!r} holds {type(text).__name__}, not a text; set "
+                f"data.sources.{self.label}.text_field to the one that holds the text"
             )
         if len(text) < settings.min_chars:
             return None
@@ -268,9 +282,7 @@ def _open_records(
             raise ValueError(str(cause)) from None
         if isinstance(cause, _AbsentField):
             raise ValueError(_no_field(shown, label, settings, *cause.args)) from None
-        if "corresponds to no data" in str(cause):
-            raise ValueError(f"{shown} holds no documents; give a source that does") from error
-        raise ValueError(f"{shown} cannot be read as {settings.kind.value}: {cause}") from error
+        raise ValueError(_unread(shown, label, settings, names, cause)) from error
     for name in fields:
         if name not in records.column_names:
             there = sorted(set(records.column_names) - {_WHERE})
@@ -278,6 +290,37 @@ def _open_records(
     if len(records) == 0:
         raise ValueError(f"{shown} holds no documents; give a source that does")
     return records.select_columns([name for name in records.column_names if name in (*fields, _WHERE)])
+
+
+def _unread(
+    shown: str, label: str, settings: SourceConfig, files: Sequence[str], cause: BaseException
+) -> str:
+    """Why `datasets` could not read a source, and what to do."""
+    if isinstance(cause, UnicodeDecodeError):
+        return _not_utf8(next((file for file in files if not _is_utf8(file)), shown), cause)
+    if "corresponds to no data" in str(cause):
+        return f"{shown} holds no documents; give a source that does"
+    if "save_to_disk" in str(cause):
+        return (
+            f"{shown} was written by save_to_disk; write it as Parquet, load_from_disk({settings.name!r})"
+            f".to_parquet('FILE.parquet'), and set data.sources.{label}.kind=parquet and its path"
+        )
+    return f"{shown} cannot be read as {settings.kind.value}: {cause}"
+
+
+def _is_utf8(file: str) -> bool:
+    try:
+        Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
+    return (
+        f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert the file: "
+        "iconv -f ENCODING -t UTF-8 FILE"
+    )
 
 
 def _no_field(shown: str, label: str, settings: SourceConfig, name: str, there: Sequence[str]) -> str:
@@ -326,12 +369,14 @@ def _json_records(
 
 def _json_record(line: bytes, text_field: str, *, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line.rstrip(b"\r\n"))
+        record = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _RefusedLine(_not_utf8(where, error)) from None
     except ValueError as error:
         raise _RefusedLine(f"{where} is no JSON: {error}; every line must be one JSON object") from None
     if not isinstance(record, dict):
         raise _RefusedLine(f"{where} is no JSON object but {line[:40]!r}; every line must be one")
-    if not isinstance(record.get(text_field), str):
+    if text_field not in record or not isinstance(record[text_field], str | None):
         raise _RefusedLine(
             f"{where}: a document without text: {_no_text(record, text_field)}; set text_field to the one that holds "
             "the text, or give it text"
@@ -343,7 +388,7 @@ def _no_text(record: Mapping[str, Any], field: str) -> str:
     if field not in record:
         return f"it has no field {field!r}, but {sorted(record)}"
     value = record[field]
-    held = json.dumps(value) if value is None or isinstance(value, bool) else _KINDS[type(value)]
+    held = json.dumps(value) if isinstance(value, bool) else _KINDS[type(value)]
     return f"its field {field!r} holds {held}, not a text; its fields are {sorted(record)}"
 
 
@@ -370,10 +415,19 @@ def _files(label: str, settings: SourceConfig, shared_path: str | None) -> tuple
     if path.is_file():
         return path.parent, [path]
     endings = _ENDINGS[settings.kind]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(endings))
+    files = [file for file in _files_below(path) if file.name.endswith(endings)]
     if not files:
         raise ValueError(f"data.sources.{label}: {path} holds no file ending in {', '.join(endings)}")
     return path, files
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Sorted, but for hidden ones: what editors and systems leave beside a corpus is none of it."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
 
 
 @lru_cache(maxsize=1)

@@ -50,6 +50,7 @@ def train(texts: Iterable[str], vocab_size: int, *, character_coverage: float = 
             vocab_size=vocab_size,
             character_coverage=character_coverage,
             byte_fallback=True,
+            required_chars=_SPACE,  # also where no text has a blank, Chinese say: prompts have
             split_digits=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,

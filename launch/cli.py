@@ -595,13 +595,28 @@ def _unrecognized_option(
         return f"unrecognized arguments: {option}; did you mean {near[0]}?"
     if not has_settings:
         return f"unrecognized arguments: {option}"
+    if name.startswith("--config-"):
+        from launch.compose import CONF
+        from launch.explain import own_files
+
+        return f"unrecognized arguments: {option}; {own_files(CONF)}"
     following = next(iter(given[given.index(option) + 1 :]), "")
     if not value and following and not re.search(r"^-|=", following):
         value = following
     return f"unrecognized arguments: {option}; settings are written {name.lstrip('-')}={value or 'VALUE'}"
 
 
-_OF_THE_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
+_OF_THE_DISK = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EDQUOT,
+)
 """What the place of a file can cause; anything else is a mistake of ours, and shows where."""
 
 
@@ -610,8 +625,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("faiss").setLevel(logging.WARNING)
-    module = importlib.import_module(f"launch.{arguments.command}")
     try:
+        module = importlib.import_module(
+            f"launch.{arguments.command}"
+        )  # torch: seconds in which one may think better
         code = int(module.run(arguments))
         sys.stdout.flush()
         return code

@@ -31,7 +31,8 @@ _HEAD = """\
 Every key that `memory3 prepare | pretrain | cost | sweep | plan | bench | demo` take as `KEY=VALUE`, in the grammar of
 Hydra; made from the schema by `make docs`. `memory3 pretrain --cfg` prints them with the values that they have.
 Defaults are those of the schema; `model=nano`, `data=factbook` and `launcher=local` are laid over them where no other
-file of `conf/` is chosen, then the files below, in this order, then single keys.
+file of `conf/` is chosen, then the files below, in this order, then single keys. A file of your own,
+`conf/GROUP/NAME.yaml`, is chosen with `GROUP=NAME` like these.
 
 A key that is misspelt, of the wrong type, out of range or in contradiction to another is refused before anything
 starts, with the nearest name that exists.

@@ -48,6 +48,8 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
             )
         if match is None:  # left to Hydra's grammar
             continue
+        if re.split(r"[./]", match[1])[0] == "hydra":
+            raise ValueError(f"{override}: {own_files(conf)}")
         if (conf / match[1]).is_dir():
             if override[0] in "+~" or override[match.end() :].startswith("@"):  # Hydra may pass over these
                 raise ValueError(_choose(override, match[1], conf))
@@ -61,6 +63,11 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
             raise ValueError(
                 f"{override}: keys cannot be deleted; set {match[1]}=null where a key may be null"
             )
+
+
+def own_files(conf: Path) -> str:
+    """What to do in place of Hydra's own keys and options, most of which are for finding files."""
+    return f"Hydra's own settings are not taken; a file of yours, {conf}/GROUP/NAME.yaml, is chosen with GROUP=NAME"
 
 
 def with_texts_quoted(overrides: Sequence[str]) -> list[str]:

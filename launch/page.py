@@ -49,6 +49,8 @@ def refuse_without_folder(html: str) -> None:
     """Refuse to write a page where there is no folder, before it is made."""
     if not Path(html).absolute().parent.is_dir():
         raise ValueError(f"--html {html}: its folder does not exist; make it first")
+    if Path(html).is_dir():
+        raise ValueError(f"--html {html} is a folder; name the page's file in it, {html}/page.html")
 
 
 def tile(label: str, value: str, note: str) -> str:

@@ -29,7 +29,7 @@ from train.metrics import JsonLines, Metrics, Mirror, Sink, TensorBoard, Wandb, 
 from train.run import run_stage
 from train.state import History, RunState
 from train.stopping import Stop, StoppedError
-from train.terminal import LiveView, PlainLines
+from train.terminal import view
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def _metrics(run: Path, config: RunConfig, newest: Checkpoint | None, ranks: dis
     sinks: list[Sink] = [lines]
     chosen = config.logging
     if chosen.progress:
-        sinks.append(LiveView() if sys.stdout.isatty() else PlainLines(chosen.line_every))
+        sinks.append(view(chosen.line_every))
     if chosen.tensorboard:
         sinks.append(
             Mirror("TensorBoard", lambda: TensorBoard(run, stage=position.stage, step=position.step))

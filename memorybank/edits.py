@@ -70,6 +70,7 @@ from memorybank.library import (
     state_folder,
     state_numbers,
     stated_index,
+    to_name,
 )
 from memorybank.record import MemoryShape
 from memorybank.segment import CutDocument, DocumentCutter, Segment, Segments, write_segment
@@ -821,11 +822,8 @@ def _changes(
 
 def refuse_changes(folder: Path, settings: LibrarySettings, compiler: Compiler) -> None:
     """Refuse to mix records of different weights, or vectors of different embedders."""
-    for key, found, wanted in _changes(settings, compiler, but=("lineage", "step", "index")):
-        raise ValueError(
-            f"bank {folder}: {key} is {found}, but the run's newest is {wanted}; compile it for these weights with "
-            "`memory3 bank refresh` first"
-        )
+    for key, found, wanted, remedy in to_name(_changes(settings, compiler, but=("lineage", "step", "index"))):
+        raise ValueError(f"bank {folder}: {key} is {found}, but the run's newest is {wanted}; {remedy}")
 
 
 def _part(segment: Segment, vectors: Path, records: Path) -> Part:

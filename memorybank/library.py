@@ -196,6 +196,16 @@ def index_blocks(segments: Iterable[Segment], vectors: Iterable[Vectors]) -> lis
     ]
 
 
+def to_name(changes: Iterable[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any, str]]:
+    """What a bank was made with otherwise, each with what to do; another tokenizer first: the rest follows from it."""
+    remedies = {
+        "tokenizer": "its texts were cut by that one: make another bank with `memory3 bank build RUN --bank FOLDER`"
+    }
+    compile_it = "compile it for these weights with `memory3 bank refresh`"
+    ordered = sorted(changes, key=lambda change: change[0] not in remedies)
+    return [(*change, remedies.get(change[0], compile_it)) for change in ordered]
+
+
 def _open_state(folder: Path, state: Path) -> Manifest:
     try:
         if not (state / MANIFEST).is_file():
@@ -290,12 +300,9 @@ class Library:
             library.close = weakref.finalize(library, os.close, descriptor)
             break
         found = asdict(library.settings)
-        for key, is_value, expected in differences(found, expect or {}):
+        for key, is_value, expected, remedy in to_name(differences(found, expect or {})):
             library.close()
-            raise ValueError(
-                f"bank {folder}: {key} is {is_value}, but {expected} is expected; "
-                "compile it for these weights with `memory3 bank refresh`"
-            )
+            raise ValueError(f"bank {folder}: {key} is {is_value}, but {expected} is expected; {remedy}")
         return library
 
     close: Callable[[], object]

@@ -153,7 +153,7 @@ class LoggingConfig:
     """What a run says of itself while it trains."""
 
     progress: bool = True
-    """Show the live view on a terminal; elsewhere a line every `line_every` steps."""
+    """Show the live view on a terminal; elsewhere a line every `line_every` steps, and for each validation."""
     line_every: int = 20
     """Steps between two lines where the output is no terminal."""
     peak_tflops: float | None = None

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a live view of four lines on a terminal, elsewhere a plain line now and then.
+"""What a run shows while it trains: a live view of four lines on a terminal, elsewhere plain lines now and then.
 
 Both are made of the lines of `metrics.jsonl` alone, in the order in which they are written, and of a clock.
 Not here: what is measured (`loop`, `run`), the page that is made afterwards (`launch.report`).
@@ -103,11 +103,18 @@ class Status:
         return "" if seconds is None else f"stage ends in {_clock(seconds)}"
 
     def line(self, now: float) -> str:
-        """Everything, in one plain line."""
-        parts = [*self.training(), *self.memory(), *self.held_out(), *self.safety(now)]
-        words = [f"{label} {value}" for label, value in parts]
+        """A step, in one plain line."""
+        parts = [*self.training(), *self.memory(), *self.safety(now), ("", self.left())]
+        return self._plain(parts)
+
+    def validation_line(self) -> str:
+        """A validation, in one plain line."""
+        return self._plain(self.held_out())
+
+    def _plain(self, parts: list[tuple[str, str]]) -> str:
+        words = [f"{label} {value}".strip() for label, value in parts]
         head = f"{self.values['stage']} {self.values['step']}/{self.num_steps}"
-        return " · ".join([head, *words, *filter(None, [self.left()])])
+        return " · ".join([head, *filter(None, words)])
 
 
 class LiveView:
@@ -161,7 +168,7 @@ class LiveView:
 
 
 class PlainLines:
-    """A line every so many steps, and at the end of a stage, for what is no terminal: a file, a pipe, SLURM's log."""
+    """A line every so many steps, at the end of a stage and for each validation, where there is no terminal."""
 
     def __init__(self, every: int, console: Console | None = None) -> None:
         self._every = every
@@ -171,15 +178,25 @@ class PlainLines:
     def log(self, values: Mapping[str, Any]) -> None:
         self._status.take(values)
         if "loss" in values and (values["step"] % self._every == 0 or values["step"] == values["num_steps"]):
-            self._console.print(
-                self._status.line(values["time"]), soft_wrap=True, markup=False, highlight=False
-            )
+            self._print(self._status.line(values["time"]))
+        if "validation_none" in values:
+            self._print(self._status.validation_line())
 
     def rewind(self, stage: str, step: int) -> None:
         return None
 
     def close(self) -> None:
         pass
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def view(line_every: int, console: Console | None = None) -> LiveView | PlainLines:
+    """The live view on a terminal that lines can be drawn over on; elsewhere, TERM=dumb too, plain lines."""
+    console = console or Console()
+    is_live = console.file.isatty() and not console.is_dumb_terminal
+    return LiveView(console) if is_live else PlainLines(line_every, console)
 
 
 def _labelled(parts: list[tuple[str, str]]) -> Text:

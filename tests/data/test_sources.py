@@ -69,6 +69,9 @@ def test_folder_of_files_is_read_in_order(tmp_path: Path) -> None:
     write_lines(folder / "b/y.jsonl", [{"text": "middle"}])
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "first"}\n'))
     (folder / "notes.txt").write_text("not this")
+    (folder / ".ipynb_checkpoints").mkdir()
+    write_lines(folder / ".ipynb_checkpoints/z-checkpoint.jsonl", [{"text": "nor this"}])
+    (folder / "b/._y.jsonl").write_bytes(b"\x00\x05\x16\x07")  # macOS writes such files beside others
     config = data_config(folder, sources={"a": SourceConfig(kind=SourceKind.jsonl)})
     config.path = str(folder)
     assert [(d.id, d.text) for d in read(config, tmp_path / "cache")] == [
@@ -106,6 +109,22 @@ def test_hub_layout_in_a_folder(tmp_path: Path) -> None:
     source = SourceConfig(kind=SourceKind.hub, name=str(tmp_path / "set"))
     documents = read(data_config(tmp_path, sources={"h": source}), tmp_path / "cache")
     assert [(d.id, d.text) for d in documents] == [("h:0", "one"), ("h:1", "two")]
+    before = content_fingerprints(data_config(tmp_path, sources={"h": source}))
+    write_lines(tmp_path / "set/train.jsonl", [{"text": "other"}])
+    assert content_fingerprints(data_config(tmp_path, sources={"h": source})) != before, (
+        "made anew when it changes"
+    )
+
+
+def test_a_saved_dataset_is_refused_with_what_to_write(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["one"]}).save_to_disk(str(tmp_path / "set"))
+    source = SourceConfig(kind=SourceKind.hub, name=str(tmp_path / "set"))
+    with pytest.raises(
+        ValueError, match=r"set was written by save_to_disk; .*to_parquet.*sources\.h\.kind=parquet"
+    ):
+        read(data_config(tmp_path, sources={"h": source}), tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -119,10 +138,7 @@ def test_hub_layout_in_a_folder(tmp_path: Path) -> None:
             [{"text": "x"}, {"body": "y"}],
             r"line 2: a document without text: it has no field 'text', but \['body'\]; set text_field",
         ),
-        (
-            [{"text": None}],
-            r"x\.jsonl, line 1: a document without text: its field 'text' holds null, not a text",
-        ),
+        ([{"text": None}], r"record x\.jsonl:1: a document without text \(field 'text'\).*min_chars=1"),
         ([{"text": 7}], r"x\.jsonl, line 1: .*: its field 'text' holds a number, not a text"),
         (['[{"text": "x"}]'], r"x\.jsonl is one JSON array; .*: jq -c '\.\[\]' .*x\.jsonl > FILE\.jsonl"),
         (["[", '  {"text": "x"}', "]"], r"x\.jsonl is one JSON array"),
@@ -171,8 +187,25 @@ def test_a_title_that_some_records_have_may_be_absent_elsewhere(tmp_path: Path) 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
-    with pytest.raises(ValueError, match="line 2 is no JSON: 'utf-8' codec"):
+    with pytest.raises(ValueError, match=r"line 2 is not UTF-8 \(invalid start byte at byte 10\); .*iconv"):
         read(data_config(path), tmp_path / "cache")
+    path.write_bytes('{"text": "ok"}\n'.encode("utf-16"))
+    with pytest.raises(ValueError, match="line 1 is not UTF-8"):
+        read(data_config(path), tmp_path / "cache")
+
+
+def test_a_mark_of_utf_8_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes('{"text": "a"}\r\n{"text": "b\\r\\n"}\r\n'.encode("utf-8-sig"))
+    documents = read_json_lines([tmp_path / "x.jsonl"], "x", SourceConfig(kind=SourceKind.jsonl))
+    assert [d.text for d in documents] == ["a", "b\r\n"]
+
+
+def test_a_text_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"fine")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    config = data_config(tmp_path, sources={"t": SourceConfig(kind=SourceKind.text, path=str(tmp_path))})
+    with pytest.raises(ValueError, match=r"b\.txt is not UTF-8 \(.* at byte 3\); convert"):
+        read(config, tmp_path / "cache")
 
 
 def test_document_without_id_is_refused(tmp_path: Path) -> None:
@@ -202,6 +235,23 @@ def test_short_texts_are_dropped_when_asked(tmp_path: Path) -> None:
     assert [d.text for d in read_lines(tmp_path, lines, min_chars=1)] == ["ab", "abc"]
     assert [d.text for d in read_lines(tmp_path, lines, min_chars=3)] == ["abc"]
     assert [d.text for d in read_lines(tmp_path, lines[1:], max_documents=2)] == ["ab", "abc"]
+
+
+def test_null_is_no_text_and_dropped_like_it(tmp_path: Path) -> None:
+    assert [d.text for d in read_lines(tmp_path, [{"text": None}, {"text": "ab"}], min_chars=1)] == ["ab"]
+    write_parquet(tmp_path / "x.parquet", text=[None, "ab"])
+    source = SourceConfig(kind=SourceKind.parquet, path=str(tmp_path / "x.parquet"), min_chars=1)
+    config = data_config(tmp_path, sources={"a": source})
+    assert [d.text for d in read(config, tmp_path / "cache")] == ["ab"]
+
+
+def test_a_column_of_numbers_is_no_text(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "x.parquet", text=[1, 2])
+    source = SourceConfig(kind=SourceKind.parquet, path=str(tmp_path / "x.parquet"))
+    with pytest.raises(
+        ValueError, match=r"field 'text' holds int, not a text; set data\.sources\.a\.text_field"
+    ):
+        read(data_config(tmp_path, sources={"a": source}), tmp_path / "cache")
 
 
 def test_held_out_documents_are_neither_training_text_nor_references(tmp_path: Path) -> None:

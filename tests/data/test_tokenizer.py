@@ -69,6 +69,15 @@ def test_round_trip_is_exact(tokenizer: Tokenizer, llama_like: Tokenizer, text: 
         assert model.bos_id not in ids
 
 
+@pytest.mark.parametrize(("blank", "coverage"), [([], 1.0), (["a b"], 0.999)])
+def test_a_text_of_hardly_a_blank_makes_a_tokenizer(
+    tmp_path: Path, blank: list[str], coverage: float
+) -> None:
+    texts = ["".join(chr(0x4E00 + (7 * i * i + line) % 400) for i in range(500)) for line in range(20)]
+    tokenizer = write(tmp_path / "x.model", train([*texts, *blank], 800, character_coverage=coverage))
+    assert tokenizer.decode(tokenizer.encode(" x  y")) == " x  y"
+
+
 def test_real_text_round_trips_in_a_batch(tokenizer: Tokenizer) -> None:
     encoded = tokenizer.encode_batch([*TEXTS, "", "a\u2581b"])
     assert [tokenizer.decode(ids) for ids in encoded] == [*TEXTS, "", "a\u2581b"]

@@ -311,7 +311,7 @@ def test_arguments_that_make_no_sense_are_refused(
             '{"id": "a", "text": " "}',
             "bad.jsonl:1: a document without text (field 'text'); give it text, or take its",
         ),
-        ('{"text": "words"}', "a document without id (field 'id'); give it one"),
+        ('{"text": "words"}', "bad.jsonl:1: a document without id (field 'id'); give it one"),
         ("words", "line 1 is no JSON"),
         ("", "there are no documents to put in"),
     ],

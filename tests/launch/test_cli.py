@@ -110,6 +110,7 @@ def test_every_command_has_a_module_with_run() -> None:
         (["pretrain", "--experiment", "quick"], "--experiment; settings are written experiment=quick"),
         (["plan", "--warmup.steps=3", "seed=1"], "settings are written warmup.steps=3"),
         (["prepare", "--experiment"], "settings are written experiment=VALUE"),
+        (["pretrain", "--config-dir", "mine"], "/conf/GROUP/NAME.yaml, is chosen with GROUP=NAME"),
         (
             ["bank", "build", "x", "--experiment", "quick"],
             "memory3 bank build: error: unrecognized arguments: --exp",
@@ -158,6 +159,17 @@ def test_interrupt_ends_with_code_130(
     assert capsys.readouterr().err == "memory3 pretrain: interrupted\n"
 
 
+def test_interrupt_while_a_command_is_imported_ends_with_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["evaluate", "mine"]) == 130
+    assert capsys.readouterr().err == "memory3 evaluate: interrupted\n"
+
+
 def test_a_place_that_cannot_be_written_is_named_without_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +181,14 @@ def test_a_place_that_cannot_be_written_is_named_without_traceback(
     assert said.startswith(
         f"memory3 prepare: {tmp_path}/file/prepared/jsonl/corpus.partial: Not a directory; mend it"
     )
+
+
+def test_a_name_that_is_too_long_is_told_without_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = topics(tmp_path / "topics.jsonl", limit=1000)
+    assert cli.main(["prepare", *corpus_settings(tmp_path, corpus), f"data.name={'x' * 300}"]) == 2
+    assert "x: File name too long; mend it" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_enough_is_no_crash() -> None:

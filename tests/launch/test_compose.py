@@ -146,7 +146,6 @@ REFUSED = {
     ),
     "learn=3": "learn=3: there is no key learn; `memory3 pretrain --cfg` prints every key",
     "optim.zzz=1": "optim.zzz=1: there is no key optim.zzz; optim has beta1, beta2, eps, weight_decay, clip_norm",
-    "hydra.run.dir=x": "hydra.run.dir=x: there is no key hydra; `memory3 pretrain --cfg` prints every key",
     "warmup.weights.factbook=1": (
         "warmup.weights.factbook=1: there is no warmup.weights.factbook yet; add it with '+warmup.weights.factbook=1'"
     ),
@@ -220,6 +219,11 @@ REFUSED = {
     "+warmup.steps=5": "+warmup.steps=5: warmup.steps exists; drop the +: 'warmup.steps=5'",
     "+run=x": "+run=x: run exists; drop the +: 'run=x'",
     "+warmup=null": "+warmup=null: warmup exists; drop the +: 'warmup=null'",
+    # Hydra's own
+    "hydra.run.dir=x": (
+        "hydra.run.dir=x: Hydra's own settings are not taken; a file of yours, "
+        f"{CONF}/GROUP/NAME.yaml, is chosen with GROUP=NAME"
+    ),
     # grammar
     "warmup.steps": "warmup.steps: settings are written KEY=VALUE; quote values that hold spaces or brackets",
     "warmup.epoch_steps=0-5:1,5-:2": (

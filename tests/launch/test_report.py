@@ -83,6 +83,9 @@ def test_a_page_is_not_written_where_there_is_no_folder(root: Path, tmp_path: Pa
     assert "--html nowhere/x.html: its folder does not exist; make it first" in done.err
     assert not (tmp_path / "nowhere").exists()
     assert done.out == ""
+    done = within("report", "m", "--root", str(root), "--html", str(tmp_path))
+    assert done.code == 2
+    assert f"--html {tmp_path} is a folder; name the page's file in it, {tmp_path}/page.html" in done.err
 
 
 def test_a_run_that_is_not_there_is_named(root: Path) -> None:

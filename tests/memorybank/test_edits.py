@@ -147,6 +147,10 @@ def test_other_weights_are_refused_until_refreshed(folder: Path) -> None:
     new = Library.open(folder, expect={"weights": "w1"})
     with pytest.raises(ValueError, match=r"weights is w1, but w0 is expected.*memory3 bank refresh"):
         Library.open(folder, expect={"weights": "w0"})
+    with pytest.raises(
+        ValueError, match=r"tokenizer is .*, but other is expected; .*memory3 bank build RUN --bank"
+    ):
+        Library.open(folder, expect={"layout": {"prefix_ids": [1]}, "tokenizer": "other"})
     assert [part.vectors for part in new.parts] == [part.vectors for part in old.parts]
     assert [part.text for part in new.parts] == [part.text for part in old.parts]
     ids = new.segments[0].numbers

@@ -2,9 +2,10 @@ import io
 import logging
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from train.terminal import LiveView, PlainLines, Status
+from train.terminal import LiveView, PlainLines, Status, view
 
 
 def step(number: int, **changes: Any) -> dict[str, Any]:
@@ -35,8 +36,11 @@ def test_a_line_says_where_the_run_stands() -> None:
     status = told(step(1), step(2), validation, saved, step(3, **read))
     assert status.line(1072.0) == (
         "continual 3/800 · loss 1.500 · grad norm 0.47 · lr 1.00e-03 · tokens/s 3,600 · MFU 41.2% · "
-        "bank continual-0001, 12 steps old · attention on memory 6.1% · held-out, no memory 2.400 · memory 2.300 · "
-        "shuffled 2.500 · checkpoint 1:10 ago · stage ends in 13:17"
+        "bank continual-0001, 12 steps old · attention on memory 6.1% · checkpoint 1:10 ago · stage ends in 13:17"
+    )
+    assert (
+        status.validation_line()
+        == "continual 3/800 · held-out, no memory 2.400 · memory 2.300 · shuffled 2.500"
     )
 
 
@@ -64,7 +68,7 @@ def test_the_next_stage_begins_anew_and_skips_stay_counted() -> None:
     line = status.line(1009.0)
     assert line.startswith("continual 1/800")
     assert "skipped 1" in line
-    assert "held-out" not in line
+    assert "held-out" not in status.validation_line()
     assert "ends in" not in line
 
 
@@ -73,17 +77,20 @@ def printed(width: int = 200) -> tuple[Console, io.StringIO]:
     return Console(file=out, width=width), out
 
 
-def test_what_is_no_terminal_gets_a_line_every_so_many_steps() -> None:
+def test_what_is_no_terminal_gets_a_line_every_so_many_steps_and_of_each_validation() -> None:
     console, out = printed(40)
     view = PlainLines(10, console)
     for number in range(1, 26):
         view.log(step(number, num_steps=25))
-        view.log({"stage": "continual", "step": number, "validation_none": 2.0, "time": 0.0})
+        if number in (7, 25):
+            view.log({"stage": "continual", "step": number, "validation_none": 2 + number, "time": 0.0})
     view.close()
-    assert [line.split(" · ")[0] for line in out.getvalue().splitlines()] == [
-        "continual 10/25",
-        "continual 20/25",
-        "continual 25/25",
+    assert [line.split(" · ")[:2] for line in out.getvalue().splitlines()] == [
+        ["continual 7/25", "held-out 9.000"],
+        ["continual 10/25", "loss 1.500"],
+        ["continual 20/25", "loss 1.500"],
+        ["continual 25/25", "loss 1.500"],
+        ["continual 25/25", "held-out 27.000"],
     ]
 
 
@@ -120,6 +127,20 @@ def test_the_live_view_scrolls_what_is_logged_and_gives_the_stream_back() -> Non
         assert handler.stream is stream
     finally:
         logging.getLogger().removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "name", "expected"),
+    [(True, "xterm", LiveView), (True, "dumb", PlainLines), (False, "xterm", PlainLines)],
+)
+def test_the_live_view_is_for_terminals_that_lines_can_be_drawn_over_on(
+    is_terminal: bool, name: str, expected: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", name)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: is_terminal)
+    assert type(view(1, Console(file=out))) is expected
 
 
 def test_a_run_that_never_took_a_step_closes() -> None:
