@@ -43,7 +43,8 @@ from torch import Tensor
 from data.files import delete_artefact, hold, is_held, open_manifest, partial, publishing, verify
 from train.distributed import Ranks
 from train.engine import UNIVERSAL, Engine, Snapshot
-from train.state import History, RunState
+from train.history import History
+from train.state import RunState
 
 log = logging.getLogger(__name__)
 
