@@ -3,7 +3,8 @@
 A stage draws documents of the training split that belong to it. In the continual stage a document that requires
 another is drawn only once that other is in the bank: it was finished before the epoch began, or is reference-only.
 Arm C draws the same rows as arm M, since nothing here asks whether memory is read.
-Not here: how documents become rows (`data.packing`), how sources are mixed (`data.order`), rows as text (`texts`). No torch.
+Not here: how documents become rows (`data.packing`), how sources are mixed (`data.order`), reading rows (`texts`). No
+torch.
 """
 
 from collections.abc import Mapping
