@@ -21,7 +21,7 @@ _LIVE = 1_000_000_000
 """Its default `stage3_max_live_parameters`."""
 _FLOAT32 = 4
 _MOMENTS = 2 * _FLOAT32
-_HEAP_GAPS = 0.35
+_HEAP_GAPS = 0.5
 """Of a CPU rank's tensors, what gaps between blocks of the heap add, at most (`benchmarks/results/plan.md`)."""
 _PER_DOCUMENT = 2 + 1 / 8 + 1 / 8
 """Bytes of a document in a checkpoint: how often it was drawn, whether it is finished, whether it was read."""

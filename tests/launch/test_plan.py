@@ -110,6 +110,18 @@ def test_what_does_not_fit_is_named_with_settings_that_fit() -> None:
     assert hopeless["remedy"].startswith("nothing fits, not even on 4,096 ranks")
 
 
+def test_a_cpu_rank_needs_room_for_the_gaps_of_its_heap() -> None:
+    settings = ("experiment=quick", "continual=null", "--config-only")
+    taken = planned(*settings)["stages"][0]["memory"]["zero_1"]
+    assert taken["resident"] == taken["total"] + taken["gaps"] > 1.2 * taken["total"]
+    between = str((taken["total"] / 0.92 + taken["gaps"] / 2) / 2**30)
+    [problem] = planned(*settings, "--memory", between)["problems"]
+    assert problem["says"].startswith("warmup: a rank takes ")
+    on_gpu = planned(*settings, "--device", "h100")["stages"][0]["memory"]["zero_1"]
+    assert on_gpu["resident"] == on_gpu["total"]
+    assert "with the heap's gaps, up to" in within("plan", *settings).out
+
+
 def test_memory_adds_what_its_source_costs() -> None:
     added = {
         source: planned("experiment=quick", f"continual.memory.source={source}", "--config-only")["stages"][1]
