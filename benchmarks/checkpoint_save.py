@@ -40,7 +40,8 @@ from model.transformer import Memory3LM  # noqa: E402
 from train import distributed  # noqa: E402
 from train.checkpoint import KIND, VERSION, Checkpoints, Retention, Saved  # noqa: E402
 from train.engine import DeepSpeedEngine, ModelInput  # noqa: E402
-from train.state import History, RunState  # noqa: E402
+from train.history import History  # noqa: E402
+from train.state import RunState  # noqa: E402
 
 _ROWS = 2
 

@@ -1,15 +1,17 @@
 """Compare what `memory3 plan` says with real DeepSpeed ranks and with the files of a real run.
 
-    MALLOC_MMAP_THRESHOLD_=65536 python -m benchmarks.plan --out benchmarks/results/plan.md --run RUN_FOLDER
+    python -m benchmarks.plan --out benchmarks/results/plan.md --run RUN_FOLDER
 
 Memory: every case starts its ranks. Each becomes an idle process first: libraries are loaded, and a model of the same
 shapes, but of two layers, has taken a step, so that kernels are compiled, and was let go; and one of nearly no bytes,
 since DeepSpeed holds the parameters of the last engine until another is built. Then the engine of the case is built and
 takes `STEPS` steps; the growth is the largest resident set from there on (VmHWM, reset through clear_refs) over the
-idle one, of the rank that grew most. The threshold makes glibc give freed blocks back to the kernel: without it the
-resident set also holds the heap's gaps.
+idle one, of the rank that grew most. It is measured twice: with `MALLOC_MMAP_THRESHOLD_=65536`, which makes glibc give
+freed blocks back to the kernel, so that tensors alone are counted; and as runs are, where the resident set also holds
+the heap's gaps.
 
-Files: the sizes of all checkpoints and generations of a run folder, against the plan of its own configuration.
+Files: the sizes of all checkpoints and generations of a run folder, against the plan of its own configuration: of each
+generation for the number of references that it holds, and the number that was expected before.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,8 +31,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
 
+from data.prepare import prepared_sizes  # noqa: E402
 from launch.compose import compose_config, load_config  # noqa: E402
 from launch.config import RunConfig  # noqa: E402
+from launch.forecast import forecast  # noqa: E402
 from launch.planning import stage_memory, vector_bytes  # noqa: E402
 from launch.units import binary  # noqa: E402
 from memorybank.cost import generation_bytes  # noqa: E402
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
     from train.engine import ModelInput
 
 STEPS = 2
+_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +85,12 @@ def _overrides(stage: str, model: str, ranks: int, rows: int) -> tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What ranks grew by, and what was planned."""
+    """What ranks grew by, tensors alone and with the heap's gaps, and what was planned."""
 
     case: Case
     planned: int
-    grown: int
+    tensors: int
+    resident: int
     idle: int
 
 
@@ -108,43 +114,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _memory(only: str) -> Iterator[str]:
-    yield "| stage | overrides | planned | grown | planned / grown | idle process |"
-    yield "|---|---|---|---|---|---|"
+    yield "| stage | overrides | planned | tensors | planned / tensors | resident | resident / planned | idle process |"
+    yield "|---|---|---|---|---|---|---|---|"
     for case in cases():
         if only not in " ".join((case.stage, *case.overrides)):
             continue
         done = measure(case)
         line = (
-            f"| {case.stage} | {' '.join(case.overrides)} | {binary(done.planned)} | {binary(done.grown)} | "
-            f"{done.planned / done.grown:.3f} | {binary(done.idle)} |"
+            f"| {case.stage} | {' '.join(case.overrides)} | {binary(done.planned)} | {binary(done.tensors)} | "
+            f"{done.planned / done.tensors:.3f} | {binary(done.resident)} | {done.resident / done.planned:.2f} | "
+            f"{binary(done.idle)} |"
         )
         print(line, file=sys.stderr, flush=True)
         yield line
 
 
 def measure(case: Case) -> Measured:
-    """Run a case on its ranks."""
+    """Run a case on its ranks, twice."""
     config = case.config()
+    stage: StageConfig = getattr(config, case.stage)
+    config.saving.asynchronous = False  # nothing is saved here
+    planned = stage_memory(config, stage, zero_stage=config.engine.zero_stage, cpu=True).total
+    idle, tensors = _grown(case, {_THRESHOLD: "65536"})
+    _, resident = _grown(case, {})
+    return Measured(case, planned, tensors, resident, idle)
+
+
+def _grown(case: Case, variables: Mapping[str, str]) -> tuple[int, int]:
+    """Return the resident set when idle, and the growth over it, of the rank that grew most."""
+    os.environ.pop(_THRESHOLD, None)  # glibc reads it when a process starts
+    os.environ |= variables
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     answers, processes = [], []
-    for rank in range(config.engine.num_ranks):
+    for rank in range(case.config().engine.num_ranks):
         answer, told = context.Pipe(duplex=False)
         process = context.Process(target=_rank, args=(case, rank, port, told), daemon=True)
         process.start()
         told.close()
         answers.append(answer)
         processes.append(process)
-    found = [answer.recv() for answer in answers]
+    found: list[tuple[int, int]] = [answer.recv() for answer in answers]
     for process in processes:
         process.join()
-    stage: StageConfig = getattr(config, case.stage)
-    config.saving.asynchronous = False  # nothing is saved here
-    planned = stage_memory(config, stage, zero_stage=config.engine.zero_stage, cpu=True).total
-    idle, grown = max(found, key=lambda pair: pair[1])
-    return Measured(case, planned, grown, idle)
+    return max(found, key=lambda pair: pair[1])
 
 
 def _rank(case: Case, rank: int, port: int, told: Connection) -> None:
@@ -267,6 +282,20 @@ def _files(runs: Sequence[Path]) -> Iterator[str]:
             generation = Generation.open(folder)
             planned = generation_bytes(config.model, len(generation), vector_bytes=vector_bytes(config))
             yield _compared(folder, planned)
+    yield ""
+    yield "| bank epoch | may be read | chunks | found | expected | expected / found | at most |"
+    yield "|---|---|---|---|---|---|---|"
+    for run in runs:
+        config = load_config(run / "config.yaml")
+        sizes = prepared_sizes(config.data, Path(config.paths.root) / "prepared")
+        for epoch in (sizes and forecast(config, sizes)) or []:
+            folder = run / "bank" / f"generation-{epoch.stage}-{epoch.epoch:04d}"
+            if folder.exists() and epoch.expected is not None:
+                found = len(Generation.open(folder))
+                yield (
+                    f"| {run.name}/{folder.name} | {epoch.references:,} | {epoch.chunks:,} | {found:,} | "
+                    f"{epoch.expected:,} | {epoch.expected / found:.3f} | {epoch.most:,} |"
+                )
     yield ""
 
 

@@ -36,23 +36,6 @@ TOKENS = np.dtype(
 _BATCH = 256  # documents encoded at once
 
 
-class HeldOutError(ValueError):
-    """A held-out split that is too small.
-
-    Attributes:
-        says: What is wrong.
-        remedy: What to set instead.
-    """
-
-    def __init__(self, says: str, remedy: str) -> None:
-        super().__init__(says, remedy)
-        self.says = says
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return f"{self.says}; set {self.remedy}"
-
-
 class TokenShards:
     """The tokens of a corpus's documents, by document number."""
 
@@ -117,14 +100,14 @@ class TokenShards:
         """The documents of a held-out split.
 
         Raises:
-            HeldOutError: The split holds less than a row.
+            ValueError: The split holds less than a row.
         """
         documents = self.corpus.select(split=split)
         if int(self._lengths[documents].sum()) <= row_tokens:
-            raise HeldOutError(
+            raise ValueError(
                 f"the {split.value} split holds {len(documents)} of {self.num_documents} documents, less than one row "
-                f"of {row_tokens} tokens",
-                f"data.{split.value}_fraction higher than it is (0.1, say), or give more text",
+                f"of {row_tokens} tokens; set data.{split.value}_fraction higher than it is (0.1, say), or give more "
+                "text"
             )
         return documents
 

@@ -25,7 +25,8 @@ from memorybank.pool import fresh_slots, window_slots
 from train.arms import Pattern
 from train.audit import Audit, Gain, audit
 from train.evaluate import Setting, TextSet
-from train.rows import in_bank, plan_epoch, text_of
+from train.rows import in_bank, plan_epoch
+from train.texts import text_of
 
 Ids = NDArray[np.int64]
 TRAIN = "train"

@@ -38,10 +38,10 @@ from train.loop import PeakSpeed
 from train.metrics import Metrics
 from train.probes import search_probes
 from train.products import products_rate
-from train.rows import held_out_rows
 from train.run import Parts
 from train.schedule import schedule_of
 from train.stopping import Stop
+from train.texts import held_out_rows
 from train.tracing import Tracing
 
 

@@ -22,6 +22,7 @@ from launch import resolved
 from launch.compose import compose_config, to_yaml
 from launch.config import RunConfig
 from launch.devices import DEVICES, device_here, memory_here
+from launch.forecast import forecast
 from launch.planning import USABLE, BankPlan, DiskPlan, Problem, RunPlan, Site, StagePlan, plan
 from launch.units import binary, decimal, duration, three, whole_number
 from model.flops import ParameterCount
@@ -77,8 +78,7 @@ def _look(config: RunConfig, arguments: argparse.Namespace) -> _Seen:
     memory = device.memory_bytes
     if arguments.memory is not None:
         memory = round(arguments.memory * 2**30)
-    sizes = None
-    free_disk = None
+    sizes = epochs = free_disk = None
     if not arguments.config_only:
         from data.prepare import prepared_sizes
 
@@ -86,6 +86,11 @@ def _look(config: RunConfig, arguments: argparse.Namespace) -> _Seen:
         sizes = prepared_sizes(config.data, root / "prepared")
         if sizes is not None:
             notes += _held_out(config, root / "prepared")
+            if not notes:
+                try:
+                    epochs = forecast(config, sizes)
+                except ValueError as refused:
+                    notes.append(_problem(refused))
         there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
         free_disk = shutil.disk_usage(there).free
         if memory is None and name == found:
@@ -112,6 +117,7 @@ def _look(config: RunConfig, arguments: argparse.Namespace) -> _Seen:
         free_disk=free_disk,
         documents=None if sizes is None else sizes.documents,
         references=references,
+        epochs=epochs,
         tokens=None if sizes is None else sizes.tokens,
         prepared_bytes=None if sizes is None else sizes.num_bytes,
     )
@@ -121,16 +127,21 @@ def _look(config: RunConfig, arguments: argparse.Namespace) -> _Seen:
 def _held_out(config: RunConfig, prepared: Path) -> list[Problem]:
     """What a prepared corpus lacks that training, and an evaluation of the test split that is wanted, will read."""
     from data.documents import Split
-    from data.prepare import open_prepared
-    from data.shards import HeldOutError
+    from data.shards import TokenShards
 
-    shards, notes = open_prepared(config.data, prepared).shards, []
+    shards, notes = TokenShards.open(prepared / config.data.name / "shards"), []
     for split in (Split.validation, Split.test) if config.data.test_fraction else (Split.validation,):
         try:
             shards.held_out(split, row_tokens=config.model.row_tokens)
-        except HeldOutError as refused:
-            notes.append(Problem(refused.says, refused.remedy))
+        except ValueError as refused:
+            notes.append(_problem(refused))
     return notes
+
+
+def _problem(refused: ValueError) -> Problem:
+    """What a refusal says, and its remedy, which follows a semicolon."""
+    says, _, remedy = str(refused).partition("; ")
+    return Problem(says, remedy.removeprefix("set "))
 
 
 def _vocabulary(config: RunConfig, prepared: int | None) -> tuple[int, list[Problem]]:
@@ -153,23 +164,29 @@ def _json(seen: _Seen, planned: RunPlan, problems: Sequence[Problem]) -> dict[st
     stages = []
     for stage in planned.stages:
         memory = {
-            f"zero_{zero}": {**asdict(taken), "total": taken.total} for zero, taken in enumerate(stage.memory)
+            f"zero_{zero}": {**asdict(taken), "total": taken.total, "resident": taken.resident}
+            for zero, taken in enumerate(stage.memory)
         }
         stages.append({**asdict(stage), "days": stage.days, "memory": memory})
     parameters = planned.parameters
     return {
         "config": yaml.safe_load(to_yaml(seen.config)),
-        "site": asdict(seen.site),
+        "site": asdict(replace(seen.site, epochs=None)),
         "parameters": {
             **asdict(parameters),
             "non_embedding": parameters.non_embedding,
             "total": parameters.total,
         },
         "stages": stages,
-        "bank": None if planned.bank is None else asdict(planned.bank) | {"index": _index_text(planned.bank)},
+        "bank": None if planned.bank is None else _bank_json(planned.bank),
         "disk": {**asdict(planned.disk), "written": planned.disk.written, "total": planned.disk.total},
         "problems": [asdict(problem) for problem in problems],
     }
+
+
+def _bank_json(bank: BankPlan) -> dict[str, Any]:
+    epochs = [{**asdict(epoch), "most": epoch.most} for epoch in bank.epochs]
+    return {**asdict(bank), "epochs": epochs, "index": _index_text(bank)}
 
 
 def _heading(seen: _Seen) -> Group:
@@ -287,6 +304,10 @@ def _memory(stages: Sequence[StagePlan], seen: _Seen) -> Table:
             if any(sizes):
                 table.add_row(f"  {part}", *map(_bytes, sizes))
         table.add_row("  all", *(_total(taken, seen.site.memory_bytes) for taken in stage.memory))
+        if any(taken.gaps for taken in stage.memory):
+            table.add_row(
+                "  with the heap's gaps, up to", *(_bytes(taken.resident) for taken in stage.memory)
+            )
         if any(taken.peak != "backward" for taken in stage.memory):
             table.add_row("  peak in", *(taken.peak for taken in stage.memory), style="dim")
         table.add_section()
@@ -294,7 +315,7 @@ def _memory(stages: Sequence[StagePlan], seen: _Seen) -> Table:
 
 
 def _total(taken: RankMemory, limit: int | None) -> Text:
-    style = "bold" if limit is None else "bold green" if taken.total <= limit * USABLE else "bold red"
+    style = "bold" if limit is None else "bold green" if taken.resident <= limit * USABLE else "bold red"
     return Text(_bytes(taken.total), style=style)
 
 
@@ -322,8 +343,8 @@ def _disk(bank: BankPlan | None, disk: DiskPlan, seen: _Seen) -> Table:
         table.add_row(
             "bank's generations",
             binary(disk.bank),
-            f"{bank.generations:,} at a time, of {bank.epochs:,} epochs; at most {bank.references:,} references and "
-            f"{binary(bank.generation_bytes)} each",
+            f"{bank.generations:,} at a time, of {len(bank.epochs):,} epochs; at most {bank.references:,} references "
+            f"and {binary(bank.generation_bytes)} each{_expected(bank)}",
         )
     table.add_section()
     free = "" if seen.site.free_disk is None else f"{binary(seen.site.free_disk)} are free"
@@ -331,6 +352,12 @@ def _disk(bank: BankPlan | None, disk: DiskPlan, seen: _Seen) -> Table:
     if bank is not None and bank.index is not None:
         table.caption = f"search: {_index_text(bank)}"
     return table
+
+
+def _expected(bank: BankPlan) -> str:
+    if bank.expected_references is None or bank.expected_bytes is None:
+        return ""
+    return f"; some {bank.expected_references:,} and {binary(bank.expected_bytes)} are expected"
 
 
 def _index_text(bank: BankPlan) -> str | None:

@@ -3,13 +3,13 @@
 Every figure is another module's formula: parameters and FLOPs (`model.flops`), bytes of a micro-batch
 (`model.footprint`), of ranks and checkpoints (`train.footprint`), of records (`memorybank.cost`), of the index
 (`memorybank.index_plan`). No torch.
-Invariants: nothing is measured; what is not known beforehand (how many references an epoch finds) is an upper bound and
-called so; a proposal is only made if it fits.
+Invariants: nothing is measured; what is not known beforehand (how many references an epoch finds) is an upper bound, or
+an estimate beside one, and called so; what is compared with the disk is the bound; a proposal is only made if it fits.
 Not here: looking at the machine and printing (`launch.plan`), whether the machine works (`launch.doctor`).
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -24,6 +24,7 @@ from model.flops import ParameterCount, TokenFlops, count_parameters, step_flops
 from model.footprint import micro_batch_bytes
 from train.config import MemorySource, StageConfig
 from train.footprint import RankMemory, checkpoint_bytes, number_bytes, rank_memory
+from train.forecast import BankEpoch
 from train.schedule import epoch_begins, most_generations, schedule_of
 
 USABLE = 0.92
@@ -43,6 +44,7 @@ class Site:
         free_disk: Bytes free where the run folder lies; None = not known.
         documents: Of the prepared corpus; None = not prepared, or not looked at.
         references: That the bank may hold at most; None = not known.
+        epochs: Bank epochs of the prepared corpus, of all stages; None = not looked at.
         tokens: Of the prepared corpus.
         prepared_bytes: What the prepared corpus takes already.
     """
@@ -54,6 +56,7 @@ class Site:
     free_disk: int | None = None
     documents: int | None = None
     references: int | None = None
+    epochs: Sequence[BankEpoch] | None = None
     tokens: int | None = None
     prepared_bytes: int | None = None
 
@@ -122,13 +125,17 @@ class BankPlan:
         generations: How many of these lie on disk at a time, at most.
         references: That a generation holds, at most.
         generation_bytes: Of a generation with so many.
+        expected_references: Of the largest generation, an estimate; None = without a prepared corpus.
+        expected_bytes: Of a generation with so many.
         index: Over all references that may be read; None = their number is not known.
     """
 
-    epochs: int
+    epochs: Sequence[BankEpoch]
     generations: int
     references: int
     generation_bytes: int
+    expected_references: int | None
+    expected_bytes: int | None
     index: IndexPlan | None
 
 
@@ -219,7 +226,7 @@ def _stage(name: str, stage: StageConfig, config: RunConfig, site: Site) -> Stag
     model, num_ranks = config.model, config.engine.num_ranks
     tokens_per_step = stage.rows_per_step * model.row_tokens
     token = text_token_flops(model)
-    memory_flops = _memory_flops(stage, config, site)
+    memory_flops = _memory_flops(name, stage, config, site)
     rate = site.device.peak(config.engine.precision) * 1e12 * site.mfu * num_ranks
     seconds = stage.steps * (tokens_per_step * token.palm + memory_flops) / rate
     price = None if site.price is None else seconds / 3600 * num_ranks * site.price
@@ -240,7 +247,7 @@ def _stage(name: str, stage: StageConfig, config: RunConfig, site: Site) -> Stag
     )
 
 
-def _memory_flops(stage: StageConfig, config: RunConfig, site: Site) -> float:
+def _memory_flops(name: str, stage: StageConfig, config: RunConfig, site: Site) -> float:
     """Return what memory adds to a step: reading, and encoding in the step or its share of an epoch's compilation."""
     memory, model = stage.memory, config.model
     if memory is None:
@@ -250,8 +257,7 @@ def _memory_flops(stage: StageConfig, config: RunConfig, site: Site) -> float:
     online = {MemorySource.bank: 0.0, MemorySource.online: 1.0, MemorySource.mixed: memory.online_share}[
         memory.source
     ]
-    epochs = len(_epoch_steps(stage, config, site))
-    compiled = _references_read(stage, config, site) * epochs / stage.steps
+    compiled = sum(epoch.most for epoch in _bank_epochs(name, stage, config, site)) / stage.steps
     read = step_flops(model, rows=stage.rows_per_step, slots_filled=slots)
     encoded = step_flops(
         model,
@@ -267,40 +273,47 @@ def _chunks(model: ModelConfig) -> int:
     return model.row_tokens // model.chunk_tokens
 
 
-def _epoch_steps(stage: StageConfig, config: RunConfig, site: Site) -> list[int]:
-    """Return the steps of each bank epoch; epochs that are passes over the rows need the corpus, or count as one."""
+def _bank_epochs(name: str, stage: StageConfig, config: RunConfig, site: Site) -> list[BankEpoch]:
+    """Return the bank epochs of a stage; without a forecast, an upper bound of what each asks for."""
+    if site.epochs is not None:
+        return [epoch for epoch in site.epochs if epoch.stage == name]
+    assert stage.memory is not None
     begins = epoch_begins(stage)
     if not begins:
         row = stage.rows_per_step * config.model.row_tokens
         begins = list(range(0, stage.steps, max(1, site.tokens // row) if site.tokens else stage.steps))
-    return [end - begin for begin, end in itertools.pairwise([*begins, stage.steps])]
-
-
-def _references_read(stage: StageConfig, config: RunConfig, site: Site) -> int:
-    """Return the references that an epoch compiles, at most: one for every chunk of its rows and of the validation."""
-    assert stage.memory is not None
-    rows = config.logging.validation_rows
-    if stage.memory.source is not MemorySource.online:
-        rows += max(_epoch_steps(stage, config, site)) * stage.rows_per_step
-    wanted = rows * _chunks(config.model)
-    return wanted if site.references is None else min(wanted, site.references)
+    found = []
+    for number, (begin, end) in enumerate(itertools.pairwise([*begins, stage.steps])):
+        rows = 0 if stage.memory.source is MemorySource.online else (end - begin) * stage.rows_per_step
+        chunks = (rows + config.logging.validation_rows) * _chunks(config.model)
+        found.append(BankEpoch(name, number, end - begin, site.references, chunks, None))
+    return found
 
 
 def _bank(config: RunConfig, site: Site) -> BankPlan | None:
-    stages = [stage for stage in config.stages.values() if stage.memory is not None]
-    if not stages:
+    epochs: list[BankEpoch] = []
+    generations = 0
+    for name, stage in config.stages.items():
+        if stage.memory is not None:
+            found = _bank_epochs(name, stage, config, site)
+            ends = itertools.accumulate(epoch.steps for epoch in found[:-1])
+            generations += most_generations([0, *ends], stage, config.saving)
+            epochs += found
+    if not epochs:
         return None
-    references = max(_references_read(stage, config, site) for stage in stages)
-    epochs = generations = 0
-    for stage in stages:
-        steps = _epoch_steps(stage, config, site)
-        epochs += len(steps)
-        generations += most_generations([0, *itertools.accumulate(steps[:-1])], stage, config.saving)
+    references = max(epoch.most for epoch in epochs)
+    expected = max((epoch.expected for epoch in epochs if epoch.expected is not None), default=None)
+
+    def size(held: int) -> int:
+        return generation_bytes(config.model, held, vector_bytes=vector_bytes(config))
+
     return BankPlan(
         epochs=epochs,
         generations=generations,
         references=references,
-        generation_bytes=generation_bytes(config.model, references, vector_bytes=vector_bytes(config)),
+        generation_bytes=size(references),
+        expected_references=expected,
+        expected_bytes=None if expected is None else size(expected),
         index=None if not site.references else _index(config, site.references),
     )
 
@@ -351,13 +364,13 @@ def _memory_problems(config: RunConfig, site: Site, stages: list[StagePlan]) -> 
     limit = round(site.memory_bytes * USABLE)
     for stage in stages:
         chosen = stage.memory[config.engine.zero_stage]
-        if chosen.total <= limit:
+        if chosen.resident <= limit:
             continue
         found = fitting(config, stage.name, limit, cpu=site.device.memory_bytes is None)
         parts = chosen.parts()
         largest = sorted(parts, key=lambda part: -parts[part])[:2]
         yield Problem(
-            f"{stage.name}: a rank takes {binary(chosen.total)}; {binary(limit)} of its {binary(site.memory_bytes)} "
+            f"{stage.name}: a rank takes {binary(chosen.resident)}; {binary(limit)} of its {binary(site.memory_bytes)} "
             f"may be filled; largest: {', '.join(f'{part} {binary(parts[part])}' for part in largest)}",
             found
             or f"nothing fits, not even on 4,096 ranks: choose a smaller model or a larger device, not "
@@ -388,7 +401,7 @@ def fitting(config: RunConfig, name: str, limit: int, *, cpu: bool) -> str | Non
                         part: StageConfig = getattr(tried, name)
                         part.micro_rows = rows
                         part.rows_per_step = max(part.rows_per_step, rows * num_ranks)
-                        taken = stage_memory(tried, part, zero_stage=stage_number, cpu=cpu).total
+                        taken = stage_memory(tried, part, zero_stage=stage_number, cpu=cpu).resident
                         if taken <= limit:
                             changes = {
                                 "engine.num_ranks": (config.engine.num_ranks, num_ranks),

@@ -25,9 +25,10 @@ from launch.watchdog import PULSES
 from train import distributed
 from train.checkpoint import Checkpoint, Checkpoints, cannot_write
 from train.divergence import HopelessError
+from train.history import History
 from train.metrics import JsonLines, Metrics, Mirror, Sink, TensorBoard, Wandb, read_metrics
 from train.run import run_stage
-from train.state import History, RunState
+from train.state import RunState
 from train.stopping import Stop, StoppedError
 from train.terminal import view
 

@@ -44,7 +44,8 @@ from data.files import delete_artefact, hold, is_held, open_manifest, partial, p
 from train.config import STAGES
 from train.distributed import Ranks
 from train.engine import UNIVERSAL, Engine, Snapshot
-from train.state import History, RunState
+from train.history import History
+from train.state import RunState
 
 log = logging.getLogger(__name__)
 

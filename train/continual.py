@@ -32,8 +32,8 @@ from model.config import ModelConfig
 from train.distributed import Ranks
 from train.engine import Engine
 from train.generations import sweep
+from train.history import History
 from train.rows import in_bank
-from train.state import History
 
 log = logging.getLogger(__name__)
 

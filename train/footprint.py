@@ -5,12 +5,12 @@ derives: weights and activations in the training type, AdamW's moments and, for 
 `benchmarks/plan.py` compares it with real runs.
 
 Invariants: a rank's memory is stated at its peak, which is one of three moments: the end of a forward pass, when all
-activations are there; the update; a validation. Libraries, the allocator's gaps, and on rank 0 embedder and search
-index are not counted.
+activations are there; the update; a validation. Libraries, and on rank 0 embedder and search index, are not counted;
+gaps between blocks of a CPU rank's heap are stated apart, by the largest that were measured.
 Not here: activations themselves (`model.footprint`), the engine (`engine`), which settings fit (`launch.planning`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.footprint import MicroBatchBytes
 from train.config import Precision
@@ -21,6 +21,8 @@ _LIVE = 1_000_000_000
 """Its default `stage3_max_live_parameters`."""
 _FLOAT32 = 4
 _MOMENTS = 2 * _FLOAT32
+_HEAP_GAPS = 0.5
+"""Of a CPU rank's tensors, what gaps between blocks of the heap add, at most (`benchmarks/results/plan.md`)."""
 _PER_DOCUMENT = 2 + 1 / 8 + 1 / 8
 """Bytes of a document in a checkpoint: how often it was drawn, whether it is finished, whether it was read."""
 _MANIFEST_BYTES_PER_BYTE = 12 / 2**20
@@ -41,6 +43,7 @@ class RankMemory:
         temporaries: Of the loss and the backward pass, of communication and update, or of a validation.
         peak: The moment of the peak: "backward", "update", "validation".
         copies: On a CPU, what an asynchronous save has copied, on the first rank; a GPU's lie in the host's memory.
+        gaps: On a CPU, what the process holds beside all that, at most: room between blocks of its heap.
     """
 
     parameters: int
@@ -52,11 +55,17 @@ class RankMemory:
     temporaries: int
     peak: str
     copies: int = 0
+    gaps: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All tensors."""
         return sum(self.parts().values())
+
+    @property
+    def resident(self) -> int:
+        """What the process holds of its device's memory, at most."""
+        return self.total + self.gaps
 
     def parts(self) -> dict[str, int]:
         """What it consists of, by name."""
@@ -141,7 +150,8 @@ def rank_memory(
     )
     peak, gradients, activations, temporaries = max(moments_of_run, key=lambda moment: sum(moment[1:]))
     copies = weights + masters + moments if cpu and asynchronous else 0
-    return RankMemory(weights, gradients, masters, moments, activations, memories, temporaries, peak, copies)
+    taken = RankMemory(weights, gradients, masters, moments, activations, memories, temporaries, peak, copies)
+    return replace(taken, gaps=round(taken.total * _HEAP_GAPS)) if cpu else taken
 
 
 def checkpoint_bytes(

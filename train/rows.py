@@ -3,7 +3,8 @@
 A stage draws documents of the training split that belong to it. In the continual stage a document that requires
 another is drawn only once that other is in the bank: it was finished before the epoch began, or is reference-only.
 Arm C draws the same rows as arm M, since nothing here asks whether memory is read.
-Not here: how documents become rows (`data.packing`) and how sources are mixed (`data.order`).
+Not here: how documents become rows (`data.packing`), how sources are mixed (`data.order`), reading rows (`texts`). No
+torch.
 """
 
 from collections.abc import Mapping
@@ -15,14 +16,12 @@ from numpy.typing import NDArray
 from data.corpus import Corpus
 from data.documents import Split, Use
 from data.files import fingerprint
-from data.loader import read_rows
 from data.order import draw
 from data.packing import RowPlan, pack
 from data.shards import TokenShards
 from train.config import StageConfig
-from train.evaluate import TextSet
+from train.history import History
 from train.schedule import epoch_end
-from train.state import History
 
 Ids = NDArray[np.int64]
 
@@ -117,20 +116,10 @@ def plan_epoch(
     return EpochRows(plan.again(num_rows), steps)
 
 
-def held_out_rows(shards: TokenShards, split: Split, *, num_rows: int, row_tokens: int) -> TextSet:
-    """Rows of a held-out split: the same for every run on a corpus, as many as there are up to `num_rows`.
+def held_out_plan(shards: TokenShards, split: Split, *, row_tokens: int) -> RowPlan:
+    """All rows of a held-out split: the same for every run on a corpus.
 
     Raises:
         ValueError: The split holds less than a row.
     """
-    plan = pack(shards.held_out(split, row_tokens=row_tokens), shards.lengths(), row_tokens, seed=0)
-    return text_of(shards, plan, num_rows=num_rows)
-
-
-def text_of(shards: TokenShards, plan: RowPlan, *, num_rows: int) -> TextSet:
-    """The first rows of a plan, as many as there are up to `num_rows`, with the documents of their tokens."""
-    batch = read_rows(shards, plan, tuple(range(min(num_rows, plan.num_rows))), documents=True)
-    assert batch.documents_BT1 is not None
-    numbers = batch.documents_BT1.numpy()
-    names = {int(number): shards.document(int(number)).id for number in np.unique(numbers)}
-    return TextSet(batch.tokens_BT1, numbers, names)
+    return pack(shards.held_out(split, row_tokens=row_tokens), shards.lengths(), row_tokens, seed=0)

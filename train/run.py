@@ -29,13 +29,14 @@ from train.distributed import Ranks
 from train.divergence import DivergedError, HopelessError
 from train.engine import Engine
 from train.evaluate import Setting, TextSet, memory_attention, validation_losses
+from train.history import History
 from train.inputs import InputsAhead, StepInputs
 from train.loop import PeakSpeed, collector_at_rest, train_epoch
 from train.metrics import Metrics
 from train.rows import plan_epoch
 from train.schedule import Schedule, epoch_begins
 from train.stages import MemoryStage, PlainStage, Reader, Stage, encodes_online, reads_bank
-from train.state import History, RunState
+from train.state import RunState
 from train.stopping import Stop, StoppedError
 from train.tracing import Tracing
 

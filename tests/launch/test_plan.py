@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -108,6 +110,18 @@ def test_what_does_not_fit_is_named_with_settings_that_fit() -> None:
     assert hopeless["remedy"].startswith("nothing fits, not even on 4,096 ranks")
 
 
+def test_a_cpu_rank_needs_room_for_the_gaps_of_its_heap() -> None:
+    settings = ("experiment=quick", "continual=null", "--config-only")
+    taken = planned(*settings)["stages"][0]["memory"]["zero_1"]
+    assert taken["resident"] == taken["total"] + taken["gaps"] > 1.2 * taken["total"]
+    between = str((taken["total"] / 0.92 + taken["gaps"] / 2) / 2**30)
+    [problem] = planned(*settings, "--memory", between)["problems"]
+    assert problem["says"].startswith("warmup: a rank takes ")
+    on_gpu = planned(*settings, "--device", "h100")["stages"][0]["memory"]["zero_1"]
+    assert on_gpu["resident"] == on_gpu["total"]
+    assert "with the heap's gaps, up to" in within("plan", *settings).out
+
+
 def test_memory_adds_what_its_source_costs() -> None:
     added = {
         source: planned("experiment=quick", f"continual.memory.source={source}", "--config-only")["stages"][1]
@@ -147,14 +161,58 @@ def test_a_real_run_wrote_what_was_planned() -> None:
     found = planned(*run_settings(root, "m"))
     folders = [path for path in (root / "m" / "checkpoints").iterdir() if path.is_dir()]
     assert len(folders) == found["disk"]["checkpoints"]
-    generations = list((root / "m" / "bank").glob("generation-continual-*"))
-    assert len(generations) == found["bank"]["epochs"]
-    for folder in generations:
-        held = len(json.loads((folder / "manifest.json").read_text())["files"])
-        assert held >= 2
+    generations = sorted((root / "m" / "bank").glob("generation-continual-*"))
+    searches = sorted((root / "m" / "neighbours").glob("continual-*"))
+    epochs = found["bank"]["epochs"]
+    assert len(generations) == len(searches) == len(epochs) > 1
+    for folder, search, epoch in zip(generations, searches, epochs, strict=True):
         assert _size(folder) <= found["bank"]["generation_bytes"]
+        report = json.loads((search / "manifest.json").read_text())["extra"]
+        validation = np.load(search / "validation.npy")
+        assert epoch["references"] == report["references"]
+        assert epoch["chunks"] == report["chunks"] + validation.size
+        ids = np.concatenate([np.load(search / "training.npy").ravel(), validation.ravel()])
+        compiled = len(np.unique(ids[ids >= 0]))
+        assert epoch["most"] >= compiled
+        assert epoch["expected"] == pytest.approx(compiled, rel=0.25)
+    assert found["bank"]["expected_references"] == max(epoch["expected"] for epoch in epochs)
+    assert found["bank"]["expected_bytes"] < found["bank"]["generation_bytes"]
     assert found["disk"]["prepared"] > 0
     assert found["site"]["references"] > 0
+
+
+def test_a_run_that_branches_from_another_reads_what_that_one_had_finished() -> None:
+    from tests.support.launch import run_settings
+
+    root = trained().root
+    alone = planned(*run_settings(root, "m"))["bank"]
+    branch = [*run_settings(root, "m"), "run=b", "warmup=null"]
+    assert planned(*branch, "continual.branch_from=m")["bank"] == alone
+    unknown = planned(*branch, "continual.branch_from=of-tomorrow")["bank"]
+    assert unknown["expected_references"] is None
+    assert unknown["references"] >= alone["references"]
+
+
+def test_a_corpus_of_very_many_documents_is_planned_by_its_sizes_alone() -> None:
+    from data.prepare import prepared_sizes
+    from launch.forecast import forecast
+    from tests.support.launch import run_settings
+
+    root = trained().root
+    config = compose_config(run_settings(root, "m"))
+    sizes = prepared_sizes(config.data, root / "prepared")
+    assert sizes is not None
+    assert forecast(config, sizes)
+    assert forecast(config, replace(sizes, documents=3_000_000)) is None  # in two epochs or more
+    assert forecast(config, replace(sizes, references=100_000_000)) is None
+
+
+def test_what_training_will_refuse_of_a_prepared_corpus_is_said() -> None:
+    from tests.support.launch import run_settings
+
+    settings = [*run_settings(trained().root, "m"), "+warmup.weights.documents=0"]
+    remedies = {problem["says"]: problem["remedy"] for problem in planned(*settings)["problems"]}
+    assert "`weight`" in remedies["warmup: no document can be drawn"]
 
 
 def test_the_tokenizers_vocabulary_is_what_counts() -> None:
@@ -235,13 +293,17 @@ def test_devices_are_read_from_the_drivers_words(tmp_path: Path) -> None:
     assert device_here(tmp_path) == ("h100", 2)
 
 
-def test_the_configuration_alone_is_planned_in_a_second_without_torch() -> None:
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_plan_takes_a_second_and_no_torch(prepared: bool) -> None:
+    from tests.support.launch import prepared_root, run_settings
+
+    settings = run_settings(prepared_root(), "m") if prepared else ["experiment=demo", "--config-only"]
     program = (
-        "import sys, time; from launch.cli import main; main(['plan', 'experiment=demo', '--config-only']);"
+        "import sys, time; from launch.cli import main; main(['plan', *sys.argv[1:]]);"
         "print(time.process_time(), sorted({'torch', 'faiss', 'datasets', 'deepspeed'} & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, *settings],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -249,7 +311,8 @@ def test_the_configuration_alone_is_planned_in_a_second_without_torch() -> None:
     )
     seconds, heavy = done.stdout.splitlines()[-1].split(" ", 1)
     assert heavy == "[]"
-    assert float(seconds) < 1.0
+    assert float(seconds) < (1.5 if prepared else 1.0)
+    assert ("are expected" in done.stdout.replace("\n", " ")) == prepared
 
 
 def test_a_corpus_that_nobody_prepared_is_planned_within_five_seconds(tmp_path: Path) -> None:

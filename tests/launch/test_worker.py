@@ -8,7 +8,7 @@ import pytest
 from launch import worker
 from tests.support.train import state
 from train.checkpoint import Checkpoint
-from train.state import History
+from train.history import History
 
 
 def test_a_run_that_lost_all_its_checkpoints_does_not_begin_anew(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from train import checkpoint
 from train.checkpoint import Checkpoint, Checkpoints, Retention, entries, reasons_to_keep
 from train.distributed import Ranks
 from train.engine import Snapshot
-from train.state import History
+from train.history import History
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 INPUTS = {"shards": "s0", "references": "r0", "tokenizer": "t0"}

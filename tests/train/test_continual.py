@@ -32,8 +32,9 @@ from tests.support.train import continual_config, model_config, prepared
 from train.continual import BankEpochs, EpochNeighbours, Rows
 from train.distributed import Ranks
 from train.engine import InferenceEngine
-from train.rows import held_out_rows, plan_epoch
-from train.state import History
+from train.history import History
+from train.rows import plan_epoch
+from train.texts import held_out_rows
 
 PREPARED = prepared()
 REFERENCES, CORPUS = PREPARED.references, PREPARED.shards.corpus

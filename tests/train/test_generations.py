@@ -18,8 +18,8 @@ from train.checkpoint import Checkpoints, Entry, Retention, reasons_to_keep
 from train.config import SavingConfig
 from train.distributed import Ranks
 from train.generations import needed_by, outdated, sweep
+from train.history import History
 from train.schedule import most_generations
-from train.state import History
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 HISTORY = History(np.zeros(1, np.bool_), np.zeros(1, np.uint16))

@@ -10,8 +10,8 @@ from data.loader import Loader
 from tests.support.data import prepare_sections
 from tests.support.train import continual_config, prepared, stage_config
 from train.config import StageConfig
-from train.rows import EpochRows, eligible, held_out_rows, in_bank, plan_epoch
-from train.state import History
+from train.history import History
+from train.rows import EpochRows, eligible, in_bank, plan_epoch
 
 SHARDS = prepared().shards
 CORPUS = SHARDS.corpus
@@ -193,20 +193,6 @@ def test_an_unknown_source_in_the_weights_is_refused_with_those_there_are() -> N
 def test_nothing_to_draw_is_refused() -> None:
     with pytest.raises(ValueError, match="warmup: no document can be drawn; check the sources' `use`"):
         plan(stage_config(weights={"factbook": 0.0, "factbook-facts": 0.0}))
-
-
-def test_held_out_rows_hold_documents_of_their_split_alone() -> None:
-    rows = held_out_rows(SHARDS, Split.validation, num_rows=6, row_tokens=128)
-    assert rows.tokens_MT1.shape == (6, 129)
-    splits = {DOCUMENTS[number].split for number in np.unique(rows.documents_MT1)}
-    assert splits == {Split.validation}
-    again = held_out_rows(SHARDS, Split.validation, num_rows=6, row_tokens=128)
-    assert rows.tokens_MT1.equal(again.tokens_MT1)
-
-
-def test_a_split_of_less_than_a_row_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"less than one row.*data.validation_fraction"):
-        held_out_rows(SHARDS, Split.validation, num_rows=1, row_tokens=1_000_000)
 
 
 def test_a_few_rows_come_again_and_again() -> None:

@@ -41,9 +41,11 @@ from train.config import DivergenceConfig, LoggingConfig, MemoryConfig, MemorySo
 from train.distributed import Ranks
 from train.divergence import Health, HopelessError
 from train.engine import DeepSpeedEngine, InferenceEngine, ModelInput
+from train.history import History
 from train.metrics import read_metrics
-from train.rows import held_out_rows, in_bank, plan_epoch
-from train.state import History, RunState
+from train.rows import in_bank, plan_epoch
+from train.state import RunState
+from train.texts import held_out_rows
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 MIXED = MemoryConfig(source=MemorySource.mixed, online_share=0.5, query=QueryMode.previous)

@@ -5,7 +5,8 @@ import numpy as np
 
 from data.packing import pack
 from train.engine import StepResult
-from train.state import History, RunState
+from train.history import History
+from train.state import RunState
 
 LENGTHS = np.array([5, 7, 9, 4, 6, 8], np.int64)
 
