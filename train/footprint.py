@@ -21,8 +21,8 @@ _LIVE = 1_000_000_000
 """Its default `stage3_max_live_parameters`."""
 _FLOAT32 = 4
 _MOMENTS = 2 * _FLOAT32
-_HEAP_GAPS = 0.5
-"""Of a CPU rank's tensors, what gaps between blocks of the heap add, at most (`benchmarks/results/plan.md`)."""
+_HEAP_GAPS = (0.5, 0.5, 0.5, 0.9)
+"""Of a CPU rank's tensors, by ZeRO stage, what gaps in the heap add, at most (`benchmarks/results/plan.md`)."""
 _PER_DOCUMENT = 2 + 1 / 8 + 1 / 8
 """Bytes of a document in a checkpoint: how often it was drawn, whether it is finished, whether it was read."""
 _MANIFEST_BYTES_PER_BYTE = 12 / 2**20
@@ -151,7 +151,7 @@ def rank_memory(
     peak, gradients, activations, temporaries = max(moments_of_run, key=lambda moment: sum(moment[1:]))
     copies = weights + masters + moments if cpu and asynchronous else 0
     taken = RankMemory(weights, gradients, masters, moments, activations, memories, temporaries, peak, copies)
-    return replace(taken, gaps=round(taken.total * _HEAP_GAPS)) if cpu else taken
+    return replace(taken, gaps=round(taken.total * _HEAP_GAPS[zero_stage])) if cpu else taken
 
 
 def checkpoint_bytes(
