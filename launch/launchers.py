@@ -152,13 +152,19 @@ def run_here(program: str, worker: str, told: str, *, num_ranks: int, config: Ru
 def _run(started: Sequence[Sequence[str]], config: RunConfig, *, listening: bool = True) -> int:
     """Start agents and wait for them; those that listen end when this process does, even if it is killed."""
     environment = {**os.environ, **variables_of_ranks(config)}
-    # Descriptors that may be inherited are: the lock of the run's folder.
-    agents = [
-        subprocess.Popen(
-            command, env=environment, close_fds=False, stdin=subprocess.PIPE if listening else None
-        )
-        for command in started
-    ]
+    # Ctrl-C reaches the whole group, and would end those that still import in a traceback: they are told by us instead.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if listening else None
+    try:
+        # Descriptors that may be inherited are: the lock of the run's folder.
+        agents = [
+            subprocess.Popen(
+                command, env=environment, close_fds=False, stdin=subprocess.PIPE if listening else None
+            )
+            for command in started
+        ]
+    finally:
+        if listening:
+            signal.signal(signal.SIGINT, interrupt)
 
     def tell(number: int) -> None:
         for agent in agents:
@@ -178,7 +184,8 @@ def _run(started: Sequence[Sequence[str]], config: RunConfig, *, listening: bool
     except KeyboardInterrupt:
         tell(signal.SIGTERM)
         code = _wait(agents, tell)
-        return 128 + signal.SIGINT if code == 128 + signal.SIGTERM else code
+        # The second is an agent's that was told before it listened.
+        return 128 + signal.SIGINT if code in (128 + signal.SIGTERM, -signal.SIGTERM) else code
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

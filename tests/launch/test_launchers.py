@@ -15,7 +15,7 @@ import pytest
 
 from launch.compose import compose_config, load_config
 from launch.joined import compose_for
-from launch.launchers import commands, ranks_per_host, read_hosts
+from launch.launchers import _run, commands, ranks_per_host, read_hosts
 from launch.slurm import job_name, meeting_place, script
 from tests.support import slurm
 from tests.support.launch import prepared_root, run_settings, trained
@@ -353,3 +353,12 @@ def test_the_launchers_ranks_are_the_runs() -> None:
         ValueError, match=r"engine\.num_ranks=4, but the launcher started 2 ranks; leave engine"
     ):
         compose_for(["engine.num_ranks=4"], 2)
+
+
+def test_ctrl_c_is_the_launchers_alone_which_tells_what_it_started() -> None:
+    # The group of a terminal's Ctrl-C is played by a child that sends the signal to both.
+    child = (
+        "import os, signal, sys; os.kill(os.getpid(), signal.SIGINT); os.kill(os.getppid(), signal.SIGINT); "
+    )
+    child += "sys.exit(128 + int(sys.stdin.readline()))"
+    assert _run([[sys.executable, "-c", child]], compose_config(["debug=smoke"])) == 128 + signal.SIGINT
