@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from math import log2, sqrt
 
-import numpy as np
-from numpy.typing import NDArray
-
 from memorybank.config import STAGES
 from memorybank.record import MemoryShape
 from model.config import ModelConfig
@@ -63,9 +60,6 @@ _CHECKSUM_BYTES = 12
 _MANIFEST_BYTES = 1024
 """The rest of it, and the header of the ids."""
 
-_DOCUMENT_EXPONENT = 0.91
-"""Chunks of a document of n find as much as n to this power that have nothing to do with each other."""
-
 PROBES = 64
 """Lists of an inverted file that a query visits."""
 
@@ -97,26 +91,6 @@ def generation_bytes(config: ModelConfig, references: int, *, vector_bytes: int)
     """
     files = references * (MemoryShape.of(config).record_bytes(vector_bytes) + _ID_BYTES)
     return files + _MANIFEST_BYTES + files * _CHECKSUM_BYTES // 2**20
-
-
-def references_found(chunks_D: NDArray[np.float64], references: int) -> float:
-    """Return how many distinct references chunks will find, one each: an estimate, where no one has searched.
-
-        m = sum of n_d^0.91 over documents,   found = m / (1 + m / references)
-
-    Chunks of one document find fewer than as many, since they are about the same; and some references are found more
-    often than others: 1 / (1 + x) of them are never found where all would be found x times on average, as if their
-    rates of being found were exponentially distributed. Both constants are those that came nearest on five corpora,
-    with documents from 80 to 8,000 tokens (`benchmarks/results/plan.md`).
-
-    Args:
-        chunks_D: Chunks of each document that ask; a text that comes again asks once.
-        references: That may be read.
-    """
-    if not references:
-        return 0.0
-    asked = float(np.sum(np.where(chunks_D > 1, chunks_D**_DOCUMENT_EXPONENT, chunks_D)))
-    return asked / (1 + asked / references)
 
 
 @dataclass(frozen=True, slots=True)

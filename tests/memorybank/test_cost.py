@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from safetensors import safe_open
 
@@ -19,7 +18,6 @@ from memorybank.cost import (
     in_codecs,
     memory_bytes,
     position_bytes,
-    references_found,
     sparsification,
     writing,
 )
@@ -133,13 +131,3 @@ def test_unknown_names_and_impossible_rates_are_refused() -> None:
         work(embedder="bert")
     with pytest.raises(ValueError, match=r"bus_gb_per_second=0 is not above 0"):
         replace(Hardware(), bus_gb_per_second=0).check()
-
-
-def test_chunks_find_fewer_references_the_fewer_there_are_and_the_longer_their_documents() -> None:
-    alone = references_found(np.ones(1000), 10**9)
-    assert alone == pytest.approx(1000, rel=1e-5)
-    assert references_found(np.full(10, 100.0), 10**9) == pytest.approx(10 * 100**0.91, rel=1e-5)
-    assert references_found(np.full(4000, 0.25), 10**9) == pytest.approx(alone)  # parts of documents
-    assert references_found(np.ones(1000), 1000) == pytest.approx(500)
-    assert references_found(np.ones(10**6), 1000) == pytest.approx(1000, rel=2e-3)  # all, and not more
-    assert references_found(np.ones(1000), 0) == 0

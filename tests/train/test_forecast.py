@@ -7,10 +7,9 @@ import pytest
 
 from data.documents import Split
 from data.packing import RowPlan, pack
-from memorybank.cost import references_found
 from tests.support.train import continual_config, prepared, stage_config
 from train.config import MemorySource, StageConfig
-from train.forecast import BankEpoch, StageEpoch, bank_epoch, read_at, stage_epochs
+from train.forecast import BankEpoch, StageEpoch, bank_epoch, read_at, references_found, stage_epochs
 from train.history import History
 from train.rows import in_bank
 
@@ -88,3 +87,13 @@ def test_what_was_read_before_the_decay_is_counted_within_an_epoch() -> None:
     np.testing.assert_array_equal(read_at(planned, stage, 4), planned[1].history.finished)
     assert not read_at(planned, stage, 0).any()
     assert expected.sum() > planned[1].history.finished.sum()
+
+
+def test_chunks_find_fewer_references_the_fewer_there_are_and_the_longer_their_documents() -> None:
+    alone = references_found(np.ones(1000), 10**9)
+    assert alone == pytest.approx(1000, rel=1e-5)
+    assert references_found(np.full(10, 100.0), 10**9) == pytest.approx(10 * 100**0.91, rel=1e-5)
+    assert references_found(np.full(4000, 0.25), 10**9) == pytest.approx(alone)  # parts of documents
+    assert references_found(np.ones(1000), 1000) == pytest.approx(500)
+    assert references_found(np.ones(10**6), 1000) == pytest.approx(1000, rel=2e-3)  # all, and not more
+    assert references_found(np.ones(1000), 0) == 0
