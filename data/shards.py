@@ -107,7 +107,7 @@ class TokenShards:
             raise ValueError(
                 f"the {split.value} split holds {len(documents)} of {self.num_documents} documents, less than one row "
                 f"of {row_tokens} tokens; set data.{split.value}_fraction higher than it is (0.1, say), or give more "
-                "text"
+                "documents: each belongs to one split, whole, so that a long one has to be cut into several"
             )
         return documents
 
