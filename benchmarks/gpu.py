@@ -255,9 +255,10 @@ def _live_and_stored(device: torch.device) -> float:
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the CPU wait for the device: values that it reads, and DeepSpeed's `synchronize`.
+    """Counts what makes the CPU wait for the device: values that it reads or makes, and DeepSpeed's `synchronize`.
 
-    On a GPU PyTorch tells of every call of CUDA's that waits, of copies from pages that may move, too.
+    On a GPU PyTorch tells of the calls of CUDA's that wait, but of no copy that was asked not to, and does so all the
+    same: from pages that may move, or of what does not lie in one piece.
     """
 
     def __init__(self) -> None:
@@ -285,8 +286,13 @@ class Waits(TorchDispatchMode):
             self.count += sum("synchronizing CUDA operation" in str(each.message) for each in self._warnings)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += function is torch.ops.aten._local_scalar_dense.default and not torch.cuda.is_available()
-        return function(*args, **(kwargs or {}))
+        aten, kwargs = torch.ops.aten, kwargs or {}
+        if not torch.cuda.is_available():
+            self.count += function in (aten._local_scalar_dense.default, aten.lift_fresh.default)
+        elif function is aten._to_copy.default and args[0].is_cpu:
+            stays = args[0].is_pinned() and args[0].is_contiguous()
+            self.count += torch.device(kwargs.get("device") or "cpu").type == "cuda" and not stays
+        return function(*args, **kwargs)
 
     def _counted(self, *_: Any) -> None:
         self.count += 1
@@ -298,10 +304,12 @@ def waits_of_a_step() -> float:
     config = ModelConfig(
         num_layers=2, num_memory_layers=1, width=128, ffn_width=128, row_tokens=128, prefix_ids=[1, 2, 3]
     )
-    tokens = torch.randint(0, config.vocab_size, (1, 129))
-    lengths = torch.full((2,), 32)
+    tokens = torch.randint(
+        0, config.vocab_size, (2, 129)
+    )  # two rows: what is read of them is not in one piece
+    lengths = torch.full((4,), 32)
     references = ReferenceBatch(
-        tokens[:, :64].reshape(2, 32), lengths, torch.zeros_like(lengths), torch.arange(2).view(1, 2, 1)
+        tokens[:, :64].reshape(4, 32), lengths, torch.zeros_like(lengths), torch.arange(4).view(2, 2, 1)
     )
     micro = ModelInput(tokens[:, :-1], tokens[:, 1:], references)
     try:
@@ -309,8 +317,8 @@ def waits_of_a_step() -> float:
             Memory3LM(config),
             optim=OptimConfig(),
             engine=EngineConfig(),
-            rows_per_step=2,
-            micro_rows=1,
+            rows_per_step=4 * ranks.world_size,
+            micro_rows=2,
             ranks=ranks,
         )
         for _ in range(3):  # DeepSpeed's timers begin at the third step

@@ -24,7 +24,8 @@ def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     """
     device = torch.device(device)
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # kept until it is copied
+        # Kept until it is copied. A slice would be copied by way of other pages, and nothing expanded can be pinned.
+        tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)
 
 

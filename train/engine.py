@@ -580,13 +580,15 @@ def _add_up_in_one_pass(optimizer: Any) -> None:
 def _judge_on_the_device(optimizer: Any, *, clip_norm: float) -> None:
     """Let the device clip gradients, and leave out an update whose gradients are not finite.
 
-    DeepSpeed reads their norm on the CPU for both, which waits for the whole backward pass before it queues the update.
-    PyTorch's fused AdamW does both by itself, and spares a pass over the gradients.
+    DeepSpeed reads their norm on the CPU for both, and makes its word for one that is not finite there, each of which
+    waits for the whole backward pass before it queues the update. PyTorch's fused AdamW does both by itself, and spares
+    a pass over the gradients. DeepSpeed's functions are replaced, not its settings: those come back with a checkpoint.
     """
-    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime import bf16_optimizer, utils
 
+    utils.mask_nan_or_inf_with_val_inplace = lambda norm, **_: norm.masked_fill_(~norm.isfinite(), -1.0)
     bf16_optimizer.is_invalid_grad_norm = lambda _: False
-    optimizer.clip_grad = 0.0
+    bf16_optimizer.clip_tensors_by_global_norm = lambda **_: None
 
     def judge(adamw: Any, *_: Any) -> None:
         norm = optimizer._global_grad_norm  # negative: not finite

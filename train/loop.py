@@ -80,27 +80,24 @@ def train_epoch(
     queued: deque[_Queued] = deque()
     stopped = False
     while state.step < last_step and not (stopped and not queued):
-        started = time.perf_counter()
-        waited = retrieved = 0.0
         while not stopped and len(queued) <= engine.runs_ahead:
             step = state.step + len(queued)
             if step == last_step or (queued and (schedule.validates(step) or schedule.saves(step))):
                 break  # somebody looks at the weights first
-            queued.append(_queue(engine, next(inputs), schedule, state, step))
-            waited += queued[-1].given.seconds_waited
-            retrieved += queued[-1].given.seconds_retrieve
+            queued.append(_queue(engine, inputs, schedule, state, step))
         update = queued.popleft()
         if update.tell is None:
             state = state.passing_over(cursor=update.given.cursor)
             metrics.log(stage=state.stage, step=state.step, passed_over=True)
         else:
+            asked = time.perf_counter()
             result = update.tell()
+            seconds = update.seconds + time.perf_counter() - asked
             health = state.health.after(result, divergence)
             state = state.after(result, cursor=update.given.cursor, health=health)
-            ended = time.perf_counter()
-            rate = result.tokens / (ended - started)
+            rate = result.tokens / seconds
             reads = stage.reads(state.cursor)
-            reading = update.given.reading
+            given = update.given
             metrics.log(
                 stage=state.stage,
                 step=state.step,
@@ -115,14 +112,14 @@ def train_epoch(
                 mfu=_share(rate, peak.palm if peak else None),
                 mfu_causal=_share(rate, peak.causal if peak else None),
                 matmul_share=_share(rate, peak.products if peak else None),
-                seconds_data=waited - retrieved,
-                seconds_retrieve=retrieved,
-                seconds_compute=ended - started - waited - result.seconds_update,
+                seconds_data=given.seconds_waited - given.seconds_retrieve,
+                seconds_retrieve=given.seconds_retrieve,
+                seconds_compute=seconds - given.seconds_waited - result.seconds_update,
                 seconds_update=result.seconds_update,
                 generation=state.generation,
                 generation_age=None if state.generation is None else state.step - state.epoch_step,
                 **({} if reads is None else asdict(reads)),
-                **({} if reading is None else asdict(reading)),
+                **({} if given.reading is None else asdict(given.reading)),
             )
             state.health.judge(state.step, result, divergence)
         stopped = stopping()
@@ -145,22 +142,31 @@ class _Queued:
     Attributes:
         given: What it reads.
         lr: Its learning rate.
+        seconds: What it took to queue, what it reads included: with the wait for it, its share of the run's time,
+            whatever was queued in between.
         tell: Waits for it and tells of it; None: its rows are passed over.
     """
 
     given: StepInputs
     lr: float
+    seconds: float
     tell: Callable[[], StepResult] | None
 
 
-def _queue(engine: Engine, given: StepInputs, schedule: Schedule, state: RunState, step: int) -> _Queued:
+def _queue(
+    engine: Engine, inputs: Iterator[StepInputs], schedule: Schedule, state: RunState, step: int
+) -> _Queued:
     """Queue the update that follows `step` finished or queued ones."""
+    began = time.perf_counter()
+    given = next(inputs)
     lr = schedule.learning_rate(step) * state.health.lr_factor
-    if not state.health.passes_over(step):
-        return _Queued(given, lr, engine.queue_step(given.micro, lr=lr))
-    for _ in given.micro:
-        pass  # rows come in their order
-    return _Queued(given, lr, None)
+    tell = None
+    if state.health.passes_over(step):
+        for _ in given.micro:
+            pass  # rows come in their order
+    else:
+        tell = engine.queue_step(given.micro, lr=lr)
+    return _Queued(given, lr, time.perf_counter() - began, tell)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import gc
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,16 @@ def test_running_ahead_changes_nothing_but_the_order(
         for done in (plain, ahead)
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_each_update_is_told_its_own_time_whatever_was_queued_in_between(tmp_path: Path) -> None:
+    class Slow(Ahead):
+        def queue_step(self, inputs: object, *, lr: float) -> Callable[[], StepResult]:
+            time.sleep(0.02)
+            return super().queue_step(inputs, lr=lr)
+
+    lines = read_metrics(Trained(tmp_path, Slow(), last_step=5).path)
+    assert [line["seconds_compute"] > 0.019 for line in lines if "loss" in line] == [True] * 5
 
 
 def test_who_is_to_stop_waits_for_what_is_queued_and_queues_no_more(tmp_path: Path) -> None:
