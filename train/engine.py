@@ -197,7 +197,8 @@ class DeepSpeedEngine(Engine):
                 gc.unfreeze()
         self._zero_stage = engine.zero_stage
         self._copies = TensorCopies()
-        if engine.zero_stage == 1 and engine.precision is Precision.bf16:
+        self._device_judges = engine.zero_stage == 1 and engine.precision is Precision.bf16
+        if self._device_judges:
             _add_up_in_one_pass(self._engine.optimizer)
             _judge_on_the_device(self._engine.optimizer, clip_norm=optim.clip_norm)
         if engine.zero_stage == 0 and engine.precision is Precision.bf16:
@@ -237,11 +238,9 @@ class DeepSpeedEngine(Engine):
 
         def result() -> StepResult:
             totals = torch.tensor([*read().tolist(), not applied], dtype=torch.float64)
-            if totals[2] < 0:  # DeepSpeed's word for one that is not finite
+            if self._device_judges and not 0 <= totals[2] < math.inf:
                 totals[2:] = torch.tensor([math.inf, 1.0])
-            totals = self._ranks.sum(
-                totals
-            )  # what is decided from these numbers is decided alike on every rank
+            totals = self._ranks.sum(totals)  # so that every rank decides alike
             return StepResult(
                 loss=(totals[0] / totals[1].clamp(min=1)).item(),
                 tokens=int(totals[1]),
@@ -591,8 +590,8 @@ def _judge_on_the_device(optimizer: Any, *, clip_norm: float) -> None:
     bf16_optimizer.clip_tensors_by_global_norm = lambda **_: None
 
     def judge(adamw: Any, *_: Any) -> None:
-        norm = optimizer._global_grad_norm  # negative: not finite
-        adamw.found_inf = (norm < 0).to(torch.float32)
+        norm = optimizer._global_grad_norm  # -1: not finite
+        adamw.found_inf = (~norm.isfinite() | (norm < 0)).to(torch.float32)
         adamw.grad_scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)
 
     optimizer.optimizer.register_step_pre_hook(judge)

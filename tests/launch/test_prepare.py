@@ -99,9 +99,13 @@ def test_a_corpus_that_holds_nothing_out_is_refused_before_a_run_begins(tmp_path
     done = within("pretrain", *settings, "data.validation_fraction=0")
     assert done.code == 2
     assert "the validation split holds 0 of " in done.err
-    assert "set data.validation_fraction higher than it is (0.1, say), or give more documents: each" in done.err
+    assert (
+        "set data.validation_fraction higher than it is (0.1, say), or give more documents: each" in done.err
+    )
     assert not (root / "mine").exists()  # so that the same run may begin with other settings
     plan = within("plan", *settings, "data.validation_fraction=0")
     assert "the validation split holds 0 of " in plan.out
-    assert "set: data.validation_fraction higher than it is (0.1, say), or give more documents: each" in plan.out
+    assert (
+        "set: data.validation_fraction higher than it is (0.1, say), or give more documents: each" in plan.out
+    )
     assert "the test split" not in plan.out
