@@ -304,9 +304,8 @@ def waits_of_a_step() -> float:
     config = ModelConfig(
         num_layers=2, num_memory_layers=1, width=128, ffn_width=128, row_tokens=128, prefix_ids=[1, 2, 3]
     )
-    tokens = torch.randint(
-        0, config.vocab_size, (2, 129)
-    )  # two rows: what is read of them is not in one piece
+    # Two rows: what is read of them does not lie in one piece.
+    tokens = torch.randint(0, config.vocab_size, (2, 129))
     lengths = torch.full((4,), 32)
     references = ReferenceBatch(
         tokens[:, :64].reshape(4, 32), lengths, torch.zeros_like(lengths), torch.arange(4).view(2, 2, 1)
