@@ -121,7 +121,7 @@ def start(*, threads: int, timeout_seconds: int = 1800, meeting: "Meeting | None
         where: dict[str, Any] = {}  # else at the address that a launcher has set
         if meeting is not None:
             where = {"store": meeting.store(), "rank": given.rank, "world_size": given.world_size}
-        elif "MASTER_PORT" not in os.environ:  # alone, and in need of no port
+        elif given.world_size == 1:  # in need of no port
             where = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
         dist.init_process_group(backend, timeout=timeout, **where)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, given.local_size)

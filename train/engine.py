@@ -346,6 +346,8 @@ class DeepSpeedEngine(Engine):
             self._ranks.barrier()
             config.load_universal_checkpoint = True
             self._load_from(whole)
+            for weights, moments in self._engine.optimizer.optimizer.state.items():
+                moments["step"] = moments["step"].to(weights.device)  # it was read on the CPU
             self._ranks.barrier()
         finally:
             config.load_universal_checkpoint = False

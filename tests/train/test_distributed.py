@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.support.spawn import HANG_SECONDS
@@ -60,3 +61,21 @@ def test_ranks_that_met_share_a_store_that_is_new(meetings: list[Meeting]) -> No
     assert meetings[1].store().get("key") == b"old"
     meet(meetings[3:6], "runs/a")
     assert not meetings[4].store().check(["key"])
+
+
+def test_ranks_that_are_announced_without_a_place_to_meet_do_not_train_each_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    try:
+        with pytest.raises(ValueError, match="MASTER_PORT"):
+            distributed.start(threads=torch.get_num_threads())
+    finally:
+        distributed.stop()
