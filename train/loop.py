@@ -114,7 +114,7 @@ def train_epoch(
                 matmul_share=_share(rate, peak.products if peak else None),
                 seconds_data=given.seconds_waited - given.seconds_retrieve,
                 seconds_retrieve=given.seconds_retrieve,
-                seconds_compute=seconds - given.seconds_waited - result.seconds_update,
+                seconds_compute=max(0.0, seconds - given.seconds_waited - result.seconds_update),
                 seconds_update=result.seconds_update,
                 generation=state.generation,
                 generation_age=None if state.generation is None else state.step - state.epoch_step,
