@@ -23,6 +23,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +43,7 @@ from memorybank.store import Generation  # noqa: E402
 from model.config import Init, ModelConfig  # noqa: E402
 from model.flops import count_parameters  # noqa: E402
 from train.config import MemorySource, StageConfig  # noqa: E402
-from train.footprint import checkpoint_bytes  # noqa: E402
+from train.footprint import RankMemory, checkpoint_bytes  # noqa: E402
 
 if TYPE_CHECKING:
     from train.distributed import Ranks
@@ -89,10 +90,9 @@ class Measured:
     """What ranks grew by, tensors alone and with the heap's gaps, and what was planned."""
 
     case: Case
-    planned: int
+    planned: RankMemory
     tensors: int
     resident: int
-    idle: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,16 +115,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _memory(only: str) -> Iterator[str]:
-    yield "| stage | overrides | planned | tensors | planned / tensors | resident | resident / planned | idle process |"
+    yield "| stage | overrides | tensors planned | found | ratio | resident planned | found | ratio |"
     yield "|---|---|---|---|---|---|---|---|"
     for case in cases():
         if only not in " ".join((case.stage, *case.overrides)):
             continue
         done = measure(case)
         line = (
-            f"| {case.stage} | {' '.join(case.overrides)} | {binary(done.planned)} | {binary(done.tensors)} | "
-            f"{done.planned / done.tensors:.3f} | {binary(done.resident)} | {done.resident / done.planned:.2f} | "
-            f"{binary(done.idle)} |"
+            f"| {case.stage} | {' '.join(case.overrides)} | {binary(done.planned.total)} | {binary(done.tensors)} | "
+            f"{done.planned.total / done.tensors:.3f} | {binary(done.planned.resident)} | {binary(done.resident)} | "
+            f"{done.planned.resident / done.resident:.3f} |"
         )
         print(line, file=sys.stderr, flush=True)
         yield line
@@ -135,14 +135,14 @@ def measure(case: Case) -> Measured:
     config = case.config()
     stage: StageConfig = getattr(config, case.stage)
     config.saving.asynchronous = False  # nothing is saved here
-    planned = stage_memory(config, stage, zero_stage=config.engine.zero_stage, cpu=True).total
-    idle, tensors = _grown(case, {_THRESHOLD: "65536"})
-    _, resident = _grown(case, {})
-    return Measured(case, planned, tensors, resident, idle)
+    planned = stage_memory(config, stage, zero_stage=config.engine.zero_stage, cpu=True)
+    tensors = _grown(case, {_THRESHOLD: "65536"})
+    resident = _grown(case, {})
+    return Measured(case, planned, tensors, resident)
 
 
-def _grown(case: Case, variables: Mapping[str, str]) -> tuple[int, int]:
-    """Return the resident set when idle, and the growth over it, of the rank that grew most."""
+def _grown(case: Case, variables: Mapping[str, str]) -> int:
+    """Return by how much the rank grew that grew most."""
     os.environ.pop(_THRESHOLD, None)  # glibc reads it when a process starts
     os.environ |= variables
     with socket.socket() as probe:
@@ -157,10 +157,10 @@ def _grown(case: Case, variables: Mapping[str, str]) -> tuple[int, int]:
         told.close()
         answers.append(answer)
         processes.append(process)
-    found: list[tuple[int, int]] = [answer.recv() for answer in answers]
+    found: list[int] = [answer.recv() for answer in answers]
     for process in processes:
         process.join()
-    return max(found, key=lambda pair: pair[1])
+    return max(found)
 
 
 def _rank(case: Case, rank: int, port: int, told: Connection) -> None:
@@ -185,7 +185,7 @@ def _rank(case: Case, rank: int, port: int, told: Connection) -> None:
     Path("/proc/self/clear_refs").write_text("5")
     idle = _status("VmRSS")
     _steps(config, case.stage, ranks, STEPS)
-    told.send((idle, _status("VmHWM") - idle))
+    told.send(_status("VmHWM") - idle)
     ranks.barrier()
     distributed.stop()
 
@@ -222,8 +222,9 @@ def _steps(config: RunConfig, name: str, ranks: "Ranks", steps: int) -> None:
         ranks=ranks,
     )
     accumulate = stage.rows_per_step // (stage.micro_rows * ranks.world_size)
+    inputs = cycle([_input(config, stage) for _ in range(3)])  # as many as there are at a time
     for _ in range(steps):
-        engine.train_step([_input(config, stage) for _ in range(accumulate)], lr=1e-3)
+        engine.train_step(islice(inputs, accumulate), lr=1e-3)
 
 
 def _input(config: RunConfig, stage: StageConfig) -> "ModelInput":

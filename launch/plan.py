@@ -305,9 +305,7 @@ def _memory(stages: Sequence[StagePlan], seen: _Seen) -> Table:
                 table.add_row(f"  {part}", *map(_bytes, sizes))
         table.add_row("  all", *(_total(taken, seen.site.memory_bytes) for taken in stage.memory))
         if any(taken.gaps for taken in stage.memory):
-            table.add_row(
-                "  with the heap's gaps, up to", *(_bytes(taken.resident) for taken in stage.memory)
-            )
+            table.add_row("  with the heap's gaps", *(_bytes(taken.resident) for taken in stage.memory))
         if any(taken.peak != "backward" for taken in stage.memory):
             table.add_row("  peak in", *(taken.peak for taken in stage.memory), style="dim")
         table.add_section()

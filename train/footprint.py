@@ -6,7 +6,7 @@ derives: weights and activations in the training type, AdamW's moments and, for 
 
 Invariants: a rank's memory is stated at its peak, which is one of three moments: the end of a forward pass, when all
 activations are there; the update; a validation. Libraries, and on rank 0 embedder and search index, are not counted;
-gaps between blocks of a CPU rank's heap are stated apart, by the largest that were measured.
+gaps between blocks of a CPU rank's heap are stated apart, as they were measured.
 Not here: activations themselves (`model.footprint`), the engine (`engine`), which settings fit (`launch.planning`).
 """
 
@@ -21,8 +21,12 @@ _LIVE = 1_000_000_000
 """Its default `stage3_max_live_parameters`."""
 _FLOAT32 = 4
 _MOMENTS = 2 * _FLOAT32
-_HEAP_GAPS = (0.5, 0.5, 0.5, 0.9)
-"""Of a CPU rank's tensors, by ZeRO stage, what gaps in the heap add, at most (`benchmarks/results/plan.md`)."""
+_INPUTS = 3
+"""Micro-batches there at a time: the one that is computed, one that is ready and one in the making."""
+_HEAP_BYTES = 57 << 20
+_HEAP_GAPS = (0.165, 0.165, 0.165, 0.61)
+"""What gaps in the heap add to a CPU rank: so many bytes, and of its tensors, by ZeRO stage, such a share. Measured
+after a dozen updates (`benchmarks/results/plan.md`)."""
 _PER_DOCUMENT = 2 + 1 / 8 + 1 / 8
 """Bytes of a document in a checkpoint: how often it was drawn, whether it is finished, whether it was read."""
 _MANIFEST_BYTES_PER_BYTE = 12 / 2**20
@@ -39,11 +43,11 @@ class RankMemory:
         masters: Its share of the float32 master weights.
         moments: Its share of AdamW's two moments.
         activations: Kept for the backward pass.
-        memories: The pool of memories that a micro-batch reads.
+        memories: The pools that a micro-batch and those made ahead read.
         temporaries: Of the loss and the backward pass, of communication and update, or of a validation.
         peak: The moment of the peak: "backward", "update", "validation".
         copies: On a CPU, what an asynchronous save has copied, on the first rank; a GPU's lie in the host's memory.
-        gaps: On a CPU, what the process holds beside all that, at most: room between blocks of its heap.
+        gaps: On a CPU, what the process holds beside all that: room between blocks of its heap, as measured.
     """
 
     parameters: int
@@ -64,7 +68,7 @@ class RankMemory:
 
     @property
     def resident(self) -> int:
-        """What the process holds of its device's memory, at most."""
+        """What the process holds of its device's memory."""
         return self.total + self.gaps
 
     def parts(self) -> dict[str, int]:
@@ -105,8 +109,7 @@ def rank_memory(
         precision: Of parameters and activations.
         num_ranks: Ranks that share what the stage shares.
         accumulate: Micro-batches of an update on each rank.
-        cpu: Whether ranks compute on CPUs, where memory that is only reserved is not taken, and where the memories
-            of all micro-batches of an update are there at once.
+        cpu: Whether ranks compute on CPUs, where memory that is only reserved is not taken.
         asynchronous: Whether checkpoints are written from a copy.
     """
     size = number_bytes(precision)
@@ -117,10 +120,9 @@ def rank_memory(
     masters = share * _FLOAT32 if mixed or zero_stage in (1, 2) else 0
     moments = share * _MOMENTS
     weights = parameters * size
-    between, update = (
-        0,
-        0,
-    )  # gradients held between micro-batches; what backward pass and update hold beyond that
+    between = update = (
+        0  # gradients held between micro-batches; what backward pass and update hold beyond that
+    )
     if zero_stage == 0:
         between = weights if accumulate > 1 else 0
         update = weights - between + (2 * parameters * _FLOAT32 if mixed else 0)
@@ -136,7 +138,7 @@ def rank_memory(
         partition = (parameters if zero_stage == 1 else share) * _FLOAT32
         between = partition if accumulate > 1 else 0
         update = partition - between + max(bucket, share * _FLOAT32)
-    memories = micro_batch.memories * (accumulate if cpu else 1)
+    memories = micro_batch.memories * _INPUTS
     reserved = 0 if cpu or zero_stage in (0, 3) or (zero_stage == 1 and mixed) else bucket
     moments_of_run = (
         (
@@ -151,7 +153,7 @@ def rank_memory(
     peak, gradients, activations, temporaries = max(moments_of_run, key=lambda moment: sum(moment[1:]))
     copies = weights + masters + moments if cpu and asynchronous else 0
     taken = RankMemory(weights, gradients, masters, moments, activations, memories, temporaries, peak, copies)
-    return replace(taken, gaps=round(taken.total * _HEAP_GAPS[zero_stage])) if cpu else taken
+    return replace(taken, gaps=_HEAP_BYTES + round(taken.total * _HEAP_GAPS[zero_stage])) if cpu else taken
 
 
 def checkpoint_bytes(

@@ -30,4 +30,5 @@ def test_the_growth_of_real_ranks_is_what_was_planned(capsys: pytest.CaptureFixt
     assert plan.main(["--only", "zero_stage=0"]) == 0
     (row,) = (cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| warmup"))
     assert row[1].endswith("engine.zero_stage=0")
-    assert 0.5 < float(row[4]) < 2  # glibc's threshold is not set here
+    assert float(row[4]) == pytest.approx(1, abs=0.1)  # tensors alone
+    assert float(row[7]) == pytest.approx(1, abs=0.2)  # as runs are: 1.06 when the factors were fitted

@@ -119,7 +119,7 @@ def test_a_cpu_rank_needs_room_for_the_gaps_of_its_heap() -> None:
     assert problem["says"].startswith("warmup: a rank takes ")
     on_gpu = planned(*settings, "--device", "h100")["stages"][0]["memory"]["zero_1"]
     assert on_gpu["resident"] == on_gpu["total"]
-    assert "with the heap's gaps, up to" in within("plan", *settings).out
+    assert "with the heap's gaps" in within("plan", *settings).out
 
 
 def test_memory_adds_what_its_source_costs() -> None:

@@ -57,7 +57,7 @@ def test_the_peak_is_the_largest_moment() -> None:
     validated = planned(10**6, 1, micro_batch=rows)
     assert (validated.peak, validated.temporaries, validated.activations) == ("validation", 2 * 10**9, 0)
     trained = planned(10**6, 1, micro_batch=MicroBatchBytes(10**9, 5, 10**8, 0))
-    assert (trained.peak, trained.activations, trained.memories) == ("backward", 10**9, 5)
+    assert (trained.peak, trained.activations, trained.memories) == ("backward", 10**9, 15)
     assert planned(10**6, 0).peak == "update"
 
 
