@@ -15,14 +15,18 @@ def test_every_checkpoint_and_generation_of_a_run_is_compared(run: Path, tmp_pat
     out = tmp_path / "plan.md"
     assert plan.main(["--run", str(run), "--only", "no case is called so", "--out", str(out)]) == 0
     rows = [cells(line) for line in out.read_text().splitlines() if line.startswith("| m/")]
+    files, epochs = ([row for row in rows if len(row) == count] for count in (4, 7))
     made = {path.name for kind in ("checkpoints/*", "bank/generation-*") for path in run.glob(kind)}
-    assert {name.removeprefix("m/") for name, *_ in rows} == made
+    assert {name.removeprefix("m/") for name, *_ in files} == made
     assert {name.partition("-")[0] for name in made} == {"warmup", "continual", "generation"}
-    for name, planned, found, ratio in rows:
+    for name, planned, found, ratio in files:
         of_folder = sum(path.stat().st_size for path in run.glob(f"*/{name[2:]}/**/*") if path.is_file())
         assert int(found.replace(",", "")) == of_folder
         assert float(ratio) == pytest.approx(int(planned.replace(",", "")) / of_folder, abs=1e-4)
         assert float(ratio) == pytest.approx(1, abs=0.02)
+    assert {name.removeprefix("m/") for name, *_ in epochs} == {name for name in made if name[0] == "g"}
+    for _, may_read, chunks, found, _, _, most in epochs:
+        assert int(found) <= int(most) == min(int(may_read), int(chunks))
 
 
 @pytest.mark.slow
