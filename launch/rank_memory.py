@@ -46,9 +46,9 @@ def check(config: RunConfig) -> None:
                 f"{binary(total)}; raise engine.zero_stage (now {config.engine.zero_stage}) or engine.num_ranks, or "
                 "choose a smaller model: `memory3 plan` says what fits"
             )
-        if taken.total > free * USABLE:
+        if taken.resident > free * USABLE:
             log.warning(
-                "%s: a rank may take %s, and %s are free for it (%s); %s", name, binary(taken.total), binary(free),
+                "%s: a rank may take %s, and %s are free for it (%s); %s", name, binary(taken.resident), binary(free),
                 _largest(taken), suggestion(config, name, round(free * USABLE)),
             )  # fmt: skip
 
@@ -69,7 +69,7 @@ def suggestion(config: RunConfig, name: str, limit: int | None = None) -> str:
             f"{name}.micro_rows is 1 already: set model.activation_checkpointing=true, or raise engine.zero_stage or "
             "engine.num_ranks; `memory3 plan` says what fits"
         )
-    totals = {rows: _taken(config, stage, micro_rows=rows).total for rows in smaller}
+    totals = {rows: _taken(config, stage, micro_rows=rows).resident for rows in smaller}
     found = next((rows for rows in smaller if limit is not None and totals[rows] <= limit), smaller[0])
     return f"set {name}.micro_rows={found} (now {now}): the same rows in the same order, and {binary(totals[found])}"
 
@@ -89,7 +89,7 @@ def explained(config: RunConfig, name: str) -> Iterator[None]:
         first = str(problem).strip().partition("\n")[0] or type(problem).__name__
         taken = _taken(config, getattr(config, name))
         raise ValueError(
-            f"out of memory in the {name} stage: {first}; a rank takes about {binary(taken.total)} "
+            f"out of memory in the {name} stage: {first}; a rank takes about {binary(taken.resident)} "
             f"({_largest(taken)}); {suggestion(config, name)}"
         ) from problem
 
@@ -104,7 +104,7 @@ def explain_kill(run: Path, *, by_kernel: bool) -> str:
     config = load_config(run / "config.yaml")
     name, taken = max(
         ((name, _taken(config, stage)) for name, stage in config.stages.items()),
-        key=lambda each: each[1].total,
+        key=lambda each: each[1].resident,
     )
     why = (
         "the kernel has ended processes meanwhile for want of memory"
@@ -112,7 +112,7 @@ def explain_kill(run: Path, *, by_kernel: bool) -> str:
         else "if nobody sent that, the kernel did, for want of memory"
     )
     return (
-        f"; {why}: in the {name} stage a rank takes about {binary(taken.total)} ({_largest(taken)}); "
+        f"; {why}: in the {name} stage a rank takes about {binary(taken.resident)} ({_largest(taken)}); "
         f"{suggestion(config, name)}"
     )
 

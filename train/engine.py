@@ -493,9 +493,8 @@ def deepspeed_settings(
             },
         },
         "steps_per_print": 2**31,
-        "timers": {
-            "throughput": {"enabled": False}
-        },  # it waits for the device before and after each micro-batch
+        # It waits for the device before and after each micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         "zero_force_ds_cpu_optimizer": False,
     }
     if engine.precision is Precision.bf16 and engine.zero_stage > 0:

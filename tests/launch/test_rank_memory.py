@@ -62,7 +62,7 @@ def test_a_suggestion_fits_the_limit(config: RunConfig) -> None:
     from launch.planning import stage_memory
 
     assert config.warmup is not None
-    taken = stage_memory(config, config.warmup, zero_stage=1, cpu=True, micro_rows=2).total
+    taken = stage_memory(config, config.warmup, zero_stage=1, cpu=True, micro_rows=2).resident
     assert "micro_rows=2 " in rank_memory.suggestion(config, "warmup", taken)
     assert "micro_rows=1 " in rank_memory.suggestion(config, "warmup", taken - 1)
 
