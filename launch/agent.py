@@ -67,9 +67,8 @@ def main(*argv: str) -> int:
     parser.add_argument("--worker", default="launch.worker", help="module of a rank")
     given = parser.parse_args(argv)
     logging.disable(logging.CRITICAL)  # torchrun's own words about a failure; ours follow
-    signals = [
-        name for name in _SIGNALS if name != "SIGINT" or not given.listen
-    ]  # the launcher heeds that one
+    # A launcher that this one listens to heeds Ctrl-C.
+    signals = [name for name in _SIGNALS if name != "SIGINT" or not given.listen]
     signals += ["SIGHUP"] if heeds_hangup() else []
     launch = [f"--nproc-per-node={given.num_ranks}", f"--signals-to-handle={','.join(signals)}"]
     if given.nodes == 1:
