@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import edits
-from benchmarks.edits import STATES, Asked, Edit, Measured, choose_edits, holds, render, replaced, shape
+from benchmarks.edits import Asked, Edit, Measured, choose_edits, holds, render, replaced, shape
 from data.documents import Probe, Split
+
+STATES = ("without memory", "before", "edited", "third value", "elsewhere", "removed", "removed elsewhere")
 
 
 def probe(country: str, answer: str, relation: str = "capital") -> Probe:
