@@ -355,6 +355,15 @@ def test_the_launchers_ranks_are_the_runs() -> None:
         compose_for(["engine.num_ranks=4"], 2)
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """As at a terminal; what a shell starts in the background ignores it, and so would these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_is_the_launchers_alone_which_tells_what_it_started() -> None:
     # The group of a terminal's Ctrl-C is played by a child that sends the signal to both.
     child = (
