@@ -18,7 +18,8 @@ from data.references import ReferenceSource
 from memorybank.codec import Codec
 from memorybank.pool import distinct
 from memorybank.windows import alone
-from model.memory import MemoryBatch, ReferenceBatch, sent
+from model.memory import MemoryBatch, ReferenceBatch
+from model.transfer import sent
 
 Ids = NDArray[np.int64]
 

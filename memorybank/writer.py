@@ -31,6 +31,7 @@ from memorybank.store import IDS, KIND, VERSION, Generation, GenerationSettings,
 from memorybank.team import ALONE, Team, seen_by_first, wait_to_see
 from memorybank.windows import EncodeBatch, cut_batches
 from model.memory import ExplicitMemory
+from model.transfer import fetched
 
 Ids = NDArray[np.int64]
 
@@ -170,7 +171,7 @@ def _encoded(
     ordered = bool((np.diff(np.concatenate(positions)) == 1).all())
     count = max(num_batches, len(batches))
     copies = (
-        _copied(codec.encode(encode(*batches[number % len(batches)].arguments()))) for number in range(count)
+        fetched(codec.encode(encode(*batches[number % len(batches)].arguments()))) for number in range(count)
     )
     made: list[Tensor] = []
     for number, copy in enumerate(_one_ahead(copies)):
@@ -182,21 +183,6 @@ def _encoded(
             made = []
         else:
             yield records[:0]
-
-
-def _copied(records: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy records to the CPU; return what waits for them."""
-    copy = records.to("cpu", non_blocking=True)
-    if records.device.type != "cuda":
-        return lambda: copy
-    there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    there.record()
-
-    def wait() -> Tensor:
-        there.synchronize()
-        return copy
-
-    return wait
 
 
 def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:

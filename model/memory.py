@@ -12,21 +12,10 @@ import torch
 from torch import Tensor
 
 from model.config import Selection
+from model.transfer import sent
 
 SCORES_IN_CACHE = 1 << 18
 """Scores that token selection holds at once on a CPU: 1 MiB in float32, which stays in a core's own cache."""
-
-
-def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on a device, for which nothing waits: a GPU copies from pages that stay in place, in its order.
-
-    From other pages the copy would begin when all that was queued before it is done, and this thread would wait.
-    """
-    device = torch.device(device)
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        # Kept until it is copied. A slice would be copied by way of other pages, and nothing expanded can be pinned.
-        tensor = tensor.contiguous().pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from model.attention import AttentionShares
 from model.loss import LossSum
-from model.memory import ExplicitMemory, MemoryBatch, Places, ReferenceBatch, sent
+from model.memory import ExplicitMemory, MemoryBatch, Places, ReferenceBatch
+from model.transfer import fetched, sent
 from model.transformer import Memory3LM
 from train.config import EngineConfig, OptimConfig, Precision
 from train.distributed import Ranks
@@ -234,7 +235,7 @@ class DeepSpeedEngine(Engine):
         if norm is not None:
             found[2] = norm
         applied = engine.was_step_applied()
-        read = _on_its_way(found)
+        read = fetched(found)
 
         def result() -> StepResult:
             totals = torch.tensor([*read().tolist(), not applied], dtype=torch.float64)
@@ -513,22 +514,6 @@ def hash_weights(weights: dict[str, Tensor]) -> str:
         digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
         digest.update(value.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _on_its_way(values: Tensor) -> Callable[[], Tensor]:
-    """Start a copy to the CPU, and return what waits for it, but not for what is queued later."""
-    if values.device.type != "cuda":
-        return lambda: values
-    copy = torch.empty_like(values, device="cpu", pin_memory=True)
-    copy.copy_(values, non_blocking=True)
-    there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    there.record()
-
-    def wait() -> Tensor:
-        there.synchronize()
-        return copy
-
-    return wait
 
 
 def _mark(device: torch.device) -> Any:

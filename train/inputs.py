@@ -5,7 +5,7 @@ on the device.
 
 Invariants: inputs are those that the stage would make when they are asked for, bit for bit; the cursor counts what was
 handed out, not what was made ahead. On a GPU the thread queues its copies and its decoding on the stream that trains:
-they are in order by construction, short beside a micro-batch, and wait for nothing (`model.memory.sent`).
+they are in order by construction, short beside a micro-batch, and wait for nothing (`model.transfer.sent`).
 
 Not here: which references a row reads (`stages`), the rows (`data.loader`).
 """
