@@ -32,7 +32,7 @@ from memorybank.record import MemoryShape
 from memorybank.store import Generation
 from memorybank.vectors import Vectors
 from train.checkpoint import Checkpoints
-from train.continual import EpochNeighbours
+from train.neighbours import EpochNeighbours
 
 DAMAGES = ("flip", "truncate", "delete", "swap", "zero", "extend")
 
@@ -71,7 +71,7 @@ class Artefact:
 
 def of_run(run: Path, config: RunConfig) -> list[Artefact]:
     """The newest checkpoint of a run; with a continual stage, the newest generation and neighbours, too."""
-    inputs = build.context(config).inputs
+    inputs = build.context(config).prepared.inputs
     newest = str(newest_checkpoint(run).relative_to(run))
     found = [
         Artefact("checkpoint", run, newest, lambda copy: _checkpoint(copy, newest, inputs), must_refuse=True)

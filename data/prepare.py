@@ -75,6 +75,15 @@ class Prepared:
     references: References
     probes: list[Probe]
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints, which checkpoints, banks and searches are bound to."""
+        return {
+            "shards": self.shards.fingerprint,
+            "references": self.references.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+
 
 def prepare(
     config: DataConfig,

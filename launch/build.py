@@ -52,23 +52,13 @@ class Context:
     config: RunConfig
     prepared: Prepared
 
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Fingerprints of the prepared corpus, which checkpoints and banks are bound to."""
-        prepared = self.prepared
-        return {
-            "shards": prepared.shards.fingerprint,
-            "references": prepared.references.fingerprint,
-            "tokenizer": prepared.tokenizer.fingerprint,
-        }
-
     def checkpoints(
         self, run: Path, *, ranks: Ranks | None = None, aside: Ranks | None = None
     ) -> Checkpoints:
         saving = self.config.saving
         return Checkpoints(
             run,
-            inputs=self.inputs,
+            inputs=self.prepared.inputs,
             retention=Retention(last=saving.keep_last, every=saving.keep_every, best=saving.keep_best),
             ranks=ranks,
             aside=aside,
@@ -182,7 +172,7 @@ class Context:
                 references=self.prepared.references,
                 search=self.search(self.embedder()) if ranks.is_first else None,
                 retrieval=config.retrieval,
-                inputs=self.inputs,
+                inputs=self.prepared.inputs,
                 model=config.model,
                 codec=config.codec,
                 dtype=self.dtype,

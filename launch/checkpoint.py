@@ -150,7 +150,7 @@ def export(arguments: argparse.Namespace) -> int:
         model=context.config.model,
         tokenizer=context.prepared.tokenizer.path,
         config=folder / CONFIG,
-        inputs=context.inputs,
+        inputs=context.prepared.inputs,
     )
     print(
         f"{checkpoint.folder} -> {target}: model.safetensors, config.json, tokenizer.model\n"

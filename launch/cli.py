@@ -542,10 +542,17 @@ def _add_plan_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--references", metavar="N", help="references of the bank (default: those of the prepared corpus)"
     )
-    sub.add_argument(
+    looking = sub.add_mutually_exclusive_group()
+    looking.add_argument(
         "--config-only",
         action="store_true",
         help="look at the configuration alone: not at the prepared corpus, nor at this machine's disk and memory",
+    )
+    looking.add_argument(
+        "--search",
+        action="store_true",
+        help="make the searches of all bank epochs now, so that the bank's size is no estimate: takes the embedder, "
+        "and minutes, which the run then saves",
     )
     sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
 

@@ -68,7 +68,7 @@ def save_results(opened: OpenedRun, split: Split, *, library: Library | None = N
         "weights": opened.engine.weights_hash(),
         "bank": None if library is None else library.fingerprint,
         "settings": fingerprint([asdict(config.evaluation), str(config.retrieval), config.bank.context.name]),
-        "inputs": opened.context.inputs,
+        "inputs": opened.context.prepared.inputs,
     }
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))

@@ -1,17 +1,22 @@
 """The bank epochs that a run will have on a prepared corpus, as `memory3 plan` states them. No torch.
 
-Not here: what an epoch is made of (`train.forecast`), what follows for memory and disk (`launch.planning`).
+Not here: what an epoch is made of (`train.forecast`), what follows for memory and disk (`launch.planning`), making
+the searches (`launch.searching`).
 """
 
+import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from data.prepare import PreparedSizes
+from data.prepare import Prepared, PreparedSizes, open_prepared
 from data.references import References
 from launch.compose import load_config
 from launch.config import RunConfig
+from train.config import StageConfig
 from train.forecast import BankEpoch, StageEpoch, bank_epoch, read_at, stage_epochs
 from train.history import History
+from train.neighbours import EpochSearch, epoch_search, published_size
 
 _MOST_DOCUMENTS = 4_000_000
 """Documents of all epochs together, each of which orders them anew: a second or two."""
@@ -27,15 +32,35 @@ def forecast(config: RunConfig, sizes: PreparedSizes) -> list[BankEpoch] | None:
     Raises:
         ValueError: The prepared corpus is damaged, or training will refuse it.
     """
-    source = _warmed_up(config)
     most_epochs = min(_MOST_EPOCHS, _MOST_DOCUMENTS // max(1, sizes.documents))
-    if source is None or source.warmup is None or sizes.references > _MOST_REFERENCES or not most_epochs:
+    if sizes.references > _MOST_REFERENCES or not most_epochs:
         return None
-    references = References.open(Path(config.paths.root) / "prepared" / config.data.name / "references")
+    prepared = open_prepared(config.data, Path(config.paths.root) / "prepared")
+    epochs = _epochs(config, prepared.references, most_epochs)
+    return None if epochs is None else [_bank_epoch(config, prepared, *epoch) for epoch in epochs]
+
+
+def searches(config: RunConfig, references: References) -> Iterator[EpochSearch]:
+    """Yield what the bank epochs of a run will search; nothing where it branches from a run not there.
+
+    Raises:
+        ValueError: Training will refuse the corpus.
+    """
+    for name, epoch in _epochs(config, references, sys.maxsize) or []:
+        yield _search(config, references, name, epoch)
+
+
+def _epochs(
+    config: RunConfig, references: References, most_epochs: int
+) -> list[tuple[str, StageEpoch]] | None:
+    """The epochs that read memory, with their stage's name; None where all are more than `most_epochs`."""
+    source = _warmed_up(config)
+    if source is None or source.warmup is None:
+        return None
     history = History.empty(references.shards.num_documents)
     found = []
     for name, of in (("warmup", source), ("continual", config)):
-        stage = getattr(of, name)
+        stage: StageConfig | None = getattr(of, name)
         if stage is None:
             continue
         epochs = stage_epochs(
@@ -47,24 +72,40 @@ def forecast(config: RunConfig, sizes: PreparedSizes) -> list[BankEpoch] | None:
             row_tokens=of.model.row_tokens,
             seed=of.seed,
         )
-        planned = list(islice(epochs, most_epochs + 1))
+        planned = list(islice(epochs, min(most_epochs + 1, sys.maxsize)))
         most_epochs -= len(planned)
         if most_epochs < 0:
             return None
         history = History.of_read(read_at(planned, stage, stage.steps - stage.decay_steps))
         if of is config and stage.memory is not None:
-            found += [_bank_epoch(references, config, name, epoch) for epoch in planned]
+            found += [(name, epoch) for epoch in planned]
     return found
 
 
-def _bank_epoch(references: References, config: RunConfig, name: str, epoch: StageEpoch) -> BankEpoch:
-    return bank_epoch(
+def _search(config: RunConfig, references: References, name: str, epoch: StageEpoch) -> EpochSearch:
+    return epoch_search(
         references,
         name,
-        getattr(config, name),
-        epoch,
-        chunk_tokens=config.model.chunk_tokens,
+        epoch.epoch,
+        epoch.history,
+        epoch.rows.plan,
         validation_rows=config.logging.validation_rows,
+    )
+
+
+def _bank_epoch(config: RunConfig, prepared: Prepared, name: str, epoch: StageEpoch) -> BankEpoch:
+    stage: StageConfig = getattr(config, name)
+    assert stage.memory is not None
+    references, chunk_tokens = prepared.references, config.model.chunk_tokens
+    asked = _search(config, references, name, epoch)
+    found = published_size(
+        asked.folder(Path(config.paths.root) / config.run),
+        stage.memory.source,
+        settings=asked.settings(config.retrieval, chunk_tokens=chunk_tokens),
+        inputs=prepared.inputs,
+    )
+    return bank_epoch(
+        references, stage, asked, steps=epoch.rows.steps, chunk_tokens=chunk_tokens, found=found
     )
 
 

@@ -87,8 +87,8 @@ class OpenedRun:
             weights=self.engine.weights_hash(),
             lineage=self.config.run,
             step=self.step,
-            references=self.context.inputs["references"],
-            tokenizer=self.context.inputs["tokenizer"],
+            references=self.context.prepared.inputs["references"],
+            tokenizer=self.context.prepared.inputs["tokenizer"],
             context=self.config.bank.context.value,
             window_tokens=self.window_tokens,
         )
@@ -183,7 +183,7 @@ class OpenedRun:
         allow_maps()
         expected = {
             "layout": self.config.model.layout(),
-            "tokenizer": self.context.inputs["tokenizer"],
+            "tokenizer": self.context.prepared.inputs["tokenizer"],
             "embedder": embedder,
         }
         if not stale:

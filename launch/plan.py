@@ -1,4 +1,4 @@
-"""`memory3 plan`: what a run will take, before anything is started. No GPU is needed, and no torch.
+"""`memory3 plan`: what a run will take, before anything is started. No GPU is needed, nor torch but for `--search`.
 
 The resolved configuration; tables of (1) the parameters, (2) both stages: FLOPs, rate, time, price, (3) memory of a
 rank under each ZeRO stage, (4) bank and disk; then what will not work, each with what would; or the same as JSON.
@@ -42,7 +42,12 @@ class _Seen:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compose, look at the site, compute, print."""
-    seen = _look(compose_config(arguments.overrides), arguments)
+    config = compose_config(arguments.overrides)
+    if arguments.search:
+        from launch import searching
+
+        searching.search(config)
+    seen = _look(config, arguments)
     planned = plan(seen.config, seen.site)
     problems = [*seen.notes, *planned.problems]
     if arguments.json:
@@ -341,8 +346,7 @@ def _disk(bank: BankPlan | None, disk: DiskPlan, seen: _Seen) -> Table:
         table.add_row(
             "bank's generations",
             binary(disk.bank),
-            f"{bank.generations:,} at a time, of {len(bank.epochs):,} epochs; at most {bank.references:,} references "
-            f"and {binary(bank.generation_bytes)} each{_expected(bank)}",
+            f"{bank.generations:,} at a time, of {len(bank.epochs):,} epochs; {_largest(bank)}",
         )
     table.add_section()
     free = "" if seen.site.free_disk is None else f"{binary(seen.site.free_disk)} are free"
@@ -352,10 +356,17 @@ def _disk(bank: BankPlan | None, disk: DiskPlan, seen: _Seen) -> Table:
     return table
 
 
-def _expected(bank: BankPlan) -> str:
+def _largest(bank: BankPlan) -> str:
+    """The largest generation, as far as it is known."""
+    size = f"{bank.references:,} references and {binary(bank.generation_bytes)}"
+    if bank.exact:
+        return f"{size} in the largest, as found"
     if bank.expected_references is None or bank.expected_bytes is None:
-        return ""
-    return f"; some {bank.expected_references:,} and {binary(bank.expected_bytes)} are expected"
+        return f"at most {size} each"
+    return (
+        f"at most {size} each; some {bank.expected_references:,} and {binary(bank.expected_bytes)} are expected "
+        "(--search tells)"
+    )
 
 
 def _index_text(bank: BankPlan) -> str | None:

@@ -3,8 +3,9 @@
 Every figure is another module's formula: parameters and FLOPs (`model.flops`), bytes of a micro-batch
 (`model.footprint`), of ranks and checkpoints (`train.footprint`), of records (`memorybank.cost`), of the index
 (`memorybank.index_plan`). No torch.
-Invariants: nothing is measured; what is not known beforehand (how many references an epoch finds) is an upper bound, or
-an estimate beside one, and called so; what is compared with the disk is the bound; a proposal is only made if it fits.
+Invariants: nothing is measured; what is not known (how many references an epoch finds, until its search is made) is an
+upper bound, or an estimate beside one, and called so; what is compared with the disk is the bound; a proposal is only
+made if it fits.
 Not here: looking at the machine and printing (`launch.plan`), whether the machine works (`launch.doctor`).
 """
 
@@ -123,10 +124,12 @@ class BankPlan:
     Attributes:
         epochs: Bank epochs, each with a generation of its own.
         generations: How many of these lie on disk at a time, at most.
-        references: That a generation holds, at most.
+        references: Of the largest generation; at most, where its search was not made yet.
         generation_bytes: Of a generation with so many.
-        expected_references: Of the largest generation, an estimate; None = without a prepared corpus.
+        expected_references: Of the largest generation, an estimate until all searches were made; None = without a
+            prepared corpus.
         expected_bytes: Of a generation with so many.
+        exact: Whether all searches were made.
         index: Over all references that may be read; None = their number is not known.
     """
 
@@ -136,6 +139,7 @@ class BankPlan:
     generation_bytes: int
     expected_references: int | None
     expected_bytes: int | None
+    exact: bool
     index: IndexPlan | None
 
 
@@ -302,7 +306,7 @@ def _bank(config: RunConfig, site: Site) -> BankPlan | None:
     if not epochs:
         return None
     references = max(epoch.most for epoch in epochs)
-    expected = max((epoch.expected for epoch in epochs if epoch.expected is not None), default=None)
+    expected = max((epoch.likely for epoch in epochs if epoch.likely is not None), default=None)
 
     def size(held: int) -> int:
         return generation_bytes(config.model, held, vector_bytes=vector_bytes(config))
@@ -314,6 +318,7 @@ def _bank(config: RunConfig, site: Site) -> BankPlan | None:
         generation_bytes=size(references),
         expected_references=expected,
         expected_bytes=None if expected is None else size(expected),
+        exact=all(epoch.found is not None for epoch in epochs),
         index=None if not site.references else _index(config, site.references),
     )
 

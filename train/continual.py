@@ -4,26 +4,25 @@ At the beginning of an epoch the bank may hold the references of every document 
 reference-only sources. The neighbours of the epoch's rows are searched among them, and the references that these rows
 and the validation will read are compiled with the current weights, on all ranks, into a new generation.
 Neighbours and generation are published artefacts: a killed run finds them, or the whole shards it had finished.
-Not here: which rows the epoch has (`rows`), training on it (`loop`).
+Not here: which rows the epoch has (`rows`), what they ask for (`neighbours`), training on it (`loop`).
 """
 
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from hashlib import sha256
-from io import BytesIO
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.files import Manifest, is_finished, open_manifest, publishing
+from data.files import open_manifest
+from data.loader import read_rows
+from data.packing import RowPlan
 from data.references import References
+from data.shards import TokenShards
 from memorybank import codecs, store
 from memorybank.bank import BankReader, Records
 from memorybank.config import BankConfig, CodecConfig, RetrievalConfig
+from memorybank.neighbours import Neighbours
 from memorybank.record import MemoryShape
 from memorybank.search import RowSearch
 from memorybank.store import Generation, GenerationSettings
@@ -33,64 +32,9 @@ from train.distributed import Ranks
 from train.engine import Engine
 from train.generations import sweep
 from train.history import History
-from train.rows import in_bank
-
-log = logging.getLogger(__name__)
+from train.neighbours import EpochNeighbours, EpochSearch, distinct, is_published, readable
 
 Ids = NDArray[np.int64]
-Scores = NDArray[np.float32]
-_KIND, _VERSION = "neighbours", 2
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows that will look for references.
-
-    Attributes:
-        tokens_MT: Inputs.
-        documents: For each row, the documents of which it holds a token.
-    """
-
-    tokens_MT: NDArray[np.int64]
-    documents: Sequence[Ids]
-
-
-@dataclass(frozen=True, slots=True)
-class EpochNeighbours:
-    """What the rows of a bank epoch, and the validation beside it, found.
-
-    Attributes:
-        training_MC: One reference per chunk of the epoch's rows, -1 is empty.
-        scores_MC: Their retrieval scores, -inf where empty.
-        validation_MC: The same for the validation rows.
-        report: Counts of references searched, slots filled and candidates refused.
-    """
-
-    training_MC: Ids
-    scores_MC: Scores
-    validation_MC: Ids
-    report: dict[str, int]
-
-    @classmethod
-    def open(cls, folder: Path, *, inputs: Mapping[str, str]) -> "EpochNeighbours":
-        """Read what was published.
-
-        Raises:
-            ValueError: It is missing, damaged, or was made from other inputs.
-        """
-        manifest = open_manifest(folder, kind=_KIND, version=_VERSION, inputs=inputs)
-        return cls(
-            _checked(manifest, "training.npy"),
-            _checked(manifest, "scores.npy"),
-            _checked(manifest, "validation.npy"),
-            dict(manifest.extra),
-        )
-
-    def read_ids(self, *, training: bool) -> Ids:
-        """The distinct references that will be read, with or without those of training."""
-        parts = [self.validation_MC.ravel()] + ([self.training_MC.ravel()] if training else [])
-        ids = np.unique(np.concatenate(parts))
-        return ids[ids >= 0]
 
 
 class BankEpochs:
@@ -138,32 +82,15 @@ class BankEpochs:
         self._keep_generations = keep_generations
         self._ranks = ranks
 
-    def bank_ids(self, history: History) -> Ids:
-        """The references that may be read in an epoch that begins with this history, ascending."""
-        allowed = in_bank(self._references.shards.corpus, history.finished)
-        return np.flatnonzero(allowed[self._references.document_of]).astype(np.int64)
-
-    def neighbours(
-        self, stage: str, epoch: int, history: History, rows: Rows, validation: Rows
-    ) -> EpochNeighbours:
+    def neighbours(self, asked: EpochSearch) -> EpochNeighbours:
         """Search once, on rank 0, and let every rank read what was published."""
-        folder = self._run / "neighbours" / f"{stage}-{epoch:04d}"
-        ids = self.bank_ids(history)
-        digest = sha256(ids.tobytes() + rows.tokens_MT.tobytes() + validation.tokens_MT.tobytes())
-        settings = {
-            "epoch": epoch,
-            "rows_and_references": digest.hexdigest()[:16],
-            "candidates": self._retrieval.candidates,
-            "overlap_training": self._retrieval.overlap_training,
-            "overlap_evaluation": self._retrieval.overlap_evaluation,
-            "allow_own_document": self._retrieval.allow_own_document,
-            "index": asdict(self._retrieval.index) | {"kind": self._retrieval.index.kind.name},
-        }
-        if self._ranks.is_first and not is_finished(
-            folder, kind=_KIND, version=_VERSION, settings=settings, inputs=self._inputs
-        ):
+        folder = asked.folder(self._run)
+        settings = asked.settings(self._retrieval, chunk_tokens=self._model.chunk_tokens)
+        if self._ranks.is_first and not is_published(folder, settings=settings, inputs=self._inputs):
+            assert self._search is not None
             with self._ranks.alone():
-                self._publish_neighbours(folder, settings, ids, rows, validation)
+                found = search_epoch(asked, self._search, self._references.shards, self._retrieval)
+                found.publish(folder, settings=settings, inputs=self._inputs)
         self._ranks.barrier()
         return EpochNeighbours.open(folder, inputs=self._inputs)
 
@@ -196,7 +123,7 @@ class BankEpochs:
             bank,
             encode=engine.encode,
             references=self._references,
-            ids=self.bank_ids(history),
+            ids=readable(self._references, history),
             settings=settings,
             team=self._ranks,
             alone=self._ranks.alone,
@@ -251,35 +178,29 @@ class BankEpochs:
         if self._ranks.is_first:
             sweep(self._run, last=self._keep_generations)
 
-    def _publish_neighbours(
-        self, folder: Path, settings: dict[str, object], ids: Ids, rows: Rows, validation: Rows
-    ) -> None:
-        assert self._search is not None
-        index = self._search.index(ids)
-        found = [
-            self._search.neighbours(part.tokens_MT, part.documents, index, k=1, limit=limit)
-            for part, limit in (
-                (rows, self._retrieval.overlap_training),
-                (validation, self._retrieval.overlap_evaluation),
-            )
-        ]
-        training = found[0]
-        report = {
-            "references": len(ids),
-            "chunks": int(training.ids_MCk.size),
-            "empty": training.exhausted,
-            "refused_own_document": training.refused_own_document,
-            "refused_overlap": training.refused_overlap,
-        }
-        with publishing(
-            folder, kind=_KIND, version=_VERSION, settings=settings, inputs=self._inputs, extra=report
-        ) as work:
-            np.save(work / "training.npy", training.ids_MCk[:, :, 0])
-            np.save(work / "scores.npy", training.scores_MCk[:, :, 0])
-            np.save(work / "validation.npy", found[1].ids_MCk[:, :, 0])
 
+def search_epoch(
+    asked: EpochSearch, search: RowSearch, shards: TokenShards, retrieval: RetrievalConfig
+) -> EpochNeighbours:
+    """Find what the rows of an epoch, and those of its validation, may read."""
+    index = search.index(asked.ids)
 
-def _checked(manifest: Manifest, name: str) -> NDArray[Any]:
-    """An array of an artefact, whose bytes are compared with their checksums."""
-    array: NDArray[Any] = np.load(BytesIO(manifest.mapped(name).read_all().data), allow_pickle=False)
-    return array
+    def found_by(plan: RowPlan, limit: float) -> Neighbours:
+        batch = read_rows(shards, plan, tuple(range(plan.num_rows)))
+        documents = [plan.documents_of_row(position) for position in batch.positions]
+        return search.neighbours(batch.inputs.numpy(), documents, index, k=1, limit=limit)
+
+    training = found_by(asked.rows, retrieval.overlap_training)
+    validation = found_by(asked.validation, retrieval.overlap_evaluation)
+    report = {
+        "references": len(asked.ids),
+        "chunks": int(training.ids_MCk.size),
+        "empty": training.exhausted,
+        "refused_own_document": training.refused_own_document,
+        "refused_overlap": training.refused_overlap,
+        "found": len(distinct(training.ids_MCk, validation.ids_MCk)),
+        "found_by_validation": len(distinct(validation.ids_MCk)),
+    }
+    return EpochNeighbours(
+        training.ids_MCk[:, :, 0], training.scores_MCk[:, :, 0], validation.ids_MCk[:, :, 0], report
+    )

@@ -2,9 +2,10 @@
 
 Which documents an epoch draws, and which are finished when it begins, is a pure function of corpus, settings and seed,
 as long as training does not diverge and nobody stops it for good. What the chunks find is known only once they have
-searched, which takes the embedder: the number of references that they find is an estimate, and `most` its bound.
+searched, which takes the embedder: until then the number of references that they find is an estimate, and `most` its
+bound.
 Invariants: documents are counted by array operations alone; no text is read, no torch.
-Not here: which rows come (`rows`), the search (`continual`).
+Not here: which rows come (`rows`), what they ask for (`neighbours`), the search (`continual`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.documents import Split
 from data.packing import RowPlan
 from data.references import References
 from data.shards import TokenShards
 from train.config import MemorySource, StageConfig
 from train.history import History
-from train.rows import EpochRows, held_out_plan, in_bank, plan_epoch
+from train.neighbours import EpochSearch
+from train.rows import EpochRows, plan_epoch
 
 _DOCUMENT_EXPONENT = 0.91
 """Chunks of a document of n find as much as n to this power that have nothing to do with each other."""
@@ -37,6 +38,7 @@ class BankEpoch:
         chunks: That ask for the references which are compiled: those of its distinct rows, where training reads the
             bank, and of the validation.
         expected: References that these are estimated to find; None = without a prepared corpus.
+        found: References that they do find; None = the search was not made yet.
     """
 
     stage: str
@@ -45,11 +47,19 @@ class BankEpoch:
     references: int | None
     chunks: int
     expected: int | None
+    found: int | None = None
 
     @property
     def most(self) -> int:
-        """The most references that can be found: a chunk finds one."""
+        """The most references that can be found, a chunk one: their number where it is known."""
+        if self.found is not None:
+            return self.found
         return self.chunks if self.references is None else min(self.references, self.chunks)
+
+    @property
+    def likely(self) -> int | None:
+        """The references that are found, or estimated to be."""
+        return self.expected if self.found is None else self.found
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,42 +121,38 @@ def read_at(epochs: Sequence[StageEpoch], stage: StageConfig, step: int) -> NDAr
 
 def bank_epoch(
     references: References,
-    name: str,
     stage: StageConfig,
-    epoch: StageEpoch,
+    asked: EpochSearch,
     *,
+    steps: int,
     chunk_tokens: int,
-    validation_rows: int,
+    found: int | None = None,
 ) -> BankEpoch:
     """Return what an epoch will compile.
 
     Args:
         references: All of the prepared corpus.
-        name: Of the stage.
         stage: Its settings; it reads memory.
-        epoch: The epoch.
+        asked: What the epoch searches.
+        steps: Updates.
         chunk_tokens: Tokens of a chunk.
-        validation_rows: Rows that each validation reads, at most.
-
-    Raises:
-        ValueError: The validation split holds less than a row.
+        found: By its search, where that was made.
     """
     assert stage.memory is not None
-    shards, plan = references.shards, epoch.rows.plan
-    validation = held_out_plan(shards, Split.validation, row_tokens=plan.row_tokens)
-    read = [(validation, np.unique(validation.row_order[:validation_rows]))]
+    read = [asked.validation]
     if stage.memory.source is not MemorySource.online:
-        read.append((plan, np.unique(plan.row_order)))
-    allowed = in_bank(shards.corpus, epoch.history.finished)
-    may_read = int(np.count_nonzero(allowed[references.document_of]))
-    tokens_D = np.concatenate([_tokens_read(rows, taken, shards.num_documents) for rows, taken in read])
+        read.append(asked.rows)
+    num_documents = references.shards.num_documents
+    tokens_D = np.concatenate([_tokens_read(plan, num_documents) for plan in read])
+    num_rows = sum(len(np.unique(plan.row_order)) for plan in read)
     return BankEpoch(
-        stage=name,
-        epoch=epoch.epoch,
-        steps=epoch.rows.steps,
-        references=may_read,
-        chunks=sum(len(taken) for _, taken in read) * (plan.row_tokens // chunk_tokens),
-        expected=round(references_found(tokens_D / chunk_tokens, may_read)),
+        stage=asked.stage,
+        epoch=asked.epoch,
+        steps=steps,
+        references=len(asked.ids),
+        chunks=num_rows * (asked.rows.row_tokens // chunk_tokens),
+        expected=round(references_found(tokens_D / chunk_tokens, len(asked.ids))),
+        found=found,
     )
 
 
@@ -170,10 +176,10 @@ def references_found(chunks_D: NDArray[np.float64], references: int) -> float:
     return asked / (1 + asked / references)
 
 
-def _tokens_read(plan: RowPlan, rows: NDArray[np.int64], num_documents: int) -> NDArray[np.float64]:
-    """(documents,): the most tokens that one occurrence of each document has in these rows."""
+def _tokens_read(plan: RowPlan, num_documents: int) -> NDArray[np.float64]:
+    """(documents,): the most tokens that one occurrence of each document has in a plan's rows."""
     taken = np.zeros(int(plan.row_order.max()) + 1)
-    taken[rows] = plan.row_tokens
+    taken[plan.row_order] = plan.row_tokens
     edges = plan.row_tokens * np.arange(len(taken) + 1)
     tokens = np.diff(np.interp(plan.starts, edges, np.concatenate([[0], np.cumsum(taken)])))
     most = np.zeros(num_documents)

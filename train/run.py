@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from data.loader import Loader, read_rows
+from data.loader import Loader
 from data.packing import RowPlan
 from data.references import References
 from data.shards import TokenShards
@@ -24,7 +24,7 @@ from memorybank.store import Generation
 from train.arms import Arm, Bank, Pattern, Reading, text_readings
 from train.checkpoint import Checkpoints
 from train.config import DivergenceConfig, StageConfig
-from train.continual import BankEpochs, Rows
+from train.continual import BankEpochs
 from train.distributed import Ranks
 from train.divergence import DivergedError, HopelessError
 from train.engine import Engine
@@ -33,6 +33,7 @@ from train.history import History
 from train.inputs import InputsAhead, StepInputs
 from train.loop import PeakSpeed, collector_at_rest, train_epoch
 from train.metrics import Metrics
+from train.neighbours import epoch_search
 from train.rows import plan_epoch
 from train.schedule import Schedule, epoch_begins
 from train.stages import MemoryStage, PlainStage, Reader, Stage, encodes_online, reads_bank
@@ -292,18 +293,20 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
     memory = parts.config.memory
     if memory is None or parts.epochs is None:
         return _Epoch(PlainStage(), online, [Reading(Arm.none)], None)
-    rows = read_rows(parts.shards, plan, tuple(range(plan.num_rows)))
     started = time.perf_counter()
     neighbours = parts.epochs.neighbours(
-        parts.name,
-        state.epoch,
-        history,
-        Rows(rows.inputs.numpy(), [plan.documents_of_row(position) for position in rows.positions]),
-        Rows(parts.validation.tokens_MT1[:, :-1].numpy(), parts.validation.row_documents),
+        epoch_search(
+            parts.references,
+            parts.name,
+            state.epoch,
+            history,
+            plan,
+            validation_rows=len(parts.validation.tokens_MT1),
+        )
     )
     searched = time.perf_counter()
-    everything = neighbours.read_ids(training=True)
-    if not len(everything):
+    ids = neighbours.read_ids(memory.source)
+    if not len(ids):
         log.warning(
             "bank epoch %d reads no memory: of %d references none was found by its rows; a longer warmup finishes "
             "more documents, whose references may then be read",
@@ -311,8 +314,6 @@ def _open_epoch(parts: Parts, plan: RowPlan, state: RunState, history: History) 
             neighbours.report["references"],
         )
         return _Epoch(PlainStage(), online, [Reading(Arm.none)], None)
-    validated = neighbours.read_ids(training=False)
-    ids = everything if reads_bank(memory.source) or not len(validated) else validated
     if state.generation is not None and state.generation_fingerprint is not None:
         generation = parts.epochs.reopen(state.generation, state.generation_fingerprint)
     else:

@@ -166,19 +166,69 @@ def test_a_real_run_wrote_what_was_planned() -> None:
     epochs = found["bank"]["epochs"]
     assert len(generations) == len(searches) == len(epochs) > 1
     for folder, search, epoch in zip(generations, searches, epochs, strict=True):
-        assert _size(folder) <= found["bank"]["generation_bytes"]
         report = json.loads((search / "manifest.json").read_text())["extra"]
         validation = np.load(search / "validation.npy")
         assert epoch["references"] == report["references"]
         assert epoch["chunks"] == report["chunks"] + validation.size
         ids = np.concatenate([np.load(search / "training.npy").ravel(), validation.ravel()])
         compiled = len(np.unique(ids[ids >= 0]))
-        assert epoch["most"] >= compiled
+        assert epoch["most"] == epoch["found"] == compiled
         assert epoch["expected"] == pytest.approx(compiled, rel=0.25)
-    assert found["bank"]["expected_references"] == max(epoch["expected"] for epoch in epochs)
-    assert found["bank"]["expected_bytes"] < found["bank"]["generation_bytes"]
+    assert found["bank"]["exact"]
+    assert (
+        found["bank"]["expected_references"]
+        == found["bank"]["references"]
+        == max(epoch["found"] for epoch in epochs)
+    )
+    largest = max(_size(folder) for folder in generations)
+    assert found["bank"]["generation_bytes"] == pytest.approx(largest, rel=0.02)
     assert found["disk"]["prepared"] > 0
     assert found["site"]["references"] > 0
+
+
+def test_a_search_ahead_finds_what_the_run_will_find(tmp_path: Path) -> None:
+    """Before it, the number of references is an estimate; after it, it is known, and the run need not search."""
+    from tests.support.launch import run_settings
+
+    root = trained().root
+    (tmp_path / "prepared").symlink_to(root / "prepared")
+    ahead = [*run_settings(root, "m"), f"paths.root={tmp_path}"]
+    before = planned(*ahead)["bank"]
+    assert not before["exact"]
+    assert before["expected_references"] == max(epoch["expected"] for epoch in before["epochs"])
+    assert before["expected_bytes"] < before["generation_bytes"]
+    assert (
+        planned(*ahead, "--search")["bank"]
+        == planned(*ahead)["bank"]
+        == planned(*run_settings(root, "m"))["bank"]
+    )
+    for folder in (root / "m" / "neighbours").iterdir():
+        searched = [
+            json.loads((run / folder.name / "manifest.json").read_text())
+            for run in (folder.parent, tmp_path / "m" / "neighbours")
+        ]
+        assert searched[0]["fingerprint"] == searched[1]["fingerprint"]
+        assert searched[0]["files"] == searched[1]["files"]
+    other = planned(*ahead, "seed=5")["bank"]  # other rows
+    assert not other["exact"]
+    assert other["references"] > before["expected_references"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["continual=null"], "no stage of this run reads memory"),
+        (["run=ahead-b", "warmup=null", "continual.branch_from=mm"], "did you mean continual.branch_from=m?"),
+        (["continual.steps=41"], "holds a run of another configuration"),
+        (["data.name=other"], "run `memory3 prepare`"),
+    ],
+)
+def test_searches_that_cannot_be_made_are_refused(settings: list[str], said: str) -> None:
+    from tests.support.launch import run_settings
+
+    done = within("plan", *run_settings(trained().root, "m"), "--search", *settings)
+    assert done.code == 2
+    assert said in done.err
 
 
 def test_a_run_that_branches_from_another_reads_what_that_one_had_finished() -> None:
@@ -187,10 +237,13 @@ def test_a_run_that_branches_from_another_reads_what_that_one_had_finished() -> 
     root = trained().root
     alone = planned(*run_settings(root, "m"))["bank"]
     branch = [*run_settings(root, "m"), "run=b", "warmup=null"]
-    assert planned(*branch, "continual.branch_from=m")["bank"] == alone
+    for epoch, same in zip(
+        planned(*branch, "continual.branch_from=m")["bank"]["epochs"], alone["epochs"], strict=True
+    ):
+        assert epoch == same | {"found": None, "most": epoch["most"]}
     unknown = planned(*branch, "continual.branch_from=of-tomorrow")["bank"]
     assert unknown["expected_references"] is None
-    assert unknown["references"] >= alone["references"]
+    assert unknown["references"] > alone["references"]
 
 
 def test_a_corpus_of_very_many_documents_is_planned_by_its_sizes_alone() -> None:
@@ -297,7 +350,7 @@ def test_devices_are_read_from_the_drivers_words(tmp_path: Path) -> None:
 def test_a_plan_takes_a_second_and_no_torch(prepared: bool) -> None:
     from tests.support.launch import prepared_root, run_settings
 
-    settings = run_settings(prepared_root(), "m") if prepared else ["experiment=demo", "--config-only"]
+    settings = run_settings(prepared_root(), "unsearched") if prepared else ["experiment=demo", "--config-only"]
     program = (
         "import sys, time; from launch.cli import main; main(['plan', *sys.argv[1:]]);"
         "print(time.process_time(), sorted({'torch', 'faiss', 'datasets', 'deepspeed'} & set(sys.modules)))"

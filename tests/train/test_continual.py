@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.documents import Split, Use
+from data.documents import Use
 from data.loader import read_rows
 from data.packing import RowPlan
 from memorybank.config import (
@@ -29,12 +29,20 @@ from memorybank.store import Generation
 from memorybank.vectors import Vectors, compile_vectors
 from model.transformer import Memory3LM
 from tests.support.train import continual_config, model_config, prepared
-from train.continual import BankEpochs, EpochNeighbours, Rows
+from train.config import MemorySource
+from train.continual import BankEpochs
 from train.distributed import Ranks
 from train.engine import InferenceEngine
 from train.history import History
+from train.neighbours import (
+    EpochNeighbours,
+    EpochSearch,
+    epoch_search,
+    is_published,
+    published_size,
+    readable,
+)
 from train.rows import plan_epoch
-from train.texts import held_out_rows
 
 PREPARED = prepared()
 REFERENCES, CORPUS = PREPARED.references, PREPARED.shards.corpus
@@ -96,30 +104,20 @@ def planned(history: History, *, steps: int) -> RowPlan:
     ).plan
 
 
-def rows_of(plan: RowPlan) -> Rows:
-    batch = read_rows(PREPARED.shards, plan, tuple(range(plan.num_rows)))
-    return Rows(batch.inputs.numpy(), [plan.documents_of_row(position) for position in batch.positions])
+def asked(history: History, plan: RowPlan, *, epoch: int = 0) -> EpochSearch:
+    return epoch_search(REFERENCES, "continual", epoch, history, plan, validation_rows=4)
+
+
+Searched = tuple[Path, EpochSearch, EpochNeighbours]
 
 
 @pytest.fixture(scope="module")
-def searched(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, RowPlan, Rows, EpochNeighbours]:
-    """An epoch after most sections were read: its run folder, rows and neighbours."""
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    """An epoch after most sections were read: its run folder, what it asks for and finds."""
     run = tmp_path_factory.mktemp("run")
     history = read(*SECTIONS[:-3])
-    plan = planned(history, steps=5)
-    return (
-        run,
-        plan,
-        validation(),
-        epochs(run).neighbours("continual", 0, history, rows_of(plan), validation()),
-    )
-
-
-def validation() -> Rows:
-    held_out = held_out_rows(PREPARED.shards, Split.validation, num_rows=4, row_tokens=128)
-    return Rows(held_out.tokens_MT1[:, :-1].numpy(), held_out.row_documents)
+    search = asked(history, planned(history, steps=5))
+    return run, search, epochs(run).neighbours(search)
 
 
 def test_the_bank_grows_with_what_was_finished_and_always_holds_reference_only_documents(
@@ -127,7 +125,7 @@ def test_the_bank_grows_with_what_was_finished_and_always_holds_reference_only_d
 ) -> None:
     held_out = {number for number, document in enumerate(DOCUMENTS) if document.use is Use.reference}
     for finished in ((), SECTIONS[:2], SECTIONS):
-        ids = epochs(tmp_path).bank_ids(read(*finished))
+        ids = readable(REFERENCES, read(*finished))
         assert set(REFERENCES.document_of[ids]) == held_out | set(finished)
         # Whole documents: all of their references.
         assert len(ids) == np.isin(REFERENCES.document_of, [*held_out, *finished]).sum()
@@ -140,11 +138,12 @@ def test_fact_documents_have_no_references() -> None:
 
 
 def test_rows_never_read_references_of_their_own_documents(
-    searched: tuple[Path, RowPlan, Rows, EpochNeighbours],
+    searched: Searched,
 ) -> None:
-    _, plan, held_out, found = searched
-    pairs = [(plan.documents_of_row(row), ids) for row, ids in enumerate(found.training_MC)]
-    pairs += list(zip(held_out.documents, found.validation_MC, strict=True))
+    _, search, found = searched
+    pairs = [(search.rows.documents_of_row(row), ids) for row, ids in enumerate(found.training_MC)]
+    pairs += [(search.validation.documents_of_row(row), ids) for row, ids in enumerate(found.validation_MC)]
+    assert len(pairs) == search.rows.num_rows + 4
     read_ids = 0
     for documents, ids in pairs:
         filled = ids[ids >= 0]
@@ -155,13 +154,13 @@ def test_rows_never_read_references_of_their_own_documents(
 
 
 def test_rows_find_only_what_the_bank_may_hold(
-    searched: tuple[Path, RowPlan, Rows, EpochNeighbours],
+    searched: Searched,
 ) -> None:
-    run, _, _, found = searched
-    allowed = epochs(run).bank_ids(read(*SECTIONS[:-3]))
-    assert set(found.read_ids(training=True)) <= set(allowed)
+    _, _, found = searched
+    allowed = readable(REFERENCES, read(*SECTIONS[:-3]))
+    assert set(found.read_ids(MemorySource.bank)) <= set(allowed)
     unread = set(SECTIONS[-3:])
-    assert not unread & set(REFERENCES.document_of[found.read_ids(training=True)].tolist())
+    assert not unread & set(REFERENCES.document_of[found.read_ids(MemorySource.bank)].tolist())
 
 
 def test_own_documents_may_be_read_only_when_asked_for(tmp_path: Path) -> None:
@@ -177,9 +176,7 @@ def test_own_documents_may_be_read_only_when_asked_for(tmp_path: Path) -> None:
         chunk_tokens=CONFIG.chunk_tokens,
         folder=tmp_path / "indexes",
     )
-    found = epochs(tmp_path, retrieval=paper, search=search).neighbours(
-        "continual", 0, history, rows_of(plan), validation()
-    )
+    found = epochs(tmp_path, retrieval=paper, search=search).neighbours(asked(history, plan))
     own = [
         set(REFERENCES.document_of[ids[ids >= 0]]) & set(plan.documents_of_row(row).tolist())
         for row, ids in enumerate(found.training_MC)
@@ -187,18 +184,11 @@ def test_own_documents_may_be_read_only_when_asked_for(tmp_path: Path) -> None:
     assert any(own)
 
 
-def test_the_distinct_ids_with_and_without_training() -> None:
-    found = EpochNeighbours(
-        np.array([[5, -1], [3, 5]]), np.zeros((2, 2), np.float32), np.array([[7, -1]]), {}
-    )
-    assert found.read_ids(training=True).tolist() == [3, 5, 7]
-    assert found.read_ids(training=False).tolist() == [7]
-
-
-def test_neighbours_keep_their_scores(searched: tuple[Path, RowPlan, Rows, EpochNeighbours]) -> None:
+def test_neighbours_keep_their_scores(searched: Searched) -> None:
     """The cosine of chunk and reference; empty slots have none."""
-    _, plan, _, found = searched
-    tokens_MT, embedder = rows_of(plan).tokens_MT, StaticEmbedder()
+    _, search, found = searched
+    rows = read_rows(PREPARED.shards, search.rows, tuple(range(search.rows.num_rows)))
+    tokens_MT, embedder = rows.inputs.numpy(), StaticEmbedder()
     assert np.isneginf(found.scores_MC[found.training_MC < 0]).all()
     for row, chunk in np.argwhere(found.training_MC >= 0)[::7]:
         begin = chunk * CONFIG.chunk_tokens
@@ -207,9 +197,9 @@ def test_neighbours_keep_their_scores(searched: tuple[Path, RowPlan, Rows, Epoch
         assert found.scores_MC[row, chunk] == pytest.approx(float(pair[0] @ pair[1]), abs=1e-5)
 
 
-def test_neighbours_are_searched_once(searched: tuple[Path, RowPlan, Rows, EpochNeighbours]) -> None:
-    run, plan, held_out, found = searched
-    again = epochs(run, search=None).neighbours("continual", 0, read(*SECTIONS[:-3]), rows_of(plan), held_out)
+def test_neighbours_are_searched_once(searched: Searched) -> None:
+    run, search, found = searched
+    again = epochs(run, search=None).neighbours(search)
     np.testing.assert_array_equal(again.training_MC, found.training_MC)
     np.testing.assert_array_equal(again.scores_MC, found.scores_MC)
     np.testing.assert_array_equal(again.validation_MC, found.validation_MC)
@@ -217,17 +207,49 @@ def test_neighbours_are_searched_once(searched: tuple[Path, RowPlan, Rows, Epoch
 
 
 @pytest.mark.parametrize("name", ["training", "scores", "validation"])
-def test_neighbours_that_are_damaged_are_refused(
-    name: str, searched: tuple[Path, RowPlan, Rows, EpochNeighbours], tmp_path: Path
-) -> None:
-    run, plan, held_out, _ = searched
+def test_neighbours_that_are_damaged_are_refused(name: str, searched: Searched, tmp_path: Path) -> None:
+    run, search, _ = searched
     copy = Path(shutil.copytree(run, tmp_path / run.name))
     path = copy / "neighbours" / "continual-0000" / f"{name}.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name}.npy: block 0 .* is damaged"):
-        epochs(copy, search=None).neighbours("continual", 0, read(*SECTIONS[:-3]), rows_of(plan), held_out)
+        epochs(copy, search=None).neighbours(search)
+
+
+def test_a_search_is_another_one_with_other_rows_references_or_settings(searched: Searched) -> None:
+    run, search, found = searched
+    folder = search.folder(run)
+
+    def size(
+        of: EpochSearch, retrieval: RetrievalConfig = RETRIEVAL, chunk_tokens: int = CONFIG.chunk_tokens
+    ) -> Any:
+        settings = of.settings(retrieval, chunk_tokens=chunk_tokens)
+        return published_size(folder, MemorySource.bank, settings=settings, inputs=INPUTS)
+
+    assert size(search) == len(found.read_ids(MemorySource.bank))
+    assert size(replace(search, rows=search.rows.again(3))) is None
+    assert size(replace(search, validation=search.validation.again(3))) is None
+    assert size(replace(search, ids=search.ids[1:])) is None
+    assert size(search, chunk_tokens=CONFIG.chunk_tokens // 2) is None
+    assert size(search, replace(RETRIEVAL, embedder=EmbedderConfig())) is None
+    assert size(search, replace(RETRIEVAL, candidates=17)) is None
+    settings = search.settings(RETRIEVAL, chunk_tokens=CONFIG.chunk_tokens)
+    assert not is_published(folder, settings=settings, inputs=INPUTS | {"shards": "other"})
+
+
+@pytest.mark.parametrize("found_by_validation", [0, 1])
+def test_a_generation_holds_what_is_read_of_it(found_by_validation: int) -> None:
+    """Where training encodes online, what validation reads; all where that found nothing."""
+    found = EpochNeighbours(
+        np.array([[5, 3]]),
+        np.zeros((1, 2), np.float32),
+        np.array([[7 if found_by_validation else -1, -1]]),
+        {"found_by_validation": found_by_validation},
+    )
+    assert found.read_ids(MemorySource.online).tolist() == ([7] if found_by_validation else [3, 5])
+    assert found.read_ids(MemorySource.mixed).tolist() == ([3, 5, 7] if found_by_validation else [3, 5])
 
 
 class CountingEmbedder(StaticEmbedder):
@@ -257,7 +279,7 @@ def test_references_keep_their_search_vectors_from_epoch_to_epoch(tmp_path: Path
             folder=tmp_path / "indexes",
         )
         bank = epochs(tmp_path, search=search)
-        bank.neighbours("continual", epoch, history, rows_of(planned(history, steps=1)), validation())
+        bank.neighbours(asked(history, planned(history, steps=1), epoch=epoch))
         embedded.append(set(embedder.texts))
     first, second = embedded
     assert {REFERENCES.text(id) for id in range(len(REFERENCES))} <= first
@@ -298,7 +320,7 @@ def test_documents_are_encoded_first_where_the_bank_says_so(tmp_path: Path) -> N
     plain, documents = (
         epochs(tmp_path, model=wide, bank=BankConfig(context=context)) for context in BankContext
     )
-    ids = documents.bank_ids(read(*SECTIONS[:2]))
+    ids = readable(REFERENCES, read(*SECTIONS[:2]))
     generation = documents.compile(writes, ids, read(*SECTIONS[:2]), name="generation-continual-0000", step=4)
     assert (generation.settings.context, generation.settings.window_tokens) == ("document", 256)
     alone = plain.compile(writes, ids, read(*SECTIONS[:2]), name="generation-continual-0001", step=4)

@@ -11,6 +11,7 @@ from tests.support.train import continual_config, prepared, stage_config
 from train.config import MemorySource, StageConfig
 from train.forecast import BankEpoch, StageEpoch, bank_epoch, read_at, references_found, stage_epochs
 from train.history import History
+from train.neighbours import epoch_search
 from train.rows import in_bank
 
 REFERENCES = prepared().references
@@ -30,9 +31,12 @@ def warmed_up() -> History:
     return History.of_read(read_at(epochs("warmup", warmup, History.empty(SHARDS.num_documents)), warmup, 30))
 
 
-def asked(stage: StageConfig, epoch: StageEpoch) -> BankEpoch:
+def asked(stage: StageConfig, epoch: StageEpoch, *, found: int | None = None) -> BankEpoch:
+    search = epoch_search(
+        REFERENCES, "continual", epoch.epoch, epoch.history, epoch.rows.plan, validation_rows=VALIDATION_ROWS
+    )
     return bank_epoch(
-        REFERENCES, "continual", stage, epoch, chunk_tokens=CHUNK_TOKENS, validation_rows=VALIDATION_ROWS
+        REFERENCES, stage, search, steps=epoch.rows.steps, chunk_tokens=CHUNK_TOKENS, found=found
     )
 
 
@@ -70,6 +74,9 @@ def test_chunks_and_references_are_those_of_the_rows(source: MemorySource) -> No
         assert found.chunks == (len(rows) + VALIDATION_ROWS) * ROW_TOKENS // CHUNK_TOKENS
         assert found.expected == round(references_found(np.array(tokens) / CHUNK_TOKENS, may_read))
         assert 0 < found.expected <= found.most == min(found.chunks, may_read)
+        assert found.likely == found.expected
+        known = asked(stage, epoch, found=7)
+        assert known.most == known.likely == 7
     assert planned[1].history.finished.sum() > planned[0].history.finished.sum()
 
 
