@@ -62,7 +62,7 @@ from launch import prepare, worker  # noqa: E402
 from launch.compose import compose_config  # noqa: E402
 from launch.config import RunConfig  # noqa: E402
 from launch.lock import only_user  # noqa: E402
-from launch.pretrain import freeze  # noqa: E402
+from launch.pretrain import make_ready  # noqa: E402
 from train import checkpoint, distributed, engine  # noqa: E402
 from train.checkpoint import entries  # noqa: E402
 from train.config import STAGES  # noqa: E402
@@ -203,7 +203,7 @@ class Campaign:
         run, port = root / scenario.name, distributed.free_port()
         run.mkdir(parents=True, exist_ok=True)
         if not (run / "config.yaml").exists():
-            forked(lambda: freeze(self.config(scenario, root), run), run.with_suffix(".log"))
+            forked(lambda: make_ready(self.config(scenario, root), run), run.with_suffix(".log"))
         pids: list[int] = []
         for rank in range(scenario.world):
             counter = counters[rank] if counters else None

@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         failed |= error > limit
         table.add_row("correct", what, f"{error:.1e}", f"≤ {limit:g}", _verdict(error <= limit))
     name, _ = device_here()
-    peak = DEVICES[name].tflops if device.type == "cuda" and name != "cpu" else None
+    peak = DEVICES[name].tflops if device.type == "cuda" and name in DEVICES else None
     for part in parts(smallest=arguments.smallest, peak_tflops=peak):
         ends += part.seconds
         left = ends - time.monotonic()

@@ -294,9 +294,10 @@ def _files(runs: Sequence[Path]) -> Iterator[str]:
             folder = run / "bank" / f"generation-{epoch.stage}-{epoch.epoch:04d}"
             if folder.exists() and epoch.expected is not None:
                 found = len(Generation.open(folder))
+                before = replace(epoch, found=None)
                 yield (
                     f"| {run.name}/{folder.name} | {epoch.references:,} | {epoch.chunks:,} | {found:,} | "
-                    f"{epoch.expected:,} | {epoch.expected / found:.3f} | {epoch.most:,} |"
+                    f"{epoch.expected:,} | {epoch.expected / found:.3f} | {before.most:,} |"
                 )
     yield ""
 

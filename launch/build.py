@@ -222,7 +222,7 @@ class Context:
         nominal = self.config.logging.peak_tflops
         if nominal is None and ranks.device.type == "cuda":
             name, _ = device_here()
-            nominal = None if name == "cpu" else DEVICES[name].peak(self.config.engine.precision)
+            nominal = DEVICES[name].peak(self.config.engine.precision) if name in DEVICES else None
         if nominal is None:
             return PeakSpeed(products)
         peak = ranks.world_size * nominal * 1e12

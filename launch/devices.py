@@ -4,6 +4,7 @@ Not here: measured rates, whether a device works (`launch.doctor`).
 """
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,28 +49,32 @@ DEVICES = {
 """By the name that `--device` takes. GPU memory is what a process sees; the CPU's rate is one that oneDNN reaches."""
 
 _MODELS = {
-    "A100-SXM4-40GB": "a100-40",
-    "A100-PCIE-40GB": "a100-40",
-    "A100": "a100-80",
-    "A800": "a800",
-    "H100": "h100",
-    "H200": "h200",
-    "B200": "b200",
-    "L40S": "l40s",
-    "RTX 4090": "rtx4090",
+    r"A100-(SXM4|PCIE)-40GB": "a100-40",
+    r"A100-SXM4-80GB|A100 80GB PCIe": "a100-80",
+    r"A800-SXM4-80GB|A800 80GB PCIe": "a800",
+    r"H100 80GB HBM3|H100 PCIe": "h100",
+    r"H200": "h200",
+    r"B200": "b200",
+    r"L40S": "l40s",
+    r"GeForce RTX 4090": "rtx4090",
 }
+"""By the whole name that the driver gives, less the maker's: a GH200, or a laptop's RTX 4090, is another device."""
 
 
 def device_here(driver: Path = _DRIVER) -> tuple[str, int]:
-    """Return the name of this machine's device and how many there are: GPUs as the driver names them, else cores.
+    """Return the name in `DEVICES` of this machine's device and how many there are: GPUs, else cores.
 
-    A GPU that `DEVICES` does not know counts as a CPU: name its figures with `--tflops` and `--memory`.
+    A GPU that `DEVICES` does not know goes by the name that its driver gives it.
     """
-    models = [path.read_text(errors="replace") for path in sorted(driver.glob("*/information"))]
-    for part, name in _MODELS.items():
-        if models and part in models[0]:
-            return name, len(models)
-    return "cpu", os.cpu_count() or 1
+    models = [
+        re.sub(r"^NVIDIA ", "", _model(path.read_text(errors="replace")))
+        for path in sorted(driver.glob("*/information"))
+    ]
+    if not models:
+        return "cpu", os.cpu_count() or 1
+    return next((name for names, name in _MODELS.items() if re.fullmatch(names, models[0])), models[0]), len(
+        models
+    )
 
 
 def device_memory_here(driver: Path = _DRIVER) -> int | None:
@@ -77,8 +82,14 @@ def device_memory_here(driver: Path = _DRIVER) -> int | None:
     if not list(driver.glob("*/information")):
         return None
     name, _ = device_here(driver)
-    known = DEVICES[name].memory_bytes
+    known = DEVICES[name].memory_bytes if name in DEVICES else None
     return known if known is not None else max(device.memory_bytes or 0 for device in DEVICES.values())
+
+
+def _model(information: str) -> str:
+    """The line of a driver's file that names the GPU's model."""
+    found = re.search(r"^Model:\s*(.+?)\s*$", information, re.MULTILINE)
+    return found[1] if found else "GPU of unknown model"
 
 
 def memory_here(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:

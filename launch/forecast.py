@@ -40,6 +40,14 @@ def forecast(config: RunConfig, sizes: PreparedSizes) -> list[BankEpoch] | None:
     return None if epochs is None else [_bank_epoch(config, prepared, *epoch) for epoch in epochs]
 
 
+def held_bytes(config: RunConfig) -> int:
+    """Return the bytes of a run, and of what it searches with, that lie on the disk already."""
+    root = Path(config.paths.root)
+    prepared = root / "prepared" / config.data.name
+    folders = root / config.run, prepared / "vectors", prepared / "indexes"
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+
+
 def searches(config: RunConfig, references: References) -> Iterator[EpochSearch]:
     """Yield what the bank epochs of a run will search; nothing where it branches from a run not there.
 

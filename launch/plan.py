@@ -21,8 +21,8 @@ from rich.text import Text
 from launch import resolved
 from launch.compose import compose_config, to_yaml
 from launch.config import RunConfig
-from launch.devices import DEVICES, device_here, memory_here
-from launch.forecast import forecast
+from launch.devices import DEVICES, Device, device_here, memory_here
+from launch.forecast import forecast, held_bytes
 from launch.planning import USABLE, BankPlan, DiskPlan, Problem, RunPlan, Site, StagePlan, plan
 from launch.units import binary, decimal, duration, three, whole_number
 from model.flops import ParameterCount
@@ -72,7 +72,7 @@ def _look(config: RunConfig, arguments: argparse.Namespace) -> _Seen:
     notes = []
     found, count = device_here()
     name = arguments.device or found
-    device = DEVICES[name]
+    device = _device(name, arguments)
     if name == "cpu":  # a rank's share of the cores
         threads = config.engine.threads_per_rank
         device = replace(
@@ -83,7 +83,8 @@ def _look(config: RunConfig, arguments: argparse.Namespace) -> _Seen:
     memory = device.memory_bytes
     if arguments.memory is not None:
         memory = round(arguments.memory * 2**30)
-    sizes = epochs = free_disk = None
+    sizes = epochs = free_disk = host_memory = None
+    held = 0
     if not arguments.config_only:
         from data.prepare import prepared_sizes
 
@@ -98,8 +99,10 @@ def _look(config: RunConfig, arguments: argparse.Namespace) -> _Seen:
                     notes.append(_problem(refused))
         there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
         free_disk = shutil.disk_usage(there).free
-        if memory is None and name == found:
-            memory = memory_here() // config.engine.num_ranks
+        held = held_bytes(config)
+        if name == found:
+            host_memory = memory_here()
+            memory = host_memory // config.engine.num_ranks if memory is None else memory
         wanted = config.engine.num_ranks * (config.engine.threads_per_rank if name == "cpu" else 1)
         if name == found and wanted > count:
             what = "threads" if name == "cpu" else "ranks"
@@ -119,7 +122,9 @@ def _look(config: RunConfig, arguments: argparse.Namespace) -> _Seen:
         mfu=arguments.mfu,
         price=arguments.price,
         memory_bytes=memory,
+        host_memory=host_memory,
         free_disk=free_disk,
+        held=held,
         documents=None if sizes is None else sizes.documents,
         references=references,
         epochs=epochs,
@@ -127,6 +132,22 @@ def _look(config: RunConfig, arguments: argparse.Namespace) -> _Seen:
         prepared_bytes=None if sizes is None else sizes.num_bytes,
     )
     return _Seen(config, site, notes)
+
+
+def _device(name: str, arguments: argparse.Namespace) -> Device:
+    """The device of this name; one that is not known has the figures that the command line states.
+
+    Raises:
+        ValueError: It states none.
+    """
+    if name in DEVICES:
+        return DEVICES[name]
+    if arguments.tflops is None or arguments.memory is None:
+        raise ValueError(
+            f"the figures of this machine's {name} are not known here; give --tflops X and --memory GIB from its data "
+            "sheet, or --device of a known one"
+        )
+    return Device(name, arguments.tflops, arguments.tflops, round(arguments.memory * 2**30))
 
 
 def _held_out(config: RunConfig, prepared: Path) -> list[Problem]:
@@ -324,19 +345,28 @@ def _total(taken: RankMemory, limit: int | None) -> Text:
 
 def _disk(bank: BankPlan | None, disk: DiskPlan, seen: _Seen) -> Table:
     table = _table("in " + seen.config.paths.root, "size", "how", title="Bank and disk")
-    unknown = "not known" if seen.site.prepared_bytes is None else ""
     prepare = (
         "the corpus is not prepared" if seen.site.free_disk is not None else "not looked at (--config-only)"
     )
     table.add_row(
         "prepared corpus",
-        unknown or binary(disk.prepared or 0),
-        prepare if unknown else f"{seen.site.documents:,} documents, {decimal(seen.site.tokens or 0)} tokens",
+        _size(disk.prepared),
+        prepare
+        if disk.prepared is None
+        else f"{seen.site.documents:,} documents, {decimal(seen.site.tokens or 0)} tokens",
     )
-    if disk.search is not None:
-        assert bank is None or bank.index is not None
-        how = f"{seen.site.references:,} references"
-        table.add_row("search vectors and index", binary(disk.search), how)
+    if bank is not None:
+        references = seen.site.references
+        how = (
+            "how many references there are is not known"
+            if references is None
+            else f"{references:,} references"
+        )
+        table.add_row("search vectors and index", _size(disk.search), how)
+        asking = sum(epoch.asking for epoch in bank.epochs)
+        table.add_row(
+            "vectors of queries", _size(disk.queries), f"at most {decimal(asking)} chunks, and what they find"
+        )
     table.add_row(
         "checkpoints",
         binary((disk.checkpoints + 1) * disk.checkpoint),
@@ -350,7 +380,10 @@ def _disk(bank: BankPlan | None, disk: DiskPlan, seen: _Seen) -> Table:
         )
     table.add_section()
     free = "" if seen.site.free_disk is None else f"{binary(seen.site.free_disk)} are free"
-    table.add_row(Text("all", style="bold"), Text(binary(disk.total), style="bold"), free)
+    if seen.site.held:
+        free += f", {binary(seen.site.held)} of this lie there already"
+    all_of_it = f"{'' if disk.whole else 'at least '}{binary(disk.total)}"
+    table.add_row(Text("all", style="bold"), Text(all_of_it, style="bold"), free)
     if bank is not None and bank.index is not None:
         table.caption = f"search: {_index_text(bank)}"
     return table
@@ -390,6 +423,10 @@ def _table(first: str, *others: str, title: str, caption: str | None = None) -> 
     for other in others:
         table.add_column(other, justify="left" if other == "how" else "right", overflow="fold")
     return table
+
+
+def _size(num_bytes: int | None) -> str:
+    return "not known" if num_bytes is None else binary(num_bytes)
 
 
 def _bytes(num_bytes: int) -> str:

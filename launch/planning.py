@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from launch.config import RunConfig
 from launch.devices import Device
-from launch.units import binary
+from launch.units import binary, decimal
 from memorybank.config import CodecKind, check_codec
 from memorybank.cost import CODECS, EMBEDDERS, generation_bytes
 from memorybank.index_plan import IndexPlan, plan_index
@@ -31,6 +31,12 @@ from train.schedule import epoch_begins, most_generations, schedule_of
 USABLE = 0.92
 """Share of a device's memory that a plan may fill: CUDA's context, workspaces and gaps take the rest."""
 _SECONDS_PER_DAY = 86_400
+_KEY_BYTES = 16
+"""Of a text whose search vector is kept (`memorybank.embedder.VectorCache`)."""
+_NEIGHBOUR_BYTES = 12
+"""Of a chunk's reference and score (`train.neighbours`)."""
+_MOST_PASSES = 40
+"""Over the same text, beyond which more training on it gains next to nothing (Muennighoff et al., 2023)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +48,9 @@ class Site:
         mfu: Share of the device's nominal rate that is reached (PaLM's count).
         price: Of a device for an hour; None = not asked for.
         memory_bytes: Memory of one rank; None = not known.
+        host_memory: Memory of the first rank's machine; None = not known.
         free_disk: Bytes free where the run folder lies; None = not known.
+        held: Bytes of the run, and of what it searches with, that lie there already.
         documents: Of the prepared corpus; None = not prepared, or not looked at.
         references: That the bank may hold at most; None = not known.
         epochs: Bank epochs of the prepared corpus, of all stages; None = not looked at.
@@ -54,7 +62,9 @@ class Site:
     mfu: float
     price: float | None = None
     memory_bytes: int | None = None
+    host_memory: int | None = None
     free_disk: int | None = None
+    held: int = 0
     documents: int | None = None
     references: int | None = None
     epochs: Sequence[BankEpoch] | None = None
@@ -149,7 +159,8 @@ class DiskPlan:
 
     Attributes:
         prepared: Corpus, shards, references.
-        search: Search vectors and index.
+        search: Search vectors of the references, and their index.
+        queries: Search vectors of the chunks that ask, and what they find.
         checkpoint: One checkpoint.
         checkpoints: How many stay, over all stages.
         bank: The generations that lie there at a time.
@@ -157,18 +168,25 @@ class DiskPlan:
 
     prepared: int | None
     search: int | None
+    queries: int | None
     checkpoint: int
     checkpoints: int
     bank: int
 
     @property
     def written(self) -> int:
-        """What the run itself writes at most: a checkpoint is written beside those that stay."""
-        return (self.checkpoints + 1) * self.checkpoint + self.bank
+        """What searching and training write, at most: a checkpoint is written beside those that stay."""
+        training = (self.checkpoints + 1) * self.checkpoint + self.bank
+        return training + (self.search or 0) + (self.queries or 0)
 
     @property
     def total(self) -> int:
-        return self.written + (self.prepared or 0) + (self.search or 0)
+        return self.written + (self.prepared or 0)
+
+    @property
+    def whole(self) -> bool:
+        """Whether no part is missing."""
+        return None not in (self.prepared, self.search, self.queries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +210,12 @@ def plan(config: RunConfig, site: Site) -> RunPlan:
     stages = [_stage(name, stage, config, site) for name, stage in config.stages.items()]
     bank = _bank(config, site)
     disk = _disk(config, site, bank)
-    problems = [*_memory_problems(config, site, stages), *_disk_problems(config, site, disk)]
+    problems = [
+        *_memory_problems(config, site, stages),
+        *_index_problems(site, bank),
+        *_disk_problems(config, site, disk),
+        *_repeats(config, site, stages),
+    ]
     return RunPlan(count_parameters(config.model), stages, bank, disk, problems)
 
 
@@ -288,9 +311,13 @@ def _bank_epochs(name: str, stage: StageConfig, config: RunConfig, site: Site) -
         begins = list(range(0, stage.steps, max(1, site.tokens // row) if site.tokens else stage.steps))
     found = []
     for number, (begin, end) in enumerate(itertools.pairwise([*begins, stage.steps])):
-        rows = 0 if stage.memory.source is MemorySource.online else (end - begin) * stage.rows_per_step
-        chunks = (rows + config.logging.validation_rows) * _chunks(config.model)
-        found.append(BankEpoch(name, number, end - begin, site.references, chunks, None))
+        rows = (end - begin) * stage.rows_per_step
+        compiled = 0 if stage.memory.source is MemorySource.online else rows
+        asking, chunks = (
+            (num_rows + config.logging.validation_rows) * _chunks(config.model)
+            for num_rows in (rows, compiled)
+        )
+        found.append(BankEpoch(name, number, end - begin, site.references, asking, chunks, None))
     return found
 
 
@@ -336,10 +363,17 @@ def _index(config: RunConfig, references: int) -> IndexPlan | None:
 
 
 def _disk(config: RunConfig, site: Site, bank: BankPlan | None) -> DiskPlan:
-    index = None if not site.references else _index(config, site.references)
+    search = queries = 0 if bank is None else None
+    embedder = EMBEDDERS.get(config.retrieval.embedder.kind.name)
+    if bank is not None and embedder is not None:
+        asking = sum(epoch.asking for epoch in bank.epochs)
+        queries = asking * (4 * embedder.vector_size + _KEY_BYTES + _NEIGHBOUR_BYTES)
+    if bank is not None and bank.index is not None:
+        search = bank.index.num_vectors * bank.index.size * 4 + bank.index.disk_bytes
     return DiskPlan(
         prepared=site.prepared_bytes,
-        search=None if index is None else index.num_vectors * index.size * 4 + index.disk_bytes,
+        search=search,
+        queries=queries,
         checkpoint=checkpoint_bytes(
             count_parameters(config.model).total,
             zero_stage=config.engine.zero_stage,
@@ -367,71 +401,133 @@ def _memory_problems(config: RunConfig, site: Site, stages: list[StagePlan]) -> 
     if site.memory_bytes is None:
         return
     limit = round(site.memory_bytes * USABLE)
-    for stage in stages:
-        chosen = stage.memory[config.engine.zero_stage]
-        if chosen.resident <= limit:
-            continue
-        found = fitting(config, stage.name, limit, cpu=site.device.memory_bytes is None)
-        parts = chosen.parts()
-        largest = sorted(parts, key=lambda part: -parts[part])[:2]
-        yield Problem(
-            f"{stage.name}: a rank takes {binary(chosen.resident)}; {binary(limit)} of its {binary(site.memory_bytes)} "
-            f"may be filled; largest: {', '.join(f'{part} {binary(parts[part])}' for part in largest)}",
-            found
-            or f"nothing fits, not even on 4,096 ranks: choose a smaller model or a larger device, not "
-            f"{site.device.name}",
-        )
+    taken = {stage.name: stage.memory[config.engine.zero_stage] for stage in stages}
+    if all(each.resident <= limit for each in taken.values()):
+        return
+    name = max(taken, key=lambda name: taken[name].resident)
+    parts = taken[name].parts()
+    largest = sorted(parts, key=lambda part: -parts[part])[:2]
+    too_much = [
+        f"{name}: a rank takes {binary(each.resident)}"
+        for name, each in taken.items()
+        if each.resident > limit
+    ]
+    yield Problem(
+        f"{'; '.join(too_much)}; {binary(limit)} of its {binary(site.memory_bytes)} may be filled; largest: "
+        + ", ".join(f"{part} {binary(parts[part])}" for part in largest),
+        fitting(config, limit, cpu=site.device.memory_bytes is None)
+        or f"nothing fits, not even on 4,096 ranks: choose a smaller model or a larger device, not {site.device.name}",
+    )
 
 
-def fitting(config: RunConfig, name: str, limit: int, *, cpu: bool) -> str | None:
-    """Return the settings, as overrides, that make a stage fit and slow it least; None if there are none.
+def fitting(config: RunConfig, limit: int, *, cpu: bool) -> str | None:
+    """Return the settings, as overrides, that make all stages fit and slow them least; None if there are none.
 
-    Tried in this order: a higher ZeRO stage, smaller micro-batches, recomputing activations, more ranks.
+    Tried in this order: a higher ZeRO stage, smaller micro-batches, recomputing activations, more ranks; at last all of
+    these with more rows in a step, which changes what is trained.
     """
-    stage: StageConfig = getattr(config, name)
-    zero = config.engine.zero_stage
-    micros = [rows for rows in range(stage.micro_rows, 0, -1) if stage.micro_rows % rows == 0]
-    recomputing = sorted({config.model.activation_checkpointing, True})
     ranks = [config.engine.num_ranks]
     while ranks[-1] * 2 <= 4096:
         ranks.append(ranks[-1] * 2)
-    for num_ranks in ranks:
-        for recompute in recomputing:
+    for more_rows, num_ranks in itertools.product((False, True), ranks):
+        for recompute in sorted({config.model.activation_checkpointing, True}):
             for last in (2, 3):  # ZeRO-3 gathers parameters in every pass
-                for rows in micros:
-                    for stage_number in range(zero, last + 1):
-                        tried = deepcopy(config)
-                        tried.model.activation_checkpointing = recompute
-                        tried.engine.num_ranks = num_ranks
-                        part: StageConfig = getattr(tried, name)
-                        part.micro_rows = rows
-                        part.rows_per_step = max(part.rows_per_step, rows * num_ranks)
-                        taken = stage_memory(tried, part, zero_stage=stage_number, cpu=cpu).resident
-                        if taken <= limit:
-                            changes = {
-                                "engine.num_ranks": (config.engine.num_ranks, num_ranks),
-                                "engine.zero_stage": (zero, stage_number),
-                                f"{name}.micro_rows": (stage.micro_rows, rows),
-                                f"{name}.rows_per_step": (stage.rows_per_step, part.rows_per_step),
-                                "model.activation_checkpointing": (
-                                    config.model.activation_checkpointing,
-                                    recompute,
-                                ),
-                            }
-                            settings = [
-                                f"{key}={str(new).lower()}"
-                                for key, (old, new) in changes.items()
-                                if old != new
-                            ]
-                            return f"{' '.join(settings)} takes {binary(taken)}"
+                found = []
+                for zero in range(config.engine.zero_stage, last + 1):
+                    tried = deepcopy(config)
+                    tried.model.activation_checkpointing = recompute
+                    tried.engine.num_ranks, tried.engine.zero_stage = num_ranks, zero
+                    taken = _shrink_rows(tried, limit, cpu=cpu, more_rows=more_rows)
+                    if taken is not None:
+                        found.append((tried, taken))
+                if found:  # of equally large micro-batches those of the lowest ZeRO stage
+                    return _proposal(config, *max(found, key=lambda each: _micro_rows(each[0])))
     return None
 
 
-def _disk_problems(config: RunConfig, site: Site, disk: DiskPlan) -> Iterator[Problem]:
-    if site.free_disk is None or disk.written <= site.free_disk:
+def _shrink_rows(tried: RunConfig, limit: int, *, cpu: bool, more_rows: bool) -> int | None:
+    """Set the largest micro-batches with which all stages fit, and return what a rank then takes at most."""
+    most = 0
+    for stage in tried.stages.values():
+        wanted, allowed = stage.rows_per_step, stage.micro_rows
+        for stage.micro_rows in (rows for rows in range(allowed, 0, -1) if allowed % rows == 0):
+            together = stage.micro_rows * tried.engine.num_ranks
+            stage.rows_per_step = -(-wanted // together) * together
+            if stage.rows_per_step != wanted and not more_rows:
+                continue
+            taken = stage_memory(tried, stage, zero_stage=tried.engine.zero_stage, cpu=cpu).resident
+            if taken <= limit:
+                most = max(most, taken)
+                break
+        else:
+            return None
+    return most
+
+
+def _micro_rows(config: RunConfig) -> int:
+    return sum(stage.micro_rows for stage in config.stages.values())
+
+
+def _proposal(config: RunConfig, fits: RunConfig, taken: int) -> str:
+    """What a configuration that fits changes, and what a rank takes then."""
+    changes: dict[str, tuple[object, object]] = {
+        "engine.num_ranks": (config.engine.num_ranks, fits.engine.num_ranks),
+        "engine.zero_stage": (config.engine.zero_stage, fits.engine.zero_stage),
+        "model.activation_checkpointing": (
+            config.model.activation_checkpointing,
+            fits.model.activation_checkpointing,
+        ),
+    }
+    more = False
+    for name, stage in config.stages.items():
+        fitted: StageConfig = getattr(fits, name)
+        changes[f"{name}.micro_rows"] = stage.micro_rows, fitted.micro_rows
+        changes[f"{name}.rows_per_step"] = stage.rows_per_step, fitted.rows_per_step
+        more |= fitted.rows_per_step != stage.rows_per_step
+    settings = [f"{key}={str(new).lower()}" for key, (old, new) in changes.items() if old != new]
+    return f"{' '.join(settings)} takes {binary(taken)}{', and trains more rows a step' * more}"
+
+
+def _index_problems(site: Site, bank: BankPlan | None) -> Iterator[Problem]:
+    if site.host_memory is None or bank is None or bank.index is None:
         return
+    index = bank.index
+    if index.build_bytes > site.host_memory * USABLE:
+        yield Problem(
+            f"building the search index over {index.num_vectors:,} references takes {binary(index.build_bytes)} on the "
+            f"first rank's machine, which has {binary(site.host_memory)} of memory",
+            "retrieval.index.kind=exact takes none, and reads all vectors for every search; or put the first rank on a "
+            "machine with more memory",
+        )
+
+
+def _repeats(config: RunConfig, site: Site, stages: list[StagePlan]) -> Iterator[Problem]:
+    if not site.tokens:
+        return
+    for stage in stages:
+        passes = stage.tokens / site.tokens
+        if passes > _MOST_PASSES:
+            yield Problem(
+                f"{stage.name}: {decimal(stage.tokens)} tokens are {passes:,.0f} passes over {config.data.name}, which "
+                f"has {decimal(site.tokens)}; beyond {_MOST_PASSES} they gain hardly anything",
+                f"{stage.name}.steps={max(1, round(stage.steps * _MOST_PASSES / passes))} at most, or a larger corpus",
+            )
+
+
+def _disk_problems(config: RunConfig, site: Site, disk: DiskPlan) -> Iterator[Problem]:
+    if site.free_disk is None or disk.written <= site.free_disk + site.held:
+        return
+    there = f", beside {binary(site.held)} that lie there already" * bool(site.held)
+    parts = {
+        "checkpoints": (disk.checkpoints + 1) * disk.checkpoint,
+        "the bank": disk.bank,
+        "search vectors and index": disk.search or 0,
+        "vectors of queries": disk.queries or 0,
+    }
+    largest = sorted(parts, key=lambda part: -parts[part])[:2]
     yield Problem(
-        f"the run writes {binary(disk.written)}, and {binary(site.free_disk)} are free in {config.paths.root}",
+        f"searching and training write {binary(disk.written - site.held)}{there}, and {binary(site.free_disk)} are "
+        f"free in {config.paths.root}; largest: {', '.join(f'{part} {binary(parts[part])}' for part in largest)}",
         _smaller(config, site, disk),
     )
 
@@ -439,6 +535,7 @@ def _disk_problems(config: RunConfig, site: Site, disk: DiskPlan) -> Iterator[Pr
 def _smaller(config: RunConfig, site: Site, disk: DiskPlan) -> str:
     """Return what makes a run fit on the disk: fewer checkpoints, then a codec with fewer bytes."""
     assert site.free_disk is not None
+    room = site.free_disk + site.held
     tried = deepcopy(config)
     settings = []
     if config.saving.keep_last > 1:
@@ -455,7 +552,7 @@ def _smaller(config: RunConfig, site: Site, disk: DiskPlan) -> str:
         except ValueError:
             continue
         smaller = _disk(tried, site, _bank(tried, site))
-        if smaller.written <= site.free_disk:
+        if smaller.written <= room:
             chosen = [] if kind is config.codec.kind else [f"codec.kind={kind.name}"]
-            return f"{' '.join(settings + chosen)} writes {binary(smaller.written)}"
-    return f"free {binary(disk.written - site.free_disk)} there, or set paths.root to a larger disk"
+            return f"{' '.join(settings + chosen)} writes {binary(smaller.written - site.held)}"
+    return f"free {binary(disk.written - room)} there, or set paths.root to a larger disk"

@@ -1,27 +1,22 @@
 """What a run needs of the disk, looked at before anything is started: that it may write, and that there is room.
 
-Sizes are computed from the configuration: all checkpoints that the rules keep and one that is being written, and the
-memories that every bank epoch reads at most. What stands there already counts as room.
-Not here: what a full disk does in the middle of a run (`train.checkpoint`), a bank that users keep (`launch.estimate`).
+Not here: the sizes (`launch.planning`), what a full disk does in the middle of a run (`train.checkpoint`), a bank that
+users keep (`launch.estimate`).
 """
 
 import logging
 import os
 import shutil
 import time
-from dataclasses import dataclass
-from itertools import pairwise
-from math import ceil
 from pathlib import Path
 
 from rich.filesize import decimal
 
+from data.prepare import prepared_sizes
 from launch.config import RunConfig
-from memorybank.config import CodecKind
-from memorybank.cost import memory_bytes, position_bytes
-from model.flops import count_parameters
-from train.config import Precision, StageConfig
-from train.schedule import epoch_begins, most_generations
+from launch.devices import DEVICES
+from launch.forecast import forecast, held_bytes
+from launch.planning import DiskPlan, Site, plan
 
 log = logging.getLogger(__name__)
 
@@ -30,50 +25,47 @@ GRACE_SECONDS = 30
 _PROBE_BYTES = 8 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Bytes that a run needs.
+def check(config: RunConfig, folder: Path) -> None:
+    """Try the run folder, and compare what searching and training write with what is free.
 
-    Attributes:
-        checkpoint: Of one checkpoint.
-        checkpoints: How many there are at most.
-        memories: Of all generations that lie there at a time.
-    """
-
-    checkpoint: int
-    checkpoints: int
-    memories: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.checkpoint * self.checkpoints + self.memories
-
-
-def check(config: RunConfig, folder: Path, *, num_references: int) -> None:
-    """Try the run folder, and compare what the run needs with what is free.
+    Args:
+        config: Of the run, filled in with what the tokenizer decides.
+        folder: Of the run.
 
     Raises:
-        ValueError: It cannot be written, or there is too little room.
+        ValueError: It cannot be written, there is too little room, or training will refuse the corpus.
     """
     rate = write_rate(folder)
-    room = needed(config, num_references)
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
-    if room.total > free + there:
+    disk, held, free = _planned(config), held_bytes(config), shutil.disk_usage(folder).free
+    if disk.written > free + held:
         raise ValueError(
-            f"{folder} has room for {decimal(free)} and holds {decimal(there)}, but this run needs up to "
-            f"{decimal(room.total)}: {room.checkpoints} checkpoints of {decimal(room.checkpoint)}, and "
-            f"{decimal(room.memories)} of memories; make room, set paths.root to another disk, or lower "
-            "saving.keep_last, saving.keep_best or saving.keep_generations"
+            f"{folder} has room for {decimal(free)}, beside {decimal(held)} that lie there already, but searching and "
+            f"training write up to {decimal(disk.written)}: {disk.checkpoints + 1} checkpoints of "
+            f"{decimal(disk.checkpoint)}, {decimal(disk.bank)} of memories, and "
+            f"{decimal((disk.search or 0) + (disk.queries or 0))} to search with; make room, set paths.root to another "
+            "disk, or lower saving.keep_last, saving.keep_best or saving.keep_generations"
         )
-    seconds = room.checkpoint / rate
+    seconds = disk.checkpoint / rate
     if seconds > GRACE_SECONDS:
         log.warning(
             "%s takes %s a second: a checkpoint of %s is written in %.0f s, and a signal leaves %d s for the last one; "
             "send it earlier (SLURM: --signal), or lower saving.every_steps",
-            folder, decimal(int(rate)), decimal(room.checkpoint), seconds, GRACE_SECONDS,
+            folder, decimal(int(rate)), decimal(disk.checkpoint), seconds, GRACE_SECONDS,
         )  # fmt: skip
+
+
+def _planned(config: RunConfig) -> DiskPlan:
+    sizes = prepared_sizes(config.data, Path(config.paths.root) / "prepared")
+    assert sizes is not None  # the ranks start with a prepared corpus
+    site = Site(
+        device=DEVICES["cpu"],
+        mfu=1.0,
+        documents=sizes.documents,
+        references=sizes.references,
+        epochs=forecast(config, sizes),
+        tokens=sizes.tokens,
+    )
+    return plan(config, site).disk
 
 
 def write_rate(folder: Path) -> float:
@@ -103,39 +95,3 @@ def write_rate(folder: Path) -> float:
             except OSError:  # the folder itself is the problem, and has been named
                 break
     return _PROBE_BYTES / seconds
-
-
-def needed(config: RunConfig, num_references: int) -> Room:
-    """The room that a run takes at most."""
-    parameters = count_parameters(config.model).total
-    weights = 2 if config.engine.precision is Precision.bf16 else 4
-    stages = list(config.stages.values())
-    return Room(
-        # For inference and for DeepSpeed; masters and two moments in float32.
-        checkpoint=parameters * (2 * weights + 12),
-        checkpoints=1 + sum(_kept(config, stage) for stage in stages),
-        memories=sum(_memories(config, stage, num_references) for stage in stages),
-    )
-
-
-def _kept(config: RunConfig, stage: StageConfig) -> int:
-    saving = config.saving
-    published = ceil(stage.steps / saving.every_steps) + 2
-    every = 0 if saving.keep_every is None else stage.steps // saving.keep_every
-    return min(published, saving.keep_last + saving.keep_best + every + 2)
-
-
-def _memories(config: RunConfig, stage: StageConfig, num_references: int) -> int:
-    if stage.memory is None:
-        return 0
-    codec = "bfloat16" if config.codec.kind is CodecKind.model else config.codec.kind.name
-    if codec == "bfloat16" and config.engine.precision is Precision.fp32:
-        record = 2 * memory_bytes(config.model) + position_bytes(config.model)
-    else:
-        record = memory_bytes(config.model, codec) + position_bytes(config.model)
-    begins = epoch_begins(stage) or [0]
-    num_generations = most_generations(begins, stage, config.saving)
-    longest = max(end - begin for begin, end in pairwise([*begins, stage.steps]))
-    chunks = config.model.row_tokens // config.model.chunk_tokens
-    rows = longest * stage.rows_per_step + config.logging.validation_rows
-    return num_generations * min(num_references, rows * chunks) * record

@@ -155,15 +155,18 @@ def folder_of(config: RunConfig) -> Path:
 
 
 def make_ready(config: RunConfig, folder: Path) -> None:
-    """Freeze the configuration, and look whether the disk has room.
+    """Fill the configuration in, see whether it can be trained, and freeze it into the run folder.
 
     Raises:
-        ValueError: The folder holds a run of another configuration, there is nothing to branch from, or there is
-            too little room.
+        ValueError: The folder holds a run of another configuration, there is nothing to branch from, too little room,
+            or a corpus that training refuses.
     """
     check_branch(config, folder)
-    preflight.check(config, folder, num_references=freeze(config, folder))
+    fill_in(config)
+    refuse_other_run(config, folder)
+    preflight.check(config, folder)
     rank_memory.check(config)
+    save_config(config, folder / "config.yaml")
 
 
 def check_branch(config: RunConfig, folder: Path) -> None:
@@ -197,30 +200,14 @@ def check_branch(config: RunConfig, folder: Path) -> None:
             )
 
 
-def freeze(config: RunConfig, folder: Path) -> int:
-    """Write config.yaml into the run folder, filled in with what the tokenizer decides.
-
-    Returns:
-        The references of the prepared corpus.
-
-    Raises:
-        ValueError: The folder holds a run of another configuration.
-    """
-    num_references = fill_in(config)
-    refuse_other_run(config, folder)
-    save_config(config, folder / "config.yaml")
-    return num_references
-
-
-def fill_in(config: RunConfig) -> int:
-    """Fill in what the tokenizer decides; the references of the prepared corpus."""
+def fill_in(config: RunConfig) -> None:
+    """Fill in what the tokenizer decides."""
     from data.prepare import open_prepared
     from launch.build import prepared_root
 
     prepared = open_prepared(config.data, prepared_root(config))
     config.model.prefix_ids = list(prepared.tokenizer.prefix_ids)
     config.model.vocab_size = prepared.tokenizer.vocab_size
-    return len(prepared.references)
 
 
 def refuse_other_run(config: RunConfig, folder: Path) -> None:

@@ -35,8 +35,9 @@ class BankEpoch:
         epoch: Its number in the stage.
         steps: Updates.
         references: That may be read when it begins; None = not known.
-        chunks: That ask for the references which are compiled: those of its distinct rows, where training reads the
-            bank, and of the validation.
+        asking: Chunks that are searched for: those of its distinct rows, and of the validation.
+        chunks: Of these, those that ask for the references which are compiled: of its rows only where training reads
+            the bank.
         expected: References that these are estimated to find; None = without a prepared corpus.
         found: References that they do find; None = the search was not made yet.
     """
@@ -45,6 +46,7 @@ class BankEpoch:
     epoch: int
     steps: int
     references: int | None
+    asking: int
     chunks: int
     expected: int | None
     found: int | None = None
@@ -139,18 +141,18 @@ def bank_epoch(
         found: By its search, where that was made.
     """
     assert stage.memory is not None
-    read = [asked.validation]
-    if stage.memory.source is not MemorySource.online:
-        read.append(asked.rows)
+    plans = [asked.validation, asked.rows]
+    chunks = [len(np.unique(plan.row_order)) * (plan.row_tokens // chunk_tokens) for plan in plans]
+    compiled = 1 if stage.memory.source is MemorySource.online else 2
     num_documents = references.shards.num_documents
-    tokens_D = np.concatenate([_tokens_read(plan, num_documents) for plan in read])
-    num_rows = sum(len(np.unique(plan.row_order)) for plan in read)
+    tokens_D = np.concatenate([_tokens_read(plan, num_documents) for plan in plans[:compiled]])
     return BankEpoch(
         stage=asked.stage,
         epoch=asked.epoch,
         steps=steps,
         references=len(asked.ids),
-        chunks=num_rows * (asked.rows.row_tokens // chunk_tokens),
+        asking=sum(chunks),
+        chunks=sum(chunks[:compiled]),
         expected=round(references_found(tokens_D / chunk_tokens, len(asked.ids))),
         found=found,
     )

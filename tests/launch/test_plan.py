@@ -110,6 +110,73 @@ def test_what_does_not_fit_is_named_with_settings_that_fit() -> None:
     assert hopeless["remedy"].startswith("nothing fits, not even on 4,096 ranks")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("experiment=quick", "model=paper_2b4", "data.vocab_size=60416", "--device", "rtx4090"),
+        ("experiment=paper_2b4", "engine.num_ranks=1", "--device", "a100-40"),
+        ("experiment=paper_2b4", "engine.num_ranks=2", "--device", "rtx4090"),
+    ],
+)
+def test_what_is_proposed_fits_in_both_stages(settings: tuple[str, ...]) -> None:
+    [problem] = planned(*settings, "--config-only")["problems"]
+    assert "warmup: a rank takes " in problem["says"]
+    assert "continual: a rank takes " in problem["says"]
+    proposed, _ = problem["remedy"].split(" takes ")
+    before, after = (
+        planned(*settings, "--config-only"),
+        planned(*settings, *proposed.split(), "--config-only"),
+    )
+    assert after["problems"] == []
+    assert [stage["tokens"] for stage in after["stages"]] == [stage["tokens"] for stage in before["stages"]]
+
+
+def test_more_rows_a_step_are_proposed_last_and_said() -> None:
+    settings = (
+        *PAPER,
+        "engine.num_ranks=1",
+        "warmup.rows_per_step=1",
+        "warmup.micro_rows=1",
+        "continual=null",
+    )
+    [problem] = planned(*settings, "--device", "a100-40", "--config-only")["problems"]
+    proposed, taken = problem["remedy"].split(" takes ")
+    assert "warmup.rows_per_step=" in proposed
+    assert taken.endswith("and trains more rows a step")
+    assert planned(*settings, *proposed.split(), "--device", "a100-40", "--config-only")["problems"] == []
+
+
+def test_an_index_that_the_disk_or_the_memory_cannot_hold_is_named() -> None:
+    config = compose_config(["experiment=quick"])
+    site = Site(device=DEVICES["h100"], mfu=0.4, references=112_000_000, free_disk=10**12, host_memory=10**11)
+    assert plan(config, site).problems == []
+    [memory, disk] = plan(config, replace(site, free_disk=10**11, host_memory=5 * 10**10)).problems
+    assert memory.says.startswith("building the search index over 112,000,000 references takes 61.8 GiB")
+    assert "largest: search vectors and index 171 GiB" in disk.says
+    there = replace(site, free_disk=10**10, held=plan(config, site).disk.written - 10**10)
+    assert plan(config, there).problems == []
+
+
+def test_chunks_that_ask_take_room_wherever_training_gets_memories_from() -> None:
+    bank, online = (
+        planned("experiment=quick", f"continual.memory.source={source}", "--config-only")["disk"]["queries"]
+        for source in ("bank", "online")
+    )
+    assert bank == online > 0
+    assert planned("experiment=quick", "continual.memory=null", "--config-only")["disk"]["queries"] == 0
+
+
+def test_a_corpus_read_too_often_is_named() -> None:
+    config, site = compose_config(["experiment=quick"]), Site(device=DEVICES["h100"], mfu=0.4)
+    assert config.warmup is not None
+    tokens = config.warmup.steps * config.warmup.rows_per_step * config.model.row_tokens
+    assert plan(config, replace(site, tokens=tokens // 39)).problems == []
+    found = plan(config, replace(site, tokens=tokens // 80)).problems[0]
+    assert found.says.startswith("warmup: ")
+    assert "are 80 passes over factbook" in found.says
+    assert found.remedy.startswith(f"warmup.steps={config.warmup.steps // 2} at most")
+
+
 def test_a_cpu_rank_needs_room_for_the_gaps_of_its_heap() -> None:
     settings = ("experiment=quick", "continual=null", "--config-only")
     taken = planned(*settings)["stages"][0]["memory"]["zero_1"]
@@ -165,7 +232,7 @@ def test_a_real_run_wrote_what_was_planned() -> None:
     searches = sorted((root / "m" / "neighbours").glob("continual-*"))
     epochs = found["bank"]["epochs"]
     assert len(generations) == len(searches) == len(epochs) > 1
-    for folder, search, epoch in zip(generations, searches, epochs, strict=True):
+    for search, epoch in zip(searches, epochs, strict=True):
         report = json.loads((search / "manifest.json").read_text())["extra"]
         validation = np.load(search / "validation.npy")
         assert epoch["references"] == report["references"]
@@ -338,19 +405,48 @@ def test_mistakes_are_named(arguments: tuple[str, ...], said: str) -> None:
     assert said in done.err
 
 
-def test_devices_are_read_from_the_drivers_words(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "GeForce RTX 4090 Laptop GPU"),
+        ("NVIDIA GH200 480GB", "GH200 480GB"),
+        ("NVIDIA RTX A1000", "RTX A1000"),
+        ("Tesla V100-SXM2-32GB", "Tesla V100-SXM2-32GB"),
+    ],
+)
+def test_devices_are_read_from_the_drivers_words(model: str, name: str, tmp_path: Path) -> None:
     assert device_here(tmp_path)[0] == "cpu"
     for number in range(2):
         (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ: 5\n")
-    assert device_here(tmp_path) == ("h100", 2)
+        (tmp_path / str(number) / "information").write_text(f"Model: \t\t {model}\nIRQ: 5\n")
+    assert device_here(tmp_path) == (name, 2)
+
+
+def test_a_gpu_that_is_not_known_is_planned_by_the_figures_that_are_stated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("launch.plan.device_here", lambda: ("GeForce RTX 3090", 2))
+    done = within("plan", "experiment=quick", "--config-only")
+    assert done.code == 2
+    assert "GeForce RTX 3090 are not known here; give --tflops X and --memory GIB" in done.err
+    found = planned("experiment=quick", "--config-only", "--tflops", "71", "--memory", "23")
+    assert found["site"]["device"]["name"] == "GeForce RTX 3090"
+    memory = found["stages"][0]["memory"]["zero_1"]
+    assert memory["resident"] == memory["total"]  # no heap of glibc's
+    assert planned("experiment=quick", "--config-only", "--device", "h100")["problems"] == []
 
 
 @pytest.mark.parametrize("prepared", [False, True])
 def test_a_plan_takes_a_second_and_no_torch(prepared: bool) -> None:
     from tests.support.launch import prepared_root, run_settings
 
-    settings = run_settings(prepared_root(), "unsearched") if prepared else ["experiment=demo", "--config-only"]
+    settings = (
+        run_settings(prepared_root(), "unsearched") if prepared else ["experiment=demo", "--config-only"]
+    )
     program = (
         "import sys, time; from launch.cli import main; main(['plan', *sys.argv[1:]]);"
         "print(time.process_time(), sorted({'torch', 'faiss', 'datasets', 'deepspeed'} & set(sys.modules)))"
