@@ -86,7 +86,8 @@ def small(arguments: Sequence[str]) -> list[str]:
         more += [text for text in CORPUS.split() if text not in arguments] + SMALL
     if command == "prepare":
         more.append("retrieval.embedder.kind=static")
-    if command in _TRAINS and not any(text.startswith("debug=") for text in arguments):
+    trained = command in _TRAINS or "--search" in arguments
+    if trained and not any(text.startswith("debug=") for text in arguments):
         more.append("debug=smoke")
     if command in _TRAINS and "debug=profile" in arguments:
         more += ["retrieval.embedder.kind=static", "model.row_tokens=128"]
