@@ -115,8 +115,7 @@ def test_of_two_jobs_launched_in_the_same_second_one_is_refused(
         return 0
 
     monkeypatch.setattr(preflight, "write_rate", lambda folder: folder.mkdir(parents=True, exist_ok=True))
-    monkeypatch.setattr(preflight, "check", lambda *_, **__: None)
-    monkeypatch.setattr(pretrain, "freeze", lambda *_: 0)
+    monkeypatch.setattr(pretrain, "make_ready", lambda *_: None)
     monkeypatch.setattr(launchers, "run_agents", trains)
     config = compose_config(["experiment=quick", "data=jsonl", "data.path=x", f"paths.root={tmp_path}"])
 
