@@ -5,10 +5,10 @@
 Memory: every case starts its ranks. Each becomes an idle process first: libraries are loaded, and a model of the same
 shapes, but of two layers, has taken a step, so that kernels are compiled, and was let go; and one of nearly no bytes,
 since DeepSpeed holds the parameters of the last engine until another is built. Then the engine of the case is built and
-takes `STEPS` steps; the growth is the largest resident set from there on (VmHWM, reset through clear_refs) over the
-idle one, of the rank that grew most. It is measured twice: with `MALLOC_MMAP_THRESHOLD_=65536`, which makes glibc give
-freed blocks back to the kernel, so that tensors alone are counted; and as runs are, where the resident set also holds
-the heap's gaps.
+takes steps; halfway it validates, where it reads memories, and saves, as a run does. The growth is the largest resident
+set from there on (VmHWM, reset through clear_refs) over the idle one, of the rank that grew most. It is measured twice:
+with `MALLOC_MMAP_THRESHOLD_=65536`, which makes glibc give freed blocks back to the kernel, so that tensors alone are
+counted, in two steps; and as runs are, where the resident set also holds the heap's gaps, in a dozen.
 
 Files: the sizes of all checkpoints and generations of a run folder, against the plan of its own configuration: of each
 generation for the number of references that it holds, and the number that was expected before.
@@ -22,10 +22,12 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -47,7 +49,7 @@ from train.footprint import RankMemory, checkpoint_bytes  # noqa: E402
 
 if TYPE_CHECKING:
     from train.distributed import Ranks
-    from train.engine import ModelInput
+    from train.engine import ModelInput, Snapshot
 
 STEPS = 12
 """A heap has most of its gaps by then: one rank of `nano` held 378 MiB after 16 updates and after 60."""
@@ -66,22 +68,30 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Three sizes, both stages; for the smallest one every ZeRO stage, recomputing, and encoding online."""
-    for stage in ("continual", "warmup"):
+    """Three sizes, both stages, with and without recomputing; for the smallest one what else users change."""
+    recomputing = "model.activation_checkpointing=true"
+    for stage in ("warmup", "continual"):
         for model, ranks, rows in (("nano", 2, 8), ("micro", 1, 4), ("small", 1, 2)):
-            yield Case(stage, _overrides(stage, model, ranks, rows))
-    for change in ("engine.zero_stage=0", "engine.zero_stage=2", "engine.zero_stage=3"):
-        yield Case("warmup", (*_overrides("warmup", "nano", 2, 8), change))
-    yield Case("warmup", (*_overrides("warmup", "nano", 2, 8), "model.activation_checkpointing=true"))
+            case = _overrides(stage, model, ranks, rows)
+            yield Case(stage, case)
+            yield Case(stage, (*case, recomputing))
+    for ranks, rows, accumulate in ((1, 8, 1), (2, 2, 1), (2, 2, 4)):
+        yield Case("warmup", _overrides("warmup", "nano", ranks, rows, accumulate))
+    plain = _overrides("warmup", "nano", 2, 8)
+    yield Case("warmup", (*plain, "saving.asynchronous=false"))
+    yield Case("warmup", (*plain, "engine.precision=fp32"))
+    for zero_stage in (0, 2, 3):
+        yield Case("warmup", (*plain, f"engine.zero_stage={zero_stage}"))
+        yield Case("warmup", (*plain, f"engine.zero_stage={zero_stage}", recomputing))
     yield Case("continual", (*_overrides("continual", "nano", 2, 8), "continual.memory.source=online"))
 
 
-def _overrides(stage: str, model: str, ranks: int, rows: int) -> tuple[str, ...]:
+def _overrides(stage: str, model: str, ranks: int, rows: int, accumulate: int = 1) -> tuple[str, ...]:
     return (
         f"model={model}",
         f"engine.num_ranks={ranks}",
         f"{stage}.micro_rows={rows}",
-        f"{stage}.rows_per_step={rows * ranks}",
+        f"{stage}.rows_per_step={rows * ranks * accumulate}",
     )
 
 
@@ -134,14 +144,13 @@ def measure(case: Case) -> Measured:
     """Run a case on its ranks, twice."""
     config = case.config()
     stage: StageConfig = getattr(config, case.stage)
-    config.saving.asynchronous = False  # nothing is saved here
     planned = stage_memory(config, stage, zero_stage=config.engine.zero_stage, cpu=True)
-    tensors = _grown(case, {_THRESHOLD: "65536"})
-    resident = _grown(case, {})
+    tensors = _grown(case, {_THRESHOLD: "65536"}, steps=2)
+    resident = _grown(case, {}, steps=STEPS)
     return Measured(case, planned, tensors, resident)
 
 
-def _grown(case: Case, variables: Mapping[str, str]) -> int:
+def _grown(case: Case, variables: Mapping[str, str], *, steps: int) -> int:
     """Return by how much the rank grew that grew most."""
     os.environ.pop(_THRESHOLD, None)  # glibc reads it when a process starts
     os.environ |= variables
@@ -152,7 +161,7 @@ def _grown(case: Case, variables: Mapping[str, str]) -> int:
     answers, processes = [], []
     for rank in range(case.config().engine.num_ranks):
         answer, told = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(case, rank, port, told), daemon=True)
+        process = context.Process(target=_rank, args=(case, rank, port, steps, told), daemon=True)
         process.start()
         told.close()
         answers.append(answer)
@@ -163,7 +172,7 @@ def _grown(case: Case, variables: Mapping[str, str]) -> int:
     return max(found)
 
 
-def _rank(case: Case, rank: int, port: int, told: Connection) -> None:
+def _rank(case: Case, rank: int, port: int, steps: int, told: Connection) -> None:
     config = case.config()
     os.environ |= {
         "RANK": str(rank),
@@ -184,7 +193,7 @@ def _rank(case: Case, rank: int, port: int, told: Connection) -> None:
     _give_back()
     Path("/proc/self/clear_refs").write_text("5")
     idle = _status("VmRSS")
-    _steps(config, case.stage, ranks, STEPS)
+    _steps(config, case.stage, ranks, steps)
     told.send(_status("VmHWM") - idle)
     ranks.barrier()
     distributed.stop()
@@ -223,8 +232,24 @@ def _steps(config: RunConfig, name: str, ranks: "Ranks", steps: int) -> None:
     )
     accumulate = stage.rows_per_step // (stage.micro_rows * ranks.world_size)
     inputs = cycle([_input(config, stage) for _ in range(3)])  # as many as there are at a time
-    for _ in range(steps):
-        engine.train_step(islice(inputs, accumulate), lr=1e-3)
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(1) as aside:
+        for step in range(steps):
+            engine.train_step(islice(inputs, accumulate), lr=1e-3)
+            if step == (steps - 1) // 2:
+                if stage.memory is not None:
+                    engine.token_losses(next(inputs))
+                    engine.attention_shares(next(inputs))
+                copy = config.saving.asynchronous
+                written = aside.submit(_write, engine.snapshot(copy=copy), Path(folder))
+                if not copy:
+                    written.result()
+
+
+def _write(snapshot: "Snapshot", folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    snapshot.write(folder)
+    save_file(dict(snapshot.weights), folder / "model.safetensors")
 
 
 def _input(config: RunConfig, stage: StageConfig) -> "ModelInput":

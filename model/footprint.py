@@ -29,12 +29,14 @@ class MicroBatchBytes:
         memories: The pool of memories that it reads, before attention copies them.
         working: Temporaries at the moment when they and all activations exist at once.
         validation: Temporaries of a validation of as many rows, when no activations are kept.
+        hidden: Hidden states between blocks, of encoded references as well; kept or not.
     """
 
     activations: int
     memories: int
     working: int
     validation: int
+    hidden: int
 
 
 def micro_batch_bytes(
@@ -67,12 +69,15 @@ def micro_batch_bytes(
     else:
         kept = layers * block(config, tokens) + memory_layers * keys_read
     kept += tokens * (config.width + 1)  # the last norm
+    hidden = layers * tokens * config.width
     pool = 0
     if references_read:
         num_kept = chunks * config.num_memory_layers * config.num_kv_heads * config.tokens_kept
         pool = num_kept * (2 * config.head_size * number_bytes + 8)
     if references_read and encoded_online:
-        kept += _references(config, chunks * config.reference_tokens, block)
+        reference_tokens = chunks * config.reference_tokens
+        kept += _references(config, reference_tokens, block)
+        hidden += memory_layers * reference_tokens * config.width
     return MicroBatchBytes(
         activations=kept * number_bytes,
         memories=pool,
@@ -81,6 +86,7 @@ def micro_batch_bytes(
             _backward_bytes(config, rows, number_bytes, cpu=cpu),
         ),
         validation=_validation_bytes(config, rows, references_read) if references_read else 0,
+        hidden=hidden * number_bytes,
     )
 
 

@@ -6,7 +6,7 @@ derives: weights and activations in the training type, AdamW's moments and, for 
 
 Invariants: a rank's memory is stated at its peak, which is one of three moments: the end of a forward pass, when all
 activations are there; the update; a validation. Libraries, and on rank 0 embedder and search index, are not counted;
-gaps between blocks of a CPU rank's heap are stated apart, as they were measured.
+what a CPU rank's heap takes beyond its tensors is stated apart.
 Not here: activations themselves (`model.footprint`), the engine (`engine`), which settings fit (`launch.planning`).
 """
 
@@ -23,10 +23,16 @@ _FLOAT32 = 4
 _MOMENTS = 2 * _FLOAT32
 _INPUTS = 3
 """Micro-batches there at a time: the one that is computed, one that is ready and one in the making."""
-_HEAP_BYTES = 57 << 20
-_HEAP_GAPS = (0.165, 0.165, 0.165, 0.61)
-"""What gaps in the heap add to a CPU rank: so many bytes, and of its tensors, by ZeRO stage, such a share. Measured
-after a dozen updates (`benchmarks/results/plan.md`)."""
+_MAPPED = 32 << 20
+"""Larger blocks are no part of glibc's heap, and given back when they are freed."""
+_SCATTERED = 15 << 20
+"""Small blocks, and what lies between them, all over a CPU rank's heap."""
+_HOLES = {Precision.bf16: 2.5, Precision.fp32: 6.5}
+_HOLES_OF_STAGE_3 = 9.5
+"""Holes that a layer leaves in a CPU rank's heap, each of the size of its hidden states, as they were counted: an
+aligned block does not fit into the hole that its like has left beside blocks that stay."""
+_GLOO_THREADS = 2
+"""Threads on a CPU that gather parameters, each in a heap of its own, which keeps the room."""
 _PER_DOCUMENT = 2 + 1 / 8 + 1 / 8
 """Bytes of a document in a checkpoint: how often it was drawn, whether it is finished, whether it was read."""
 _MANIFEST_BYTES_PER_BYTE = 12 / 2**20
@@ -47,7 +53,7 @@ class RankMemory:
         temporaries: Of the loss and the backward pass, of communication and update, or of a validation.
         peak: The moment of the peak: "backward", "update", "validation".
         copies: On a CPU, what an asynchronous save has copied, on the first rank; a GPU's lie in the host's memory.
-        gaps: On a CPU, what the process holds beside all that: room between blocks of its heap, as measured.
+        gaps: On a CPU, what the process holds beside all that: its heap does not shrink, and has holes.
     """
 
     parameters: int
@@ -129,7 +135,7 @@ def rank_memory(
     elif zero_stage == 1 and mixed:
         between = parameters * _FLOAT32
         copied = parameters if parameters <= _BUCKET else 0  # a larger group is reduced in place
-        update = copied * _FLOAT32 if num_ranks > 1 else 0
+        update = copied * _FLOAT32 + parameters * size  # by any number of ranks, in the training type
     elif zero_stage == 3:
         weights = share * size + min(_LIVE, parameters) * size
         between = share * _FLOAT32 + bucket * (1 if cpu else 2)
@@ -140,6 +146,7 @@ def rank_memory(
         update = partition - between + max(bucket, share * _FLOAT32)
     memories = micro_batch.memories * _INPUTS
     reserved = 0 if cpu or zero_stage in (0, 3) or (zero_stage == 1 and mixed) else bucket
+    lasting = between if zero_stage == 3 or (zero_stage == 1 and mixed) else 0
     moments_of_run = (
         (
             "backward",
@@ -148,12 +155,21 @@ def rank_memory(
             micro_batch.working + reserved,
         ),
         ("update", between, 0, update),
-        ("validation", 0, 0, micro_batch.validation),
+        ("validation", lasting, 0, micro_batch.validation),
     )
     peak, gradients, activations, temporaries = max(moments_of_run, key=lambda moment: sum(moment[1:]))
     copies = weights + masters + moments if cpu and asynchronous else 0
     taken = RankMemory(weights, gradients, masters, moments, activations, memories, temporaries, peak, copies)
-    return replace(taken, gaps=_HEAP_BYTES + round(taken.total * _HEAP_GAPS[zero_stage])) if cpu else taken
+    if not cpu:
+        return taken
+    # An update's blocks do not fit where the backward pass or a validation has been, or are no part of the heap.
+    computed = max(between + micro_batch.activations + micro_batch.working, lasting + micro_batch.validation)
+    holes = round((_HOLES_OF_STAGE_3 if zero_stage == 3 else _HOLES[precision]) * micro_batch.hidden)
+    exchanges = num_ranks > 1 and zero_stage in (1, 2) and parameters * size <= _MAPPED
+    threads = _GLOO_THREADS * parameters * size if exchanges else 0
+    return replace(
+        taken, gaps=computed + update - gradients - activations - temporaries + _SCATTERED + holes + threads
+    )
 
 
 def checkpoint_bytes(

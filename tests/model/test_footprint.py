@@ -95,6 +95,20 @@ def test_the_pool_is_as_large_as_its_tensors() -> None:
     assert found == sum(tensor.nbytes for tensor in tensors)
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_hidden_states_are_those_of_every_layer_whether_kept_or_not(recomputed: bool) -> None:
+    config = replace(CONFIG, activation_checkpointing=recomputed)
+    text, online = (
+        micro_batch_bytes(
+            config, rows=ROWS, number_bytes=2, references_read=read, encoded_online=read > 0
+        ).hidden
+        for read in (0, WINDOW)
+    )
+    assert text == 2 * config.num_layers * ROWS * config.row_tokens * config.width
+    references = ROWS * (config.row_tokens // config.chunk_tokens)
+    assert online - text == 2 * config.num_memory_layers * references * config.reference_tokens * config.width
+
+
 def test_pieces_are_as_large_as_those_of_loss_and_attention() -> None:
     assert footprint.TOKENS_AT_A_TIME == loss.TOKENS_AT_A_TIME
     assert footprint.TOKENS_AT_A_TIME_BESIDE == loss.TOKENS_AT_A_TIME_BESIDE
