@@ -79,7 +79,7 @@ def cases() -> Iterator[Case]:
         yield Case("warmup", _overrides("warmup", "nano", ranks, rows, accumulate))
     plain = _overrides("warmup", "nano", 2, 8)
     yield Case("warmup", (*plain, "saving.asynchronous=false"))
-    yield Case("warmup", (*plain, "engine.precision=fp32"))
+    yield Case("warmup", (*_overrides("warmup", "nano", 1, 8), "engine.precision=fp32"))
     for zero_stage in (0, 2, 3):
         yield Case("warmup", (*plain, f"engine.zero_stage={zero_stage}"))
         yield Case("warmup", (*plain, f"engine.zero_stage={zero_stage}", recomputing))

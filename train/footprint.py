@@ -162,14 +162,13 @@ def rank_memory(
     taken = RankMemory(weights, gradients, masters, moments, activations, memories, temporaries, peak, copies)
     if not cpu:
         return taken
-    # An update's blocks do not fit where the backward pass or a validation has been, or are no part of the heap.
-    computed = max(between + micro_batch.activations + micro_batch.working, lasting + micro_batch.validation)
+    # An update's blocks do not fit where the backward pass has been, or are no part of the heap.
+    trained = between + micro_batch.activations + micro_batch.working + update
+    largest = max(trained, lasting + micro_batch.validation)
     holes = round((_HOLES_OF_STAGE_3 if zero_stage == 3 else _HOLES[precision]) * micro_batch.hidden)
     exchanges = num_ranks > 1 and zero_stage in (1, 2) and parameters * size <= _MAPPED
     threads = _GLOO_THREADS * parameters * size if exchanges else 0
-    return replace(
-        taken, gaps=computed + update - gradients - activations - temporaries + _SCATTERED + holes + threads
-    )
+    return replace(taken, gaps=largest - gradients - activations - temporaries + _SCATTERED + holes + threads)
 
 
 def checkpoint_bytes(
