@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(run: Path, ranks: distributed.Ranks, *, rounds: int, overrides: Sequence[str]) -> dict[str, Any]:
     """Save in turns, synchronously and asynchronously, with updates between; figures in seconds."""
-    config = compose_config(["experiment=quick", "continual=null", *overrides])
+    config = compose_config(list(overrides), beneath=["experiment=quick", "continual=null"])
     torch.manual_seed(0)
     engine = DeepSpeedEngine(
         Memory3LM(config.model),

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(arguments.threads)
     subject = importlib.import_module(f"launch.bench_{arguments.action}")
-    config = compose_config([*subject.DEFAULTS, *arguments.overrides])
+    config = compose_config(arguments.overrides, beneath=subject.DEFAULTS)
     build.quiet_third_parties()
     context = {
         "subject": arguments.action,

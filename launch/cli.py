@@ -340,8 +340,16 @@ def _add_bench_arguments(sub: argparse.ArgumentParser, name: str) -> None:
 
 def _add_run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("run", help="run folder, or its name below --root")
+    _add_root(sub, "folder of runs and prepared corpora")
+
+
+def _add_root(sub: argparse.ArgumentParser, doc: str) -> None:
     sub.add_argument(
-        "--root", default="runs", help="folder of runs and prepared corpora (default: %(default)s)"
+        "--root",
+        type=os.path.expanduser,  # shells leave the ~ of --root=~/runs
+        default="runs",
+        metavar="FOLDER",
+        help=f"{doc} (default: %(default)s)",
     )
 
 
@@ -426,7 +434,7 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
             "--html", metavar="FILE", default="report.html", help="the page (default: %(default)s)"
         )
         sub.add_argument("--pictures", metavar="FOLDER", help="draw the charts as PNGs, too")
-        sub.add_argument("--root", default="runs", help="folder of run names (default: %(default)s)")
+        _add_root(sub, "folder of run names")
     if name == "pretrain":
         sub.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
         sub.add_argument(
@@ -447,9 +455,7 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
     if name == "plan":
         _add_plan_arguments(sub)
     if name == "doctor":
-        sub.add_argument(
-            "--root", default="runs", help="folder of runs, whose disk is looked at (default: %(default)s)"
-        )
+        _add_root(sub, "folder of runs, whose disk is looked at")
         sub.add_argument("--json", action="store_true", help="print JSON instead of lines")
     if name in ("prepare", "pretrain", "demo", "cost", "plan", "sweep"):
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings (see below)")

@@ -1,8 +1,12 @@
 """Hydra, in one process and before any rank exists: from YAML and overrides to a checked, frozen configuration.
 
-Not here: the schema and its rules (`launch.config`), the wording of refusals (`launch.explain`).
+Not here: the schema and its rules (`launch.config`), the wording of refusals (`launch.explain`, `launch.keys`).
 """
 
+import os
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +23,22 @@ from launch.origins import REFUSALS, flat, settings_of_file, settings_of_files
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
-def compose_config(overrides: list[str], *, config_name: str = "config") -> RunConfig:
+def compose_config(
+    overrides: list[str], *, beneath: Sequence[str] = (), config_name: str = "config"
+) -> RunConfig:
     """Compose, type-check and rule-check a configuration.
 
     Args:
-        overrides: Hydra's grammar, `experiment=demo model=micro warmup.steps=200`.
+        overrides: Hydra's grammar, `experiment=demo model=micro warmup.steps=200`; of two for a key the later counts.
+        beneath: Overrides that these may replace, their groups' files, too.
         config_name: Name of the primary file below `conf/`.
 
     Raises:
         ValueError: Naming the offending key, and the nearest one that exists.
     """
-    overrides = with_texts_quoted(overrides)
+    given = {override.partition("=")[0] for override in overrides}
+    kept = [override for override in beneath if override.partition("=")[0] not in given]
+    overrides = with_texts_quoted([*kept, *overrides])
     config = compose_unchecked(overrides, config_name=config_name)
     try:
         check(config)
@@ -40,14 +49,14 @@ def compose_config(overrides: list[str], *, config_name: str = "config") -> RunC
 
 
 def compose_unchecked(overrides: list[str], *, config_name: str = "config") -> RunConfig:
-    """Compose and type-check, without the rules across keys.
+    """Compose and type-check, without the rules across keys; `~` at the beginning of a path is the home folder.
 
     Raises:
         ValueError: Naming the offending key, and the nearest one that exists.
     """
     overrides = with_texts_quoted(overrides)
     refuse_unknown(overrides, CONF)
-    ConfigStore.instance().store(name="schema", node=RunConfig)
+    _store_schema()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -57,7 +66,23 @@ def compose_unchecked(overrides: list[str], *, config_name: str = "config") -> R
         settings = settings_of_files(overrides, CONF, config_name)
         raise ValueError(explain(problem, overrides, CONF, settings)) from problem
     assert isinstance(config, RunConfig)
+    _expand_home(config)
     return config
+
+
+@cache
+def _store_schema() -> None:
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def _expand_home(section: Any) -> None:
+    for each in fields(section):
+        value = getattr(section, each.name)
+        if isinstance(value, str) and value.startswith("~"):
+            setattr(section, each.name, os.path.expanduser(value))
+        for inner in value.values() if isinstance(value, dict) else [value]:
+            if is_dataclass(inner):
+                _expand_home(inner)
 
 
 def save_config(config: RunConfig, path: Path) -> None:

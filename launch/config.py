@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig, labels_of
@@ -43,6 +44,11 @@ from train.schedule import epoch_ranges
 
 _SLURM_TIME = re.compile(r"(\d+-)?\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+|UNLIMITED")
 """What sbatch takes, without bare minutes: a YAML file without quotes makes 1:30:00 to 5400, which would be those."""
+_SLURM_EARLY_SECONDS = 60
+"""SLURM may send a signal so much earlier than it was asked to."""
+_RUN_NAME = re.compile(r"\w[\w.-]*")
+_LARGEST = {int: 2**63 - 1, float: 3.4e38}
+"""What int64 and float32 hold."""
 
 
 class Resume(Enum):
@@ -83,7 +89,8 @@ class SlurmConfig:
     gpus: bool = True
     """Ask for a GPU for each rank."""
     time: str = "24:00:00"
-    """Limit of a job, hours:minutes:seconds or days-hours; a run that needs longer goes on in the next one."""
+    """Limit of a job, hours:minutes:seconds or days-hours, a minute above `signal_seconds` at least; a run that needs
+    longer goes on in the next one."""
     signal_seconds: int = 300
     """So long before the limit SIGUSR1 comes: a checkpoint is published, and the job queued again."""
     options: list[str] = field(default_factory=list)
@@ -131,7 +138,7 @@ class RunConfig:
     """Everything that a run depends on."""
 
     run: str = "run"
-    """Name of the run: its folder below paths.root."""
+    """Name of the run: its folder below paths.root, of letters, digits, `-`, `_` and `.`."""
     seed: int = 0
     """Decides initialisation, the order of rows and all draws."""
     resume: Resume = Resume.auto
@@ -207,6 +214,7 @@ def check(config: RunConfig) -> None:
     _at_least(0, "saving", config.saving, "keep_best")
     _check_divergence(config.divergence)
     _at_least(0, "supervision", config.supervision, "max_restarts", "backoff_seconds", "max_backoff_seconds")
+    _at_most(1e9, "supervision", config.supervision, "backoff_seconds", "max_backoff_seconds")
     _at_least(1, "watchdog", config.watchdog, "batch_seconds", "phase_seconds")
     _at_least(1, "logging", config.logging, "validate_every", "validation_rows", "line_every")
     _at_least(0, "logging", config.logging, "profile_steps")
@@ -221,8 +229,7 @@ def check(config: RunConfig) -> None:
         )
     sizes = ("text_rows", "max_probes", "answer_tokens", "bootstrap_samples", "batch_rows")
     _at_least(1, "evaluation", config.evaluation, *sizes)
-    if not config.run or "/" in config.run or config.run.startswith("."):
-        raise ValueError(f"run={config.run!r} is not a folder name; set run to letters, digits, '-' and '_'")
+    _check_run(config)
     if config.warmup is None and config.continual is None:
         raise ValueError(
             "warmup and continual are both null: nothing would be trained; choose a file that sets one, such as "
@@ -253,10 +260,29 @@ def check(config: RunConfig) -> None:
         )
 
 
+def _check_run(config: RunConfig) -> None:
+    run, folder = config.run, Path(config.paths.root) / config.run
+    if not run or "/" in run or run.startswith("."):
+        raise ValueError(f"run={run!r} is not a folder name; set run to letters, digits, '-' and '_'")
+    if run == "prepared":
+        raise ValueError("run=prepared is the folder of the prepared corpora; set run to another name")
+    is_begun = (folder / "config.yaml").exists()  # its generations are bound to its name
+    if not _RUN_NAME.fullmatch(run) and not is_begun:
+        raise ValueError(
+            f"run={run!r} cannot be named in commands; set run to letters, digits, '-', '_' and '.', first a letter or "
+            "digit"
+        )
+
+
 def _check_values(config: RunConfig) -> None:
     for key, value in _leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key}={value} is no finite number; set one that is")
+        largest = _LARGEST.get(type(value))
+        if largest is not None and abs(value) > largest:
+            raise ValueError(
+                f"{key}={value} is beyond what numbers hold; set one from {-largest} to {largest}"
+            )
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, dict | list):  # OmegaConf does not look into these
                 raise ValueError(
@@ -292,6 +318,7 @@ def _check_engine(engine: EngineConfig) -> None:
     if engine.zero_stage not in range(4):
         raise ValueError(f"engine.zero_stage={engine.zero_stage} does not exist; set 0, 1, 2 or 3")
     _at_least(1, "engine", engine, "num_ranks", "threads_per_rank")
+    _at_most(4096, "engine", engine, "threads_per_rank")
 
 
 def _check_launcher(launcher: LauncherConfig, engine: EngineConfig) -> None:
@@ -310,6 +337,14 @@ def _check_launcher(launcher: LauncherConfig, engine: EngineConfig) -> None:
         )
     _at_least(1, "launcher.slurm", launcher.slurm, "nodes", "array_tasks")
     _at_least(0, "launcher.slurm", launcher.slurm, "signal_seconds")
+    _at_most(65535, "launcher.slurm", launcher.slurm, "signal_seconds")
+    early = launcher.slurm.signal_seconds + _SLURM_EARLY_SECONDS
+    if launcher.kind is LauncherKind.slurm and _seconds(launcher.slurm.time) <= early:
+        raise ValueError(
+            f"launcher.slurm.time={launcher.slurm.time} leaves no time to train: SIGUSR1 comes "
+            f"launcher.slurm.signal_seconds={launcher.slurm.signal_seconds} before its end, or up to "
+            f"{_SLURM_EARLY_SECONDS} earlier; set a longer time (hours:minutes:seconds), or fewer signal_seconds"
+        )
     if launcher.kind is LauncherKind.slurm and engine.num_ranks % launcher.slurm.nodes:
         raise ValueError(
             f"engine.num_ranks={engine.num_ranks} cannot be shared by launcher.slurm.nodes={launcher.slurm.nodes}; "
@@ -321,6 +356,17 @@ def _check_launcher(launcher: LauncherConfig, engine: EngineConfig) -> None:
                 f"launcher.slurm.options={launcher.slurm.options}: {option!r} is no option of sbatch; write for "
                 "example --partition=gpu"
             )
+
+
+def _seconds(limit: str) -> float:
+    """Of a job's limit: [hours:]minutes:seconds, or hours[:minutes[:seconds]] behind days."""
+    if limit == "UNLIMITED":
+        return math.inf
+    days, is_behind_days, time = limit.rpartition("-")
+    parts, units = [int(part) for part in time.split(":")], [3600, 60, 1]
+    if not is_behind_days:
+        units = units[-len(parts) :]
+    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
 def _check_optim(optim: OptimConfig) -> None:
@@ -399,3 +445,10 @@ def _at_least(least: int, section: str, settings: object, *keys: str) -> None:
         value = getattr(settings, key)
         if value is not None and not value >= least:
             raise ValueError(f"{section}.{key}={value} is below {least}; set {least} or more")
+
+
+def _at_most(most: float, section: str, settings: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(settings, key)
+        if value > most:
+            raise ValueError(f"{section}.{key}={value} is above {most}; set {most} or less")

@@ -34,8 +34,11 @@ Defaults are those of the schema; `model=nano`, `data=factbook` and `launcher=lo
 file of `conf/` is chosen, then the files below, in this order, then single keys. A file of your own,
 `conf/GROUP/NAME.yaml`, is chosen with `GROUP=NAME` like these.
 
+Of two settings for one key the later counts; of a group one file is chosen. A path may begin with `~`, the home folder.
+
 A key that is misspelt, of the wrong type, out of range or in contradiction to another is refused before anything
-starts, with the nearest name that exists.
+starts, with what was meant: the key of that name in another section, what a name of another trainer
+(`learning_rate`, `train_batch_size`) is called here, or the nearest name that exists.
 
 | file of `conf/` | |
 |---|---|

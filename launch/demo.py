@@ -27,7 +27,7 @@ _EVALUATION_SECONDS = 90
 
 def run(arguments: argparse.Namespace) -> int:
     """Run everything; exit code 0 once the table stands."""
-    main = compose_config(["experiment=demo", *arguments.overrides])
+    main = compose_config(arguments.overrides, beneath=["experiment=demo"])
     started = time.monotonic()
     print(_estimate(main), flush=True)
 

@@ -1,17 +1,15 @@
 """What Hydra and OmegaConf refuse, in one sentence of ours: the key, its value, and what to do instead.
 
-Not here: composing (`launch.compose`), rules across keys (`launch.config.check`).
+Not here: composing (`launch.compose`), rules across keys (`launch.config.check`), which key was meant (`launch.keys`).
 """
 
 import difflib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import MISSING, fields, is_dataclass
-from enum import Enum
+from dataclasses import is_dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
@@ -19,24 +17,19 @@ from yaml import YAMLError
 
 from data.config import SourceKind, labels_of
 from launch.config import RunConfig
-from launch.deepspeed_keys import DEEPSPEED
+from launch.keys import expected, is_optional_section, keys_of, kind_of, unknown_key
 from launch.origins import Setting
-
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    dict: "a section, {LABEL: ...}",
-}
 
 
 def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
     """Refuse overrides that the schema has no key for; also `+key=...`, which Hydra itself would add.
 
+    And what Hydra takes without words: a second file of a group in place of the first, any number as true.
+
     Raises:
         ValueError: Naming the nearest key.
     """
+    groups: set[str] = set()
     for override in overrides:
         match = re.match(r"[+~]{0,2}([\w./-]+)", override)
         if override.startswith("sweep="):
@@ -51,12 +44,18 @@ def refuse_unknown(overrides: Sequence[str], conf: Path) -> None:
         if re.split(r"[./]", match[1])[0] == "hydra":
             raise ValueError(f"{override}: {own_files(conf)}")
         if (conf / match[1]).is_dir():
-            if override[0] in "+~" or override[match.end() :].startswith("@"):  # Hydra may pass over these
+            ignored = override[0] in "+~" or override[match.end() :].startswith(
+                "@"
+            )  # Hydra may pass over these
+            if ignored or match[1] in groups:
                 raise ValueError(_choose(override, match[1], conf))
+            groups.add(match[1])
             continue
         unknown = unknown_key(match[1])
         if unknown:
             raise ValueError(f"{override}: {unknown}")
+        if kind_of(match[1]) is bool and re.search(r"=(?![01]$)-?\d+$", override):
+            raise ValueError(f"{override}: {match[1]} must be {expected(match[1])}")
         if re.search(r"=\{\s*\}$", override):
             raise ValueError(f"{override}: an empty section changes nothing; set its keys")
         if override.startswith("~") and is_dataclass(kind_of(match[1].rpartition(".")[0])):
@@ -123,7 +122,7 @@ def explain(
 
 
 def with_files(refused: str, overrides: Sequence[str], conf: Path, settings: Sequence[Setting]) -> str:
-    """A refusal of `launch.config.check`, with the files that set the keys that it names.
+    """A refusal of `launch.config.check`, with the files that set the keys that it names before its remedy.
 
     It begins with the file where one has set all of them; where others have a part in it, the command line among
     them, the files stand behind.
@@ -131,8 +130,9 @@ def with_files(refused: str, overrides: Sequence[str], conf: Path, settings: Seq
     keys = [override for override in overrides if not (conf / _name(override)).is_dir()]
     files: dict[str, str] = {}
     from_files = True
-    for key, equals in re.findall(r"(?<![\w.-])([a-z_]\w*(?:\.[\w-]+)*)(=?)", refused):
-        if unknown_key(key) or not ("." in key or equals or _is_optional_section(key)):
+    wrong = refused.partition(";")[0]
+    for key, equals in re.findall(r"(?<![\w.-])([a-z_]\w*(?:\.[\w-]+)*)(=?)", wrong):
+        if unknown_key(key) or not ("." in key or equals or is_optional_section(key)):
             continue
         if _override_of(key, keys):
             from_files = False
@@ -226,7 +226,7 @@ def unknown_choice(group: str, choice: str, conf: Path) -> str:
     choices = _choices(conf / group)
     near = difflib.get_close_matches(choice, choices, n=1)
     hint = f"did you mean {group}={near[0]}? " if near else ""
-    keys = [key for key in _schema_keys(RunConfig) if key.startswith(f"{group}.")]
+    keys = [key for key in keys_of(RunConfig) if key.startswith(f"{group}.")]
     if not near and len(keys) == 1:
         hint = f"did you mean {keys[0]}={choice}? "
     return f"{group}={choice} does not exist; {hint}choices: {', '.join(choices)}"
@@ -270,7 +270,7 @@ def _of_key(text: str, overrides: Sequence[str], settings: Sequence[Setting], co
     of_element = f"full_key: {key}[" in text
     given = f"{key}={value[1]}" if value and not override and not of_element else key
     unknown = _unknown_in_file(key, conf) if file else unknown_key(key)
-    return f"{place}: {unknown or f'{given} must be {_expected(key)}'}"
+    return f"{place}: {unknown or f'{given} must be {expected(key)}'}"
 
 
 def _of_shape(settings: Sequence[Setting], conf: Path) -> str | None:
@@ -293,7 +293,7 @@ def _of_shape(settings: Sequence[Setting], conf: Path) -> str | None:
                 f"{place}{each.key}={each.value} must be a section; to choose conf/{each.key}/{each.value}.yaml write "
                 f"'defaults: [override /{each.key}: {each.value}]'"
             )
-        return f"{place}{each.key}={each.value} must be {_expected(each.key)}"
+        return f"{place}{each.key}={each.value} must be {expected(each.key)}"
     return None
 
 
@@ -316,7 +316,7 @@ def _of_label(override: str, key: str, settings: Sequence[Setting], overrides: S
     if above == "data.sources":
         near = difflib.get_close_matches(label, sorted(there), n=1)
         right = override.replace(key, f"{above}.{near[0]}", 1) if near else ""
-        return f"there is no {key}; did you mean '{right}'?" if right else f"{key} must be {_expected(key)}"
+        return f"there is no {key}; did you mean '{right}'?" if right else f"{key} must be {expected(key)}"
     sources = _labels_of_sources(settings)
     complete = not any(_name(each).startswith("data.sources") for each in overrides)
     near = difflib.get_close_matches(label, sorted({*sources, *there}), n=1)
@@ -337,74 +337,6 @@ def _labels_of_sources(settings: Sequence[Setting]) -> list[str]:
     return [label for source, kind in kinds.items() for label in labels_of(source, kind)]
 
 
-def unknown_key(key: str) -> str | None:
-    """Why the schema has no such key, with the nearest that it has; None when it has."""
-    kind: Any = RunConfig
-    path: list[str] = []
-    parts = key.split(".")
-    for part in parts:
-        at = ".".join(path)
-        if is_dataclass(kind):
-            names = [field.name for field in fields(kind)]
-            if part not in names:
-                below = parts[len(path) + 1 :]
-                return (
-                    f"there is no key {'.'.join([*path, part])}; {_nearest(part, path, names, below=below)}"
-                )
-        elif get_origin(kind) is not dict:
-            return f"{at} has no keys of its own; {at} must be {_expected(at)}"
-        kind = _required(_kind_below(kind, part))
-        path.append(part)
-    return None
-
-
-def _nearest(part: str, path: Sequence[str], names: Sequence[str], *, below: Sequence[str]) -> str:
-    """Advice: the key in place of DeepSpeed's, the nearest one of the same section, else of any, else all there are."""
-    if part in DEEPSPEED:
-        part = next((each for each in reversed(below) if each in DEEPSPEED), part)
-        stage = next((f"{name}." for name in path if name in ("warmup", "continual")), None)
-        answer = re.sub(
-            r"STAGE\.(\w+)", rf"{stage}\1" if stage else r"warmup.\1 and continual.\1", DEEPSPEED[part]
-        )
-        return f"{part} is DeepSpeed's, whose JSON is derived; {answer}"
-    prefix = "".join(f"{name}." for name in path)
-    near = [f"{prefix}{name}" for name in difflib.get_close_matches(part, names, n=1)]
-    if not near:
-        everywhere = _schema_keys(RunConfig)
-        leaves = {key.rpartition(".")[2] for key in everywhere}
-        leaf = [part] if part in leaves else difflib.get_close_matches(part, leaves, n=1, cutoff=0.75)
-        near = [key for key in everywhere if key.rpartition(".")[2] in leaf]
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"{'.'.join(path)} has {', '.join(names)}" if path else "`memory3 pretrain --cfg` prints every key"
-
-
-def _expected(key: str) -> str:
-    """What a key takes, with its default as an example."""
-    above, _, name = key.rpartition(".")
-    parent = kind_of(above)
-    kind = _kind_below(parent, name)
-    required = _required(kind)
-    if is_dataclass(required):
-        first = fields(required)[0].name
-        if is_dataclass(parent):
-            return f"a section; set its keys, {key}.{first}=..."
-        return f"a section; add it with '+{above}={{{name}: {{{first}: ...}}}}'"
-    if isinstance(required, type) and issubclass(required, Enum):
-        return "one of " + ", ".join(member.name for member in required)
-    text = _KINDS.get(get_origin(required) or required, "of another type")
-    if get_origin(required) is list:
-        element = get_args(required)[0]
-        text = f"a list of {_KINDS[element].removeprefix('a ')}s, {'[a, b]' if element is str else '[1, 2]'}"
-    if kind is not required:
-        text += ", or null"
-    defaults = {field.name: field.default for field in fields(parent)} if is_dataclass(parent) else {}
-    default = defaults.get(name, MISSING)
-    if isinstance(default, bool) or default in (MISSING, None, ""):
-        return text
-    return f"{text}, for example {default}"
-
-
 def _of_missing_section(overrides: Sequence[str]) -> str | None:
     """OmegaConf cannot set keys inside a section that is null; None when no override does."""
     for override in overrides:
@@ -412,7 +344,7 @@ def _of_missing_section(overrides: Sequence[str]) -> str | None:
             continue
         parts = _name(override).split(".")
         ends = range(1, len(parts) + 1)
-        nullable = [".".join(parts[:end]) for end in ends if _is_optional_section(".".join(parts[:end]))]
+        nullable = [".".join(parts[:end]) for end in ends if is_optional_section(".".join(parts[:end]))]
         if nullable:
             return (
                 f"{override}: {' or '.join(nullable)} is null here, which single keys cannot change; choose a file of "
@@ -442,37 +374,3 @@ def _override_of(key: str, overrides: Sequence[str]) -> str | None:
 def _file_of(key: str, settings: Sequence[Setting]) -> str | None:
     """The file that has a key."""
     return next((each.file for each in reversed(settings) if each.key == key), None)
-
-
-def _is_optional_section(key: str) -> bool:
-    above, _, name = key.rpartition(".")
-    kind = _kind_below(kind_of(above), name)
-    return kind is not _required(kind) and is_dataclass(_required(kind))
-
-
-def kind_of(key: str) -> Any:
-    """The type of a key that the schema has, without None; of the whole schema for the empty key."""
-    kind: Any = RunConfig
-    for part in filter(None, key.split(".")):
-        kind = _required(_kind_below(kind, part))
-    return kind
-
-
-def _kind_below(kind: Any, part: str) -> Any:
-    return get_args(kind)[1] if get_origin(kind) is dict else get_type_hints(kind)[part]
-
-
-def _required(kind: Any) -> Any:
-    """`X | None` without its None."""
-    kinds = [each for each in get_args(kind) if each is not NoneType]
-    return kinds[0] if NoneType in get_args(kind) else kind
-
-
-def _schema_keys(schema: Any, prefix: str = "") -> list[str]:
-    keys = []
-    for name, hint in get_type_hints(schema).items():
-        kind = _required(hint)
-        keys.append(f"{prefix}{name}")
-        if is_dataclass(kind):
-            keys += _schema_keys(kind, f"{prefix}{name}.")
-    return keys

@@ -25,7 +25,8 @@ from hydra.core.override_parser.types import (
 from hydra.errors import HydraException
 
 from launch.compose import CONF
-from launch.explain import kind_of, refuse_unknown, unknown_key, with_texts_quoted
+from launch.explain import refuse_unknown, with_texts_quoted
+from launch.keys import kind_of, unknown_key
 
 Value = float | int | str
 
@@ -92,15 +93,17 @@ class Space:
                 yield self.settings({**first, key: value})
 
 
-def read_space(overrides: Sequence[str]) -> Space:
+def read_space(overrides: Sequence[str], *, beneath: Mapping[str, Override] | None = None) -> Space:
     """Read overrides, of which at least one must vary something; of two for the same key the later one counts.
+
+    Args:
+        overrides: As they were written.
+        beneath: Those of a file, which the others may replace (`read_overrides`).
 
     Raises:
         ValueError: Naming the override and what to write instead.
     """
-    parsed = parse_overrides(
-        overrides, varied="interval(1e-4, 1e-2), tag(log, interval(...)), choice(a, b) or range(1, 5)"
-    )
+    parsed = {**(beneath or {}), **read_overrides(overrides)}
     swept = {
         override.get_key_element(): (override, _dimension(override))
         for override in parsed.values()
@@ -116,6 +119,21 @@ def read_space(overrides: Sequence[str]) -> Space:
         swept={key: dimension for key, (_, dimension) in swept.items()},
         texts={key: override.get_value_string() for key, (override, _) in swept.items()},
     )
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Override]:
+    """Overrides by the key or group that they set, each right by itself.
+
+    Raises:
+        ValueError: Naming the override and what to write instead.
+    """
+    parsed = parse_overrides(
+        overrides, varied="interval(1e-4, 1e-2), tag(log, interval(...)), choice(a, b) or range(1, 5)"
+    )
+    for override in parsed.values():
+        if override.is_sweep_override():
+            _dimension(override)
+    return parsed
 
 
 def parse_overrides(overrides: Sequence[str], *, varied: str) -> dict[str, Override]:

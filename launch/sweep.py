@@ -18,19 +18,21 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from hydra.core.override_parser.types import Override
 
 from data.files import write_atomic
 from launch.compose import CONF, compose_config, compose_unchecked
 from launch.config import RunConfig
-from launch.explain import unknown_choice
+from launch.explain import unknown_choice, with_files
 from launch.lock import only_user
-from launch.space import Space, Value, read_space
+from launch.origins import Setting
+from launch.space import Space, Value, read_overrides, read_space
 from launch.trial import EVALUATE, Jobs, Processes, TrialRun, Trials, interruptible, on_slurm, total_steps
 from launch.units import duration
 
@@ -104,10 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             "optuna draws the trials and is not installed; run: pip install 'memory3-pretrain[sweep]'"
         )
     sweep = sweep_of(arguments)
-    first, *others = sweep.space.corners()
-    config = compose_config([*first, f"run={sweep.name}"])
-    for settings in others:
-        compose_unchecked(settings)
+    config = _compose_corners(sweep, arguments.overrides)
     folder = Path(config.paths.root) / sweep.name
     if not arguments.report and not (folder / "sweep.json").exists():
         from launch import build, prepare, pretrain
@@ -125,77 +124,112 @@ def sweep_of(arguments: argparse.Namespace) -> Sweep:
     Raises:
         ValueError: Naming the setting and what to write instead.
     """
-    overrides: list[str] = list(arguments.overrides)
+    file, overrides = _chosen(arguments.overrides)
+    space = read_space(_without_own(overrides), beneath=file.overrides)
+    trials = file.trials if arguments.trials is None else arguments.trials
+    if trials < 1:
+        raise ValueError(f"--trials {trials}: set 1 or more")
+    objective = Objective(arguments.objective or file.objective)
+    return Sweep(arguments.name or file.name, space, trials, arguments.seed, objective)
+
+
+def _compose_corners(sweep: Sweep, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of any trial, when all corners can be composed.
+
+    Raises:
+        ValueError: Naming the setting, and the file of conf/sweep/ where that has it.
+    """
+    first, *others = sweep.space.corners()
+    try:
+        config = compose_config([*first, f"run={sweep.name}"])
+        for settings in others:
+            compose_unchecked(settings)
+    except ValueError as refused:
+        file, given = _chosen(overrides)
+        replaced = {text.partition("=")[0] for text in given}
+        of_file = [Setting(key, None, file.place) for key in file.overrides if key not in replaced]
+        raise ValueError(with_files(str(refused), given, CONF, of_file)) from refused
+    return config
+
+
+def _chosen(overrides: Sequence[str]) -> "tuple[_File, list[str]]":
+    """The file that `sweep=NAME` chooses, or one that says nothing, and the overrides beside it."""
     chosen = [text for text in overrides if text.startswith("sweep=")]
-    name, trials, objective = arguments.name, arguments.trials, arguments.objective
-    if chosen:
-        file = _read_file(chosen[-1].removeprefix("sweep="))
-        overrides = [*file.overrides, *(text for text in overrides if text not in chosen)]
-        name = name or chosen[-1].removeprefix("sweep=")
-        trials = file.trials if trials is None else trials
-        objective = objective or file.objective
-    space = read_space(overrides)
-    for text in [*space.fixed, *space.swept]:
-        if text.partition("=")[0] in _OWN_KEYS:
+    left = [text for text in overrides if text not in chosen]
+    if len(chosen) > 1:
+        raise ValueError(f"{chosen[1]}: write sweep=NAME, once")
+    return _read_file(chosen[0].removeprefix("sweep=")) if chosen else _File(), left
+
+
+def _without_own(overrides: Sequence[str]) -> Sequence[str]:
+    """The same overrides.
+
+    Raises:
+        ValueError: One sets what a sweep decides.
+    """
+    for text in overrides:
+        if text.lstrip("+").partition("=")[0] in _OWN_KEYS:
             raise ValueError(
                 f"{text}: a sweep decides this itself; --name NAME names it, its runs are NAME-000, ..."
             )
-    trials = DEFAULT_TRIALS if trials is None else trials
-    if trials < 1:
-        raise ValueError(f"--trials {trials}: set 1 or more")
-    return Sweep(name or "sweep", space, trials, arguments.seed, Objective(objective or "text"))
+    return overrides
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    overrides: list[str]
-    trials: int
-    objective: str
+    """What a file of conf/sweep/ says."""
+
+    name: str = "sweep"
+    overrides: Mapping[str, Override] = field(default_factory=dict)
+    trials: int = DEFAULT_TRIALS
+    objective: str = Objective.text.name
+
+    @property
+    def place(self) -> str:
+        """Its name in messages."""
+        return f"conf/sweep/{self.name}.yaml"
 
 
 def _read_file(name: str) -> _File:
     path = CONF / "sweep" / f"{name}.yaml"
     if not path.exists():
         raise ValueError(unknown_choice("sweep", name, CONF))
-    place = f"conf/sweep/{path.name}"
+    place = _File(name).place
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
         raise ValueError(
             f"{place}: {' '.join(str(problem).split())}; the file must be plain YAML, without tags"
         ) from problem
-    return _checked(read, place)
+    try:
+        return _checked(read, name)
+    except ValueError as refused:
+        raise ValueError(f"{place}: {refused}") from refused
 
 
-def _checked(read: object, place: str) -> _File:
-    """What a file of conf/sweep/ says, each key of the type that it has in `_File`."""
+def _checked(read: object, name: str) -> _File:
+    """What a file of conf/sweep/ says, each key and each of its overrides looked at."""
     if not isinstance(read, dict):
-        raise ValueError(
-            f"{place}: it has no keys; write trials: {DEFAULT_TRIALS}, and overrides: a list of settings"
-        )
-    names = [field.name for field in fields(_File)]
+        raise ValueError(f"it has no keys; write trials: {DEFAULT_TRIALS}, and overrides: a list of settings")
+    names = ["overrides", "trials", "objective"]
     for key in read:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"keys: {', '.join(names)}"
-            raise ValueError(f"{place}: there is no key {key}; {hint}")
+            raise ValueError(f"there is no key {key}; {hint}")
     trials, overrides = read.get("trials", DEFAULT_TRIALS), read.get("overrides")
     objective = read.get("objective", Objective.text.name)
     if type(trials) is not int or trials < 1:
-        raise ValueError(
-            f"{place}: trials: {trials} must be a whole number, 1 or more, for example {DEFAULT_TRIALS}"
-        )
+        raise ValueError(f"trials: {trials} must be a whole number, 1 or more, for example {DEFAULT_TRIALS}")
     if not isinstance(overrides, list) or not all(isinstance(text, str) for text in overrides):
         given = "is missing" if overrides is None else f"{overrides} is not a list of settings"
-        raise ValueError(
-            f"{place}: overrides {given}; write '- KEY=VALUE' a line below it, and vary one of them"
-        )
+        raise ValueError(f"overrides {given}; write '- KEY=VALUE' a line below it, and vary one of them")
     known = [each.name for each in Objective]
     if objective not in known:
         near = difflib.get_close_matches(str(objective), known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"{place}: objective: {objective} does not exist; {hint}choices: {', '.join(known)}")
-    return _File(overrides, trials, objective)
+        raise ValueError(f"objective: {objective} does not exist; {hint}choices: {', '.join(known)}")
+    return _File(name, read_overrides(_without_own(overrides)), trials, objective)
 
 
 def control(

@@ -6,9 +6,11 @@ lives in `check_embedder`, `check_index`, `check_retrieval`, `check_codec` and `
 Not here: the shape of a memory (model/config.py) and the schedule of generations (train/config.py).
 """
 
+import json
 import logging
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from model.config import ModelConfig
 
@@ -21,6 +23,10 @@ class EmbedderKind(Enum):
     static = "static"
     minilm = "minilm"
     folder = "folder"
+
+
+VECTOR_SIZES = {EmbedderKind.static: 256, EmbedderKind.minilm: 384}
+"""Numbers of a search vector, of the embedders that are known by name."""
 
 
 class QueryMode(Enum):
@@ -161,8 +167,25 @@ def check_embedder(config: EmbedderConfig, *, key: str = "retrieval.embedder") -
         raise ValueError(f"{key}.batch_size={config.batch_size}: set it to 1 or more")
 
 
-def check_index(config: IndexConfig, *, key: str = "retrieval.index") -> None:
-    """Raise ValueError, naming the key below `key`, when the settings cannot be used; warn of a low recall."""
+def vector_size(config: EmbedderConfig) -> int | None:
+    """Return the numbers of a search vector; None when only the weights of a folder that is not here would tell."""
+    if config.kind is not EmbedderKind.folder:
+        return VECTOR_SIZES[config.kind]
+    described = Path(config.path or "") / "config.json"
+    if not described.is_file():
+        return None
+    size = json.loads(described.read_text(encoding="utf-8")).get("hidden_size")
+    return size if isinstance(size, int) else None
+
+
+def check_index(config: IndexConfig, size: int | None, *, key: str = "retrieval.index") -> None:
+    """Raise ValueError, naming the key below `key`, when the settings cannot be used; warn of a low recall.
+
+    Args:
+        config: the settings.
+        size: numbers of a search vector; None where they are not known yet.
+        key: what messages begin with.
+    """
     if not 0 < config.recall <= 1:
         raise ValueError(f"{key}.recall={config.recall}: set it to a share between 0 and 1 (0.95)")
     if config.recall < 0.95:
@@ -177,12 +200,23 @@ def check_index(config: IndexConfig, *, key: str = "retrieval.index") -> None:
         raise ValueError(
             f"{key}.code_bytes={config.code_bytes} is not read by {key}.kind={config.kind.name}: leave it out"
         )
+    if config.code_bytes is not None and size is not None:
+        check_code_bytes(config.code_bytes, size, key=key)
+
+
+def check_code_bytes(code_bytes: int, size: int, *, key: str = "retrieval.index") -> None:
+    """Raise ValueError, naming the key below `key`, when search vectors of `size` numbers have no codes so long."""
+    if size % code_bytes:
+        raise ValueError(
+            f"{key}.code_bytes={code_bytes} does not divide the embedder's {size} numbers: set it to a divisor, or "
+            "leave it out"
+        )
 
 
 def check_retrieval(config: RetrievalConfig, *, key: str = "retrieval") -> None:
     """Raise ValueError, naming the key below `key`, when the settings cannot be used."""
     check_embedder(config.embedder, key=f"{key}.embedder")
-    check_index(config.index, key=f"{key}.index")
+    check_index(config.index, vector_size(config.embedder), key=f"{key}.index")
     for name in ("fresh", "window"):
         if getattr(config, name) < 1:
             raise ValueError(f"{key}.{name}={getattr(config, name)}: set it to 1 or more")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import log2, sqrt
 
-from memorybank.config import STAGES
+from memorybank.config import STAGES, VECTOR_SIZES, EmbedderKind
 from memorybank.record import MemoryShape
 from model.config import ModelConfig
 from model.flops import knowledge_cost, text_token_flops
@@ -47,8 +47,8 @@ class EmbedderSize:
 
 
 EMBEDDERS: Mapping[str, EmbedderSize] = {
-    "static": EmbedderSize(256, 0),
-    "minilm": EmbedderSize(384, 6 * 12 * 384**2),
+    "static": EmbedderSize(VECTOR_SIZES[EmbedderKind.static], 0),
+    "minilm": EmbedderSize(VECTOR_SIZES[EmbedderKind.minilm], 6 * 12 * 384**2),
     "bge-m3": EmbedderSize(1024, 24 * 12 * 1024**2),
 }
 """wordllama's table, all-MiniLM-L6-v2, and BGE-M3, the paper's: layers x 12 x width^2 each."""

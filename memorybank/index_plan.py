@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memorybank.config import IndexConfig, IndexKind
+from memorybank.config import IndexConfig, IndexKind, check_code_bytes
 
 EXACT_UP_TO = 250_000
 FLAT_UP_TO = 10_000_000
@@ -117,11 +117,7 @@ def plan_index(
     code_bytes = 4 * size
     if coded:
         code_bytes = config.code_bytes or max(n for n in range(1, max(size // 4, 1) + 1) if size % n == 0)
-        if size % code_bytes:
-            raise ValueError(
-                f"{key}.code_bytes={code_bytes} does not divide the embedder's {size} numbers: set it to a "
-                f"divisor, or leave it out"
-            )
+        check_code_bytes(code_bytes, size, key=key)
     lists = _num_lists(num_vectors)
     training = max(_TRAINING_PER_LIST * lists, needed)
     return IndexPlan(

@@ -254,6 +254,28 @@ def test_a_second_experiment_is_refused() -> None:
         compose_config(["experiment=demo", "+experiment=paper_2b4"])
 
 
+@pytest.mark.parametrize(
+    "group", ["engine=zero1 engine=zero2", "stage=warmup stage=continual", "debug=smoke debug=smoke"]
+)
+def test_a_second_file_of_a_group_is_refused(group: str) -> None:
+    second = group.split()[1]
+    with pytest.raises(ValueError, match=f"^{second}: write {second.partition('=')[0]}=NAME, once"):
+        compose_config(["experiment=quick", *group.split()])
+
+
+def test_what_is_given_replaces_what_lies_beneath() -> None:
+    config = compose_config(["experiment=quick", "seed=2"], beneath=["experiment=demo", "seed=1", "run=x"])
+    assert (config.experiment, config.seed, config.run) == ("quick", 2, "x")
+
+
+def test_a_path_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = ["paths.root=~/runs", "data=jsonl", "data.sources.documents.path=~/a.jsonl", "data.path=x~/~"]
+    config = compose_config(settings)
+    assert config.paths.root == "/home/me/runs"
+    assert (config.data.sources["documents"].path, config.data.path) == ("/home/me/a.jsonl", "x~/~")
+
+
 def test_a_label_that_a_file_sets_is_named_as_it_stands() -> None:
     with pytest.raises(ValueError, match=r"; did you mean 'continual\.weights\.factbook-facts=2'\?$"):
         compose_config(["experiment=demo", "continual.weights.factbok-facts=2"])

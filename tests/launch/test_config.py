@@ -1,6 +1,7 @@
 """Every rule of `launch.config.check`, one refusal each."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +64,24 @@ RULES = {
     "run=a/b": "run='a/b' is not a folder name; set run to letters, digits, '-' and '_'",
     "run=..": "run='..' is not a folder name",
     "run=''": "run='' is not a folder name",
+    "run=prepared": "run=prepared is the folder of the prepared corpora; set run to another name",
+    "run=a=b": "run='a=b' cannot be named in commands; set run to letters, digits, '-', '_' and '.', first",
+    "run=a:b": "run='a:b' cannot be named in commands; set run to letters",
+    "run=-x": "run='-x' cannot be named in commands; set run to letters",
+    "seed=99999999999999999999": "seed=99999999999999999999 is beyond what numbers hold; set one from -92233",
+    "model.rope_base=1e39": "model.rope_base=1e+39 is beyond what numbers hold; set one from -3.4e+38 to 3.4e+38",
+    "supervision.backoff_seconds=1e10": "supervision.backoff_seconds=10000000000.0 is above 1000000000.0; set",
+    "engine.threads_per_rank=5000": "engine.threads_per_rank=5000 is above 4096; set 4096 or less",
+    "launcher.slurm.signal_seconds=70000": "launcher.slurm.signal_seconds=70000 is above 65535; set 65535 or less",
+    "launcher=slurm launcher.slurm.time=0:06:00": (
+        "launcher.slurm.time=0:06:00 leaves no time to train: SIGUSR1 comes launcher.slurm.signal_seconds=300 before "
+        "its end, or up to 60 earlier; set a longer time"
+    ),
+    "launcher=slurm launcher.slurm.time=1:00": "launcher.slurm.time=1:00 leaves no time to train",
+    "launcher=slurm launcher.slurm.time=0-0": "launcher.slurm.time=0-0 leaves no time to train",
+    "retrieval.index.kind=ivf_pq retrieval.index.code_bytes=7": (
+        "retrieval.index.code_bytes=7 does not divide the embedder's 384 numbers: set it to a divisor, or leave it out"
+    ),
     "codec.separate=true": (
         "codec.separate=true, but codec.kind=model learns nothing from keys or values: set codec.separate=false"
     ),
@@ -128,8 +147,19 @@ def test_rule_refuses_with_key_value_and_remedy(override: str) -> None:
 
 
 def test_nothing_to_train_is_refused() -> None:
-    with pytest.raises(ValueError, match="warmup and continual are both null: nothing would be trained"):
+    with pytest.raises(
+        ValueError, match=r"^warmup and continual are both null: .* such as experiment=quick$"
+    ):
         compose_config([*DEMO, "warmup=null", "continual=null"])
+
+
+def test_a_run_that_was_begun_goes_on_whatever_its_name(tmp_path: Path) -> None:
+    settings = [*DEMO, f"paths.root={tmp_path}", "run=rate=1e-3, wide"]
+    with pytest.raises(ValueError, match="cannot be named in commands"):
+        compose_config(settings)
+    (tmp_path / "rate=1e-3, wide").mkdir()
+    (tmp_path / "rate=1e-3, wide/config.yaml").touch()
+    assert compose_config(settings).run == "rate=1e-3, wide"
 
 
 def test_a_run_reads_memory_as_its_last_stage_did() -> None:
@@ -153,9 +183,19 @@ def test_a_run_reads_memory_as_its_last_stage_did() -> None:
         ["evaluation.max_probes=null"],
         ["data.reference_tokens=64", "model.reference_tokens=64"],
         ["bank.context=document"],
+        ["run=demo-warmup.peak_lr-1e-3"],
+        ["run=Übung_2"],
+        ["launcher.slurm.time=0:05:00"],  # no job
+        ["seed=9223372036854775807"],
+        ["retrieval.index.kind=ivf_pq", "retrieval.index.code_bytes=96"],
+        [
+            "retrieval.embedder.kind=folder",
+            "retrieval.embedder.path=elsewhere",
+            "retrieval.index.code_bytes=7",
+        ],
         *(
-            [f"launcher.slurm.time={limit}"]
-            for limit in ("24:00:00", "30:00", "2-12", "7-00:00:00", "UNLIMITED")
+            ["launcher=slurm", f"launcher.slurm.time={limit}"]
+            for limit in ("24:00:00", "0:06:01", "30:00", "6:01", "2-12", "7-00:00:00", "UNLIMITED")
         ),
     ],
 )

@@ -13,9 +13,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 
 from launch import compose
-from launch.compose import CONF, compose_config
+from launch.compose import CONF, compose_config, load_config
 from launch.config import RunConfig, check
-from launch.deepspeed_keys import DEEPSPEED
+from launch.keys import keys_of, kind_of, unknown_key
+from launch.synonyms import DEEPSPEED, OTHERS
 
 BASE = ["experiment=quick", "data=jsonl", "data.path=corpus.jsonl"]
 
@@ -68,15 +69,31 @@ def wrong_value(kind: Any) -> tuple[str, str] | None:
 
 
 MISSPELT = [f"{misspelt(key)}=1" for key, *_ in keys(compose_config(BASE))]
-TYPES = [
-    (f"{key}={wrong[0]}", wrong[1])
-    for number, (key, _, _, kind) in enumerate(keys(compose_config(BASE)))
-    if (wrong := wrong_value(kind)) is not None and number % 4 == 0 and not (CONF / key).is_dir()
-]
+TYPES = {
+    key: wrong for key, _, _, kind in keys(compose_config(BASE)) if (wrong := wrong_value(kind)) is not None
+}
+TYPES_COMPOSED = [f"{key}={TYPES[key][0]}" for key in list(TYPES)[::8] if not (CONF / key).is_dir()]
+ZERO_IS_RIGHT = {
+    *(
+        "seed",
+        "data.split_seed",
+        "evaluation.seed",
+        "data.sources.documents.min_chars",
+        "data.validation_fraction",
+    ),
+    *("data.test_fraction", "retrieval.overlap_training", "retrieval.overlap_evaluation", "bank.cache_mib"),
+    *("bank.cold_gib", "optim.beta1", "optim.beta2", "optim.weight_decay", "engine.zero_stage"),
+    *("launcher.slurm.signal_seconds", "warmup.final_lr", "warmup.ramp_steps", "warmup.decay_steps"),
+    *("continual.final_lr", "continual.ramp_steps", "continual.decay_steps", "continual.memory.online_share"),
+    *("saving.keep_best", "divergence.spike_nats", "divergence.spike_sigmas", "divergence.margin_steps"),
+    *("divergence.max_rollbacks", "supervision.max_restarts", "supervision.backoff_seconds"),
+    *("supervision.max_backoff_seconds", "logging.profile_steps"),
+}
 NUMBERS = [
     (key, value)
     for key, _, _, kind in keys(compose_config(BASE))
-    for value in {int: [-1], float: [-1.0, float("nan"), float("inf")]}.get(kind, [])
+    for value in {int: [-1, 0, 10**30], float: [-1.0, 0.0, 1e39, float("nan"), float("inf")]}.get(kind, [])
+    if value or key not in ZERO_IS_RIGHT
 ]
 GROUPS = {
     "engine=zer3": "did you mean engine=zero3?",
@@ -171,6 +188,42 @@ def test_there_are_more_than_two_hundred() -> None:
     assert len(set(MISSPELT)) == len(MISSPELT)
 
 
+def test_a_key_in_the_wrong_section_is_named_where_it_is() -> None:
+    every = list(keys_of(RunConfig))
+    sections = ["", *(f"{key}." for key in every if "LABEL" not in key and is_dataclass(kind_of(key)))]
+    names = sorted({key.rpartition(".")[2] for key in every})
+    for misplaced in {f"{section}{name}" for section in sections for name in names} - set(every):
+        said = unknown_key(misplaced)
+        assert said is not None
+        named = set(re.findall(r"[\w.]+", said.partition("did you mean ")[2]))
+        assert {key.rpartition(".")[2] for key in named & set(every)} == {misplaced.rpartition(".")[2]}, said
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("precision", "did you mean engine.precision?"),
+        ("optim.steps", "did you mean warmup.steps or continual.steps?"),
+        ("path", "did you mean data.sources.LABEL.path or data.path or retrieval.embedder.path?"),
+        ("data.kind", "did you mean data.sources.LABEL.kind?"),
+        ("index.kind", "did you mean retrieval.index.kind?"),
+        ("memory.source", "did you mean warmup.memory.source or continual.memory.source?"),
+        ("warmpu.steps", "did you mean warmup.steps?"),
+        ("path.root", "did you mean paths.root?"),
+        ("data.source.documents.kind", "did you mean data.sources.documents.kind?"),
+        ("warmup.weights_decay", "did you mean optim.weight_decay?"),
+        ("model.d_model", "set model.width"),
+        ("warmup.learning_rate", "set warmup.peak_lr"),
+        ("trainer.max_steps", "set warmup.steps and continual.steps"),
+        ("gpus", "set engine.num_ranks, or did you mean launcher.slurm.gpus?"),
+    ],
+)
+def test_the_key_that_was_meant_is_named(key: str, said: str) -> None:
+    refused = unknown_key(key)
+    assert refused is not None
+    assert refused.partition("; ")[2] == said
+
+
 def test_a_misspelt_key_at_any_level_is_named_with_the_nearest() -> None:
     right = [key for key, *_ in keys(compose_config(BASE))]
     for key, override in zip(right, MISSPELT, strict=True):
@@ -178,24 +231,59 @@ def test_a_misspelt_key_at_any_level_is_named_with_the_nearest() -> None:
         assert said == f"{override}: there is no key {override[:-2]}; did you mean {key}?", key
 
 
-@pytest.mark.parametrize(("override", "expected"), TYPES, ids=[override for override, _ in TYPES])
-def test_a_wrong_type_is_named_with_the_right_one(override: str, expected: str) -> None:
+@pytest.mark.parametrize("override", TYPES_COMPOSED)
+def test_a_wrong_type_is_named_with_the_right_one(override: str) -> None:
+    key = override.partition("=")[0]
     said = refusal(override)
-    assert said.startswith(f"{override}: {override.partition('=')[0]} ")
-    assert expected in said
+    assert said.startswith(f"{override}: {key} ")
+    assert TYPES[key][1] in said
 
 
-@pytest.mark.parametrize(("key", "value"), NUMBERS)
-def test_a_number_out_of_range_is_named_with_its_value(key: str, value: float) -> None:
+def test_a_wrong_type_in_a_frozen_configuration_is_named_with_the_right_one(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for key, (value, expected) in TYPES.items():
+        *above, name = key.split(".")
+        path.write_text("".join(f"{part}: {{" for part in above) + f"{name}: {value}" + "}" * len(above))
+        with pytest.raises(ValueError, match=rf"^{path}: .*{re.escape(key)}\b.* {re.escape(expected)}"):
+            load_config(path)
+
+
+@pytest.mark.parametrize("value", ["2", "-1", "10"])
+def test_a_number_is_neither_true_nor_false(value: str) -> None:
+    override = f"supervise={value}"
+    assert refusal(override) == f"{override}: supervise must be true or false"
+    assert compose_config([*BASE, "supervise=1"]).supervise
+
+
+def refusal_of_number(key: str, value: float) -> str:
+    """What `check` says of a configuration, nothing where it takes the number."""
     config = base()
     _, holder, name, _ = next(each for each in keys(config) if each[0] == key)
     kept = getattr(holder, name)
     setattr(holder, name, value)
     try:
-        with pytest.raises(ValueError, match=re.escape(f"{key}={value}")):
-            check(config)
+        check(config)
+    except ValueError as refused:
+        return str(refused)
     finally:
         setattr(holder, name, kept)
+    return ""
+
+
+def test_a_number_out_of_range_is_named_with_its_value_and_a_remedy() -> None:
+    for number, (key, value) in enumerate(NUMBERS):
+        said = refusal_of_number(key, value)
+        before, wrong, remedy = said.partition(f"{key}={value}")
+        if (key, value) == ("data.sources.documents.weight", 0):  # one source may well have it
+            wrong, remedy = said, said
+        assert wrong, (key, value, said)
+        assert re.search(r"\b(set|shorten|give|leave)\b", remedy), (key, value, said)
+        if number % 11 == 0:
+            assert refusal(f"{key}={value}").startswith(f"{before}{wrong}"), (key, value)
+
+
+def test_zero_is_taken_where_it_means_something() -> None:
+    assert [key for key in sorted(ZERO_IS_RIGHT) if refusal_of_number(key, 0)] == []
 
 
 @pytest.mark.parametrize("override", GROUPS)
@@ -255,12 +343,22 @@ def test_every_key_of_deepspeed_is_answered_with_ours() -> None:
                 assert f"{key} is DeepSpeed's, whose JSON is derived; " in said, said
 
 
-def test_answers_for_deepspeed_name_keys_that_there_are() -> None:
-    ours = {key for key, *_ in keys(base())}
-    for answer in set(DEEPSPEED.values()):
-        named = re.findall(r"[a-zA-Z]+\.\w+", answer.replace("STAGE", "continual"))
+def test_answers_name_keys_that_there_are() -> None:
+    ours = set(keys_of(RunConfig))
+    for answer in {*DEEPSPEED.values(), *OTHERS.values()}:
+        named = re.findall(r"[a-zA-Z]+(?:\.\w+)+", answer.replace("STAGE", "continual"))
         assert set(named) <= ours | {"metrics.jsonl"}
-        assert answer.startswith(("set ", "leave it away: "))
+        assert answer.startswith(("set ", "leave it away: ", "choose data=NAME, "))
+
+
+def test_keys_of_other_trainers_are_answered_with_ours() -> None:
+    same_name = {key.rpartition(".")[2] for key in keys_of(RunConfig)}
+    assert OTHERS.keys() & same_name == {"batch_size", "gpus"}
+    assert not OTHERS.keys() & DEEPSPEED.keys()
+    for key, answer in OTHERS.items():
+        said = unknown_key(f"continual.{key}")
+        assert said is not None
+        assert f"; {answer.replace('STAGE', 'continual')}" in said
 
 
 @pytest.mark.parametrize(

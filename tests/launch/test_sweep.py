@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks.documentation import corpus_settings
 from launch import slurm as launch_slurm
@@ -436,6 +437,41 @@ def test_mistakes_in_files_name_the_file_and_the_key(
     assert done.code == 2
     assert done.err.startswith("memory3 sweep: conf/sweep/mine.yaml: ")
     assert said in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given", "said"),
+    [
+        ("warmup.stepz=choice(1,2)", [], "MINE: warmup.stepz=choice(1,2): there is no key warmup.stepz; did you mean"),
+        ("warmup.steps=interval(2,1)", [], "MINE: warmup.steps=interval(2,1): an interval goes upwards; write"),
+        ("experiment=dem seed=1,2", [], "MINE: experiment=dem does not exist; did you mean experiment=demo?"),
+        ("model=choice(nano,nanoo)", [], "MINE: model=nanoo does not exist; did you mean model=nano?"),
+        ("warmup.peak_lr=choice(1e-3,high)", [], "MINE: warmup.peak_lr=high: warmup.peak_lr must be a number"),
+        ("warmup.steps=choice(0,1)", [], "MINE: warmup.steps=0 is below 1; set 1 or more"),
+        ("run=x seed=1,2", [], "MINE: run=x: a sweep decides this itself; --name NAME names it"),
+        ("model=nano model=micro seed=1,2", [], "MINE: model=micro: write model=NAME, once"),
+        # what the command line has a part in, or alone
+        (
+            "warmup.ramp_steps=5,6",
+            ["warmup.steps=3", "warmup.decay_steps=0"],
+            "warmup.ramp_steps=5 + warmup.decay_steps=0 exceed warmup.steps=3; shorten them (warmup.ramp_steps is set "
+            "in MINE)",
+        ),
+        ("warmup.steps=1,2", ["warmup.steps=0,1"], "warmup.steps=0 is below 1; set 1 or more"),
+        ("model=nano seed=1,2", ["model=nanoo"], "model=nanoo does not exist; did you mean model=nano?"),
+        ("seed=1,2", ["sweep=memory"], "sweep=memory: write sweep=NAME, once"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_overrides_of_files_name_the_file(
+    overrides: str, given: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = Path(shutil.copytree(CONF, tmp_path / "conf"))
+    (conf / "sweep/mine.yaml").write_text(yaml.safe_dump({"overrides": overrides.split()}))
+    monkeypatch.setattr(sweep, "CONF", conf)
+    done = within("sweep", "sweep=mine", "debug=smoke", *given)
+    assert done.code == 2
+    assert done.err.startswith(f"memory3 sweep: {said.replace('MINE', 'conf/sweep/mine.yaml')}")
     assert done.err.count("\n") == 1
 
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from memorybank.config import (
@@ -39,6 +41,22 @@ def test_defaults_are_fit_for_use() -> None:
 def test_each_rule_names_its_key(config: RetrievalConfig, key: str) -> None:
     with pytest.raises(ValueError, match=key):
         check_retrieval(config)
+
+
+def test_codes_divide_the_embedders_vectors_where_their_size_is_known(tmp_path: Path) -> None:
+    def asked(embedder: EmbedderConfig, code_bytes: int) -> RetrievalConfig:
+        return RetrievalConfig(
+            embedder=embedder, index=IndexConfig(kind=IndexKind.ivf_pq, code_bytes=code_bytes)
+        )
+
+    folder = EmbedderConfig(kind=EmbedderKind.folder, path=str(tmp_path))
+    check_retrieval(asked(folder, 7))  # nobody knows yet
+    (tmp_path / "config.json").write_text('{"hidden_size": 1024}')
+    static, minilm = EmbedderConfig(kind=EmbedderKind.static), EmbedderConfig()
+    for embedder, size, divisor in ((static, 256, 64), (minilm, 384, 96), (folder, 1024, 256)):
+        check_retrieval(asked(embedder, divisor))
+        with pytest.raises(ValueError, match=rf"index\.code_bytes=7 does not divide the embedder's {size} "):
+            check_retrieval(asked(embedder, 7))
 
 
 def test_a_recall_below_the_target_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
