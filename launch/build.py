@@ -219,14 +219,26 @@ class Context:
         tokens, dtype = stage.micro_rows * model.row_tokens, training_dtype(self.config)
         measured = products_rate(model, tokens=tokens, dtype=dtype, device=ranks.device)
         products = ranks.world_size * measured / flops.causal
-        nominal = self.config.logging.peak_tflops
-        if nominal is None and ranks.device.type == "cuda":
-            name, _ = device_here()
-            nominal = DEVICES[name].peak(self.config.engine.precision) if name in DEVICES else None
+        nominal = nominal_tflops(self.config, has_gpu=ranks.device.type == "cuda")
         if nominal is None:
             return PeakSpeed(products)
-        peak = ranks.world_size * nominal * 1e12
-        return PeakSpeed(products, palm=peak / flops.palm, causal=peak / flops.causal)
+        tflops = ranks.world_size * nominal
+        peak = tflops * 1e12
+        return PeakSpeed(products, palm=peak / flops.palm, causal=peak / flops.causal, tflops=tflops)
+
+
+def nominal_tflops(config: RunConfig, *, has_gpu: bool) -> float | None:
+    """The peak of one rank's device in TFLOP/s: as stated, its maker's, or, of a CPU, that of the rank's threads.
+
+    None: a GPU that `DEVICES` does not know.
+    """
+    stated, precision = config.logging.peak_tflops, config.engine.precision
+    if stated is not None:
+        return stated
+    if not has_gpu:
+        return DEVICES["cpu"].peak(precision) * config.engine.threads_per_rank
+    name, _ = device_here()
+    return DEVICES[name].peak(precision) if name in DEVICES else None
 
 
 def branch_source(run: Path, config: RunConfig) -> tuple[Path, StageConfig]:

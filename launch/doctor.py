@@ -3,7 +3,8 @@
 Nothing is inferred that can be tried: processes add numbers through gloo and NCCL, files are written, renamed, mapped
 and locked in the folder of runs. A check states `ok`, `note` (works, but not as well as it could) or `fail` (no run is
 possible); only a `fail` makes the exit code 1. What was written for a check is deleted again.
-Not here: what a run needs of memory and disk (`memory3 plan`); other hosts, whose view of a shared folder may differ.
+Not here: what a run needs of memory and disk (`memory3 plan`); other hosts: where the folder of runs may be shared with
+some, a note says how to try its locks from two of them.
 """
 
 import argparse
@@ -21,7 +22,9 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -44,7 +47,9 @@ _SLOW_DISK = 100e6
 _FEW_FILES = 4096
 _LITTLE_DISK, _LITTLE_MEMORY = 5 << 30, 4 << 30
 _IMPORT_SECONDS, _COLLECTIVE_SECONDS = 300, 60
-_WANDB, _WANDB_SECONDS = ("api.wandb.ai", 443), 2.0
+_WANDB_SECONDS = 2.0
+_LOCAL = ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs")
+"""File systems that one host alone mounts; any other may be shared, those of FUSE and of clouds too."""
 
 
 class State(Enum):
@@ -300,6 +305,7 @@ def _folder(root: Path) -> Iterator[Finding]:
             yield _attempt("rename", _rename, work, "folders cannot be published; choose another paths.root")
             yield _attempt("memory maps", _map, work, "the bank cannot be read; choose another paths.root")
             yield _lock(work)
+        yield from _other_hosts(root, *file_system(root))
     except OSError as problem:
         yield Finding(
             "runs", State.fail, f"{root} cannot be written: {problem}", "set --root, and paths.root"
@@ -325,7 +331,8 @@ def _disk(work: Path, root: Path) -> Finding:
         while file.read(1 << 20):
             pass
     read = size / (time.perf_counter() - started)
-    says = f"{root} ({file_system(root)}): {binary(free)} free, writes {binary(written)}/s, reads {binary(read)}/s"
+    kind, _ = file_system(root)
+    says = f"{root} ({kind}): {binary(free)} free, writes {binary(written)}/s, reads {binary(read)}/s"
     if free < _LITTLE_DISK:
         return Finding("disk", State.note, says, "free some, or set paths.root to a larger disk")
     if written < _SLOW_DISK:
@@ -338,17 +345,17 @@ def _disk(work: Path, root: Path) -> Finding:
     return Finding("disk", State.ok, says)
 
 
-def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
-    """Return the type of the file system that holds a path, as the kernel names it."""
+def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> tuple[str, list[str]]:
+    """Return the type of the file system that holds a path, as the kernel names it, and its mount options."""
     here = path.resolve()
-    best, kind = -1, "unknown"
+    best, kind, options = -1, "unknown", ""
     with suppress(OSError):
         for line in mounts.read_text().splitlines():
-            _, point, found, *_ = line.split(" ")
+            _, point, found, given, *_ = line.split(" ")
             place = Path(point.replace("\\040", " "))
             if here.is_relative_to(place) and len(place.parts) > best:
-                best, kind = len(place.parts), found
-    return kind
+                best, kind, options = len(place.parts), found, given
+    return kind, options.split(",")
 
 
 def _attempt(name: str, action: Callable[[Path], str], work: Path, remedy: str) -> Finding:
@@ -385,10 +392,10 @@ def _lock(work: Path) -> Finding:
     """A lock that is held here has to keep another process of this host out, and to be free again once released."""
     path = work / "lock"
     path.touch()
-    other = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    other = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     command = [sys.executable, "-c", other, str(path)]
     try:
-        with path.open() as file:
+        with path.open("r+") as file:  # NFS locks no file that was opened for reading
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             kept_out = subprocess.run(command, capture_output=True, check=False).returncode != 0
         freed = subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -405,6 +412,27 @@ def _lock(work: Path) -> Finding:
         says,
         "never start two processes on one run folder; on NFS mount with local_lock=none",
     )
+
+
+def _other_hosts(root: Path, kind: str, options: Sequence[str]) -> Iterator[Finding]:
+    """Whether a lock keeps processes of other hosts out, too: no process of this one can try that."""
+    if kind in _LOCAL:
+        return
+    for option in options:
+        is_nfs = option.startswith("local_lock=") and option != "local_lock=none"
+        if is_nfs or option == "localflock":
+            says = f"{kind} is mounted with {option}: a lock keeps processes of this host out, and no others"
+            remedy = f"mount it with {'local_lock=none' if is_nfs else 'flock'}, or never start a run from two hosts"
+            yield Finding("other hosts", State.note, says, remedy)
+            return
+    says = (
+        f"{kind} may be shared: whether a lock keeps processes of other hosts out shows on two of them alone"
+    )
+    file = root / ".locked"
+    remedy = (
+        f"`flock {file} sleep 60` on one; meanwhile `flock -n {file} echo free` on another has to say nothing"
+    )
+    yield Finding("other hosts", State.note, says, remedy)
 
 
 def _limits(_: Path) -> Iterator[Finding]:
@@ -434,20 +462,36 @@ def _limits(_: Path) -> Iterator[Finding]:
 
 def _wandb(_: Path) -> Iterator[Finding]:
     """Look whether its server answers; without it runs log offline, so that this is never a failure."""
-    from train.metrics import has_wandb_key
+    from train.metrics import wandb_account
 
-    offline = "logging.wandb=true writes offline"
     try:
-        socket.create_connection(_WANDB, timeout=_WANDB_SECONDS).close()
-    except OSError as problem:
-        says = f"{_WANDB[0]} does not answer ({problem.strerror or problem}): {offline}"
+        account = wandb_account()
+    except Exception as problem:  # whatever wandb makes of its own settings
+        says = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+        yield Finding("wandb", State.note, says, "mend what it names; `wandb status` shows its settings")
+        return
+    offline = "logging.wandb=true writes offline"
+    silence = _silence(account.server)
+    if silence is not None:
+        says = f"{account.server} does not answer ({silence}): {offline}"
         remedy = "`wandb sync RUN/wandb/offline-*` brings a run up from a machine that reaches it"
         yield Finding("wandb", State.ok, says, remedy)
-        return
-    if has_wandb_key():
-        yield Finding("wandb", State.ok, f"{_WANDB[0]} answers, a key is set")
+    elif account.has_key:
+        yield Finding("wandb", State.ok, f"{account.server} answers, a key for it is set")
     else:
-        says = f"{_WANDB[0]} answers, no key is set: {offline}"
+        says = f"{account.server} answers, no key for it is set, or wandb is told to stay offline: {offline}"
         yield Finding(
             "wandb", State.ok, says, "`wandb login`, or WANDB_API_KEY, brings runs up while they train"
         )
+
+
+def _silence(url: str) -> str | None:
+    """Why a server does not answer, asked through the environment's proxy if there is one; None where it does."""
+    try:
+        urllib.request.build_opener().open(url, timeout=_WANDB_SECONDS).close()
+    except urllib.error.HTTPError as answer:
+        return f"{answer.code} {answer.reason}" if answer.code >= 500 else None
+    except OSError as problem:
+        reason = getattr(problem, "reason", problem)
+        return str(getattr(reason, "strerror", None) or reason)
+    return None

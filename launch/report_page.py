@@ -185,8 +185,14 @@ def _speed_charts(logs: Sequence[RunLog]) -> list[Chart]:
     used = [_running(log, log.lines, "mfu", number) for number, log in enumerate(logs)]
     return [
         Chart("Speed", _TOKENS, "tokens per second, within steps", speed, has_zero=True),
-        Chart("MFU", _TOKENS, "PaLM formula, of the stated peak", used, is_share=True, has_zero=True),
+        Chart("MFU", _TOKENS, f"PaLM formula, of {_peak(logs)}", used, is_share=True, has_zero=True),
     ]
+
+
+def _peak(logs: Sequence[RunLog]) -> str:
+    """The nominal peak that the runs' shares are of, if it is the same for all that tell it."""
+    told = {peak for log in logs for line in log.lines if (peak := line.get("peak_tflops")) is not None}
+    return f"nominally {told.pop():,g} TFLOP/s" if len(told) == 1 else "each run's nominal peak"
 
 
 def _running(log: RunLog, lines: Sequence[Line], key: str, number: int) -> Series:
@@ -329,12 +335,15 @@ def _tiles(log: RunLog) -> Iterator[str]:
             f"{newest['bank_references']:,}",
             f"after {len(log.epochs)} refreshes; {newest['bank_compiled']:,} compiled in the last",
         )
-    survived = len(log.resumes) + len(log.rollbacks) + len(log.skipped)
+    survived = len(log.recoveries) + len(log.rollbacks) + len(log.skipped)
     repeated = sum(event.get("steps_repeated", 0) for event in log.events)
-    said = [f"{len(log.resumes)} resumes, {repeated} steps repeated"]
+    said = [f"{len(log.recoveries)} crashes or kills, {repeated} steps repeated"]
     if log.rollbacks:
         said.append(f"{len(log.rollbacks)} rollbacks, {len(log.passed_over)} updates passed over")
-    yield tile("faults survived", str(survived), "; ".join([*said, f"{len(log.skipped)} skipped updates"]))
+    said.append(f"{len(log.skipped)} skipped updates")
+    if continued := len(log.resumes) - len(log.recoveries):
+        said.append(f"beside them, it was stopped and continued {continued} times")
+    yield tile("faults survived", str(survived), "; ".join(said))
     yield "</section>\n"
 
 
@@ -366,6 +375,7 @@ def _runs(logs: Sequence[RunLog]) -> Iterator[str]:
         "hours": lambda log: f"{log.hours():.2f}",
         "skipped": lambda log: str(len(log.skipped)),
         "rollbacks": lambda log: str(len(log.rollbacks)) if log.rollbacks else "–",
+        "crashes": lambda log: str(len(log.recoveries)) if log.recoveries else "–",
         "resumes": lambda log: str(len(log.resumes)),
     }
     rows = [[log.label, *(cell(log) for cell in columns.values())] for log in logs]
@@ -410,13 +420,13 @@ def _faults(logs: Sequence[RunLog]) -> Iterator[str]:
             rows.append((line["time"], [log.label, _when(line), _where(line), what, ""]))
     if not rows:
         yield (
-            '<p class="note faults">No resume, no restart, no rollback and no skipped update stands in these runs\' '
+            '<p class="note faults">No stop, no crash, no rollback and no skipped update stands in these runs\' '
             "lines.</p>\n"
         )
         return
     rows.sort(key=lambda row: row[0])
     shown = [cell for _, cell in rows[:_FAULTS]]
-    yield "<h3>Faults survived</h3>\n"
+    yield "<h3>Stops and faults</h3>\n"
     yield _table(["run", "when", "where", "what", "cost"], shown)
     if len(rows) > _FAULTS:
         yield f'<p class="note">and {len(rows) - _FAULTS:,} more</p>\n'
@@ -427,6 +437,8 @@ _FAULTS = 30
 
 def _happened(event: Line) -> tuple[str, str]:
     """What an event was, and what it cost."""
+    if event["event"] == "stopped":
+        return f"stopped: {event['cause']}", ""
     if event["event"] == "crashed":
         return f"crashed: {event['cause']}; {event['reason']}", ""
     if event["event"] == "rollback":

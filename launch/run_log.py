@@ -1,4 +1,4 @@
-"""What happened in a run, read back from its lines alone: `metrics.jsonl`, and `config.yaml` where it is there.
+"""What happened in a run, read back from `metrics.jsonl`, and `config.yaml` where it is there.
 
 A run may be half finished, may have lost the end of its last line, may have seen its warmup stage only.
 Not here: writing the lines (`train.metrics`), drawing them (`launch.report_page`).
@@ -15,6 +15,7 @@ from launch.chart import Point
 from launch.compose import read_settings
 from train.config import STAGES
 from train.metrics import read_metrics
+from train.stopping import STOPPED
 
 Line = dict[str, Any]
 
@@ -96,6 +97,20 @@ class RunLog:
         return [line for line in self.events if line["event"] in ("resumed", "restarted")]
 
     @property
+    def recoveries(self) -> list[Line]:
+        """The starts after a crash, or after a kill that nobody told of: updates had to be repeated then."""
+        found = []
+        end: Line | None = None
+        for event in self.events:
+            if event["event"] in ("stopped", "crashed"):
+                end = event
+            elif event["event"] in ("resumed", "restarted"):
+                if event.get("steps_repeated") if end is None else not _is_stop(end):
+                    found.append(event)
+                end = None
+        return found
+
+    @property
     def rollbacks(self) -> list[Line]:
         """How often training diverged and went back."""
         return [line for line in self.events if line["event"] == "rollback"]
@@ -134,6 +149,11 @@ class RunLog:
     def hours(self) -> float:
         """How long the run was at work; the time between a crash and its resume is left out."""
         return sum(sum(self.seconds(stage).values()) for stage in STAGES) / 3600
+
+
+def _is_stop(end: Line) -> bool:
+    """Whether a signal ended the run; older runs have the exit code alone."""
+    return end["event"] == "stopped" or end.get("code") in STOPPED
 
 
 def spent(line: Line) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 A crash repeats when the same cause comes after the same update twice, unless a rank was killed from outside; a mistake
 of the user, training that diverged and a signal that asked for the end are final at once. Everything else is tried
-again from the newest whole checkpoint, `supervision.max_restarts` times in a row without a newer one. Every end and
-what follows from it is an event in the run's `metrics.jsonl`.
+again from the newest whole checkpoint, `supervision.max_restarts` times in a row without a newer one. Every end before
+the run was done, supervised or not, and what follows from it is an event in the run's `metrics.jsonl`: `stopped` where
+a signal asked for it, else `crashed`.
 
 Not here: how ranks are started (`launch.pretrain`), which checkpoint is taken (`train.checkpoint`), what torchrun
 could restart by itself: nothing, it is not asked to.
@@ -12,6 +13,8 @@ could restart by itself: nothing, it is not asked to.
 import json
 import logging
 import re
+import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from launch.config import RunConfig, SupervisionConfig
+from train.config import STAGES
 from train.metrics import JsonLines, read_metrics
 from train.stopping import STOPPED
 
@@ -74,6 +78,9 @@ class Verdict:
     reason: str
 
 
+_UNSUPERVISED = Verdict(None, "the same command goes on (supervise=false)")
+
+
 def judge(ends: Sequence[End], config: SupervisionConfig) -> Verdict:
     """Say what follows on the last of a run's ends, oldest first."""
     last = ends[-1]
@@ -97,11 +104,13 @@ def run(start: Callable[[], int], folder: Path, config: RunConfig) -> int:
     while True:
         (folder / FAILURE).unlink(missing_ok=True)
         code = start()
-        if code == 0 or not config.supervise:
+        if code == 0:
             return code
-        ends.append(_end(folder, code))
-        verdict = judge(ends, config.supervision)
+        ends.append(_end(folder, code, supervised=config.supervise))
+        verdict = judge(ends, config.supervision) if config.supervise else _UNSUPERVISED
         _record(folder, ends[-1], verdict)
+        if not config.supervise:
+            return code
         if verdict.wait_seconds is None:
             log.error("not started again: %s", verdict.reason)
             return code
@@ -109,17 +118,15 @@ def run(start: Callable[[], int], folder: Path, config: RunConfig) -> int:
         time.sleep(verdict.wait_seconds)
 
 
-def _end(folder: Path, code: int) -> End:
-    from train.checkpoint import entries
-
+def _end(folder: Path, code: int, *, supervised: bool) -> End:
     path, failure = folder / "metrics.jsonl", folder / FAILURE
     steps = [line for line in read_metrics(path) if "loss" in line] if path.exists() else []
     stage, step = (steps[-1]["stage"], steps[-1]["step"]) if steps else ("warmup", 0)
     said = json.loads(failure.read_text(encoding="utf-8")) if failure.exists() else {}
-    published = [entry.folder.name for entry in entries(folder) if entry.problem is None]
+    published = _published(folder) if supervised else []  # what it imports takes seconds
     return End(
         code,
-        said.get("cause") or f"exit code {code}",
+        said.get("cause") or (signal.Signals(code - 128).name if code in STOPPED else f"exit code {code}"),
         stage,
         step,
         published[-1] if published else None,
@@ -127,11 +134,20 @@ def _end(folder: Path, code: int) -> End:
     )
 
 
+def _published(folder: Path) -> list[str]:
+    from train.checkpoint import entries
+
+    return [entry.folder.name for entry in entries(folder) if entry.problem is None]
+
+
 def _record(folder: Path, end: End, verdict: Verdict) -> None:
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return  # nothing was begun: the next start is the first
     line = {
         "stage": end.stage,
         "step": end.step,
-        "event": "crashed",
+        "event": "stopped" if end.code in STOPPED else "crashed",
         "code": end.code,
         "cause": end.cause,
         "checkpoint": end.checkpoint,
@@ -139,8 +155,8 @@ def _record(folder: Path, end: End, verdict: Verdict) -> None:
         "reason": verdict.reason,
         "time": time.time(),
     }
-    # Opened as a resumed run would: a line that a kill has torn goes, all others stay.
-    lines = JsonLines(folder / "metrics.jsonl", stage=end.stage, step=end.step)
+    # A line that a kill has torn goes, all others stay, those of updates that a resumed run repeats too.
+    lines = JsonLines(path, stage=STAGES[-1], step=sys.maxsize)
     lines.log(line)
     lines.close()
 

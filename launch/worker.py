@@ -241,7 +241,7 @@ def _metrics(run: Path, config: RunConfig, newest: Checkpoint | None, ranks: dis
     sinks: list[Sink] = [lines]
     chosen = config.logging
     if chosen.progress:
-        sinks.append(view(chosen.line_every))
+        sinks.append(view(chosen.line_every, later_steps=later_steps(config)))
     if chosen.tensorboard:
         sinks.append(
             Mirror("TensorBoard", lambda: TensorBoard(run, stage=position.stage, step=position.step))
@@ -256,9 +256,17 @@ def _metrics(run: Path, config: RunConfig, newest: Checkpoint | None, ranks: dis
             step=position.step,
             event="restarted" if newest is None else "resumed",
             checkpoint=None if newest is None else newest.folder.name,
+            checkpoint_time=None if newest is None else newest.published,
             steps_repeated=lines.steps_cut,
         )
     return metrics
+
+
+def later_steps(config: RunConfig) -> dict[str, float]:
+    """For each stage the rows of the stages after it, in steps of its own."""
+    rows = {name: stage.steps * stage.rows_per_step for name, stage in config.stages.items()}
+    later = {name: sum(list(rows.values())[place + 1 :]) for place, name in enumerate(rows)}
+    return {name: later[name] / stage.rows_per_step for name, stage in config.stages.items()}
 
 
 def leave(code: int) -> None:

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.files import delete_artefact, hold, is_held, open_manifest, partial, publishing, verify
+from data.files import MANIFEST, delete_artefact, hold, is_held, open_manifest, partial, publishing, verify
 from train.config import STAGES
 from train.distributed import Ranks
 from train.engine import UNIVERSAL, Engine, Snapshot
@@ -74,6 +74,11 @@ class Checkpoint:
     history: History
     read: Documents
     keep: bool
+
+    @property
+    def published(self) -> float:
+        """When it was, in seconds since the epoch, by the clock of the file system."""
+        return (self.folder / MANIFEST).stat().st_mtime
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters by name."""

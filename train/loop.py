@@ -32,11 +32,13 @@ class PeakSpeed:
         products: At the measured rate of the model's matrix products, by the operations of a causal kernel.
         palm: At the nominal peak, by the PaLM formula: every score of the T x T matrix counts; None: no peak is known.
         causal: At the nominal peak, by the operations of a causal kernel.
+        tflops: The nominal peak itself, of all devices together, in TFLOP/s.
     """
 
     products: float
     palm: float | None = None
     causal: float | None = None
+    tflops: float | None = None
 
 
 def train_epoch(
@@ -111,6 +113,7 @@ def train_epoch(
                 tokens_per_second=rate,
                 mfu=_share(rate, peak.palm if peak else None),
                 mfu_causal=_share(rate, peak.causal if peak else None),
+                peak_tflops=peak.tflops if peak else None,
                 matmul_share=_share(rate, peak.products if peak else None),
                 seconds_data=given.seconds_waited - given.seconds_retrieve,
                 seconds_retrieve=given.seconds_retrieve,

@@ -2,9 +2,9 @@
 
 `metrics.jsonl` holds each step once: a resumed run cuts off the lines after its checkpoint and goes on. Every line
 names its stage and step; a validation says which tokens, query mode and filter its losses cover. A line with an
-`event` (`resumed`, `restarted`, `crashed`, `rollback`) tells what happened to the run, and is never cut off, not even
-by a resume from an older checkpoint, which knows nothing of it. A mirror has the same names, below the stage's, and
-never disturbs training.
+`event` (`resumed`, `restarted`, `stopped`, `crashed`, `rollback`) tells what happened to the run, and is never cut off,
+not even by a resume from an older checkpoint, which knows nothing of it. A mirror has the same names and never disturbs
+training; the stage is a folder in TensorBoard, and stands before the name in wandb (`warmup/loss`).
 Not here: what is measured (`loop`, `evaluate`), the live view (`terminal`).
 """
 
@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -138,8 +139,10 @@ class Wandb:
                 settings=wandb.Settings(init_timeout=_MIRROR_SECONDS),
             )
 
-        mode = os.environ.get("WANDB_MODE", "online" if has_wandb_key() else "offline")
+        mode = os.environ.get("WANDB_MODE", "online")
         try:
+            if "WANDB_MODE" not in os.environ and not wandb_account().has_key:
+                mode = "offline"
             self._run = start(mode)
         except Exception as problem:
             if mode == "offline":
@@ -267,12 +270,32 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield name, value
 
 
-def has_wandb_key() -> bool:
-    """Whether there is a key for wandb: in `WANDB_API_KEY`, or where `wandb login` leaves it."""
-    left = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return bool(os.environ.get("WANDB_API_KEY")) or (
-        left.is_file() and "api.wandb.ai" in left.read_text(errors="replace")
-    )
+@dataclass(frozen=True, slots=True)
+class WandbAccount:
+    """Where wandb would log to.
+
+    Attributes:
+        server: Its URL.
+        has_key: Whether wandb has credentials for it, and is not told to stay offline.
+    """
+
+    server: str
+    has_key: bool
+
+
+def wandb_account() -> WandbAccount:
+    """What wandb itself makes of its variables, its settings files and netrc; it asks nobody, and says nothing.
+
+    Raises:
+        Exception: Whatever wandb raises of a setting or a key that it does not take.
+    """
+    import wandb
+
+    try:
+        server = wandb.setup(wandb.Settings(silent=True)).settings.base_url
+        return WandbAccount(server, wandb.login(prompt=False, verify=False))
+    finally:
+        wandb.teardown()  # what is set up next is not silent
 
 
 def _within_a_minute(action: Callable[[], None]) -> bool:

@@ -1,6 +1,7 @@
 """What a run shows while it trains: a live view of four lines on a terminal, elsewhere plain lines now and then.
 
-Both are made of the lines of `metrics.jsonl` alone, in the order in which they are written, and of a clock.
+Both are made of the lines of `metrics.jsonl`, in the order in which they are written, of a clock, and of what the later
+stages will train on.
 Not here: what is measured (`loop`, `run`), the page that is made afterwards (`launch.report`).
 """
 
@@ -23,13 +24,15 @@ class Status:
     """Where a run stands, as its lines told it.
 
     Args:
-        now: Seconds since the epoch; until a checkpoint is published its age counts from here.
+        now: Seconds since the epoch; a stage's pace counts from here, or from its first line.
+        later_steps: For each stage what those after it train on, in steps of its own size; empty: not known.
     """
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, later_steps: Mapping[str, float] | None = None) -> None:
         self.values: dict[str, Any] = {}
         self._saved: float | None = None
         self._begun = (now, 0)
+        self._later_steps = later_steps or {}
 
     def take(self, values: Mapping[str, Any]) -> None:
         """Take one line of metrics."""
@@ -41,20 +44,20 @@ class Status:
         if values.get("skipped"):
             self.values["skips"] = self.values.get("skips", 0) + 1
         if values.get("checkpoint"):
-            self._saved = values["time"]
+            self._saved = values.get(
+                "checkpoint_time", values["time"]
+            )  # one that is resumed is older than its line
 
     @property
     def num_steps(self) -> int:
         """Steps of the stage."""
         return int(self.values.get("num_steps", 0))
 
-    def seconds_left(self) -> float | None:
-        """How long the stage still takes if it goes on as it did since this process began, epochs' edges included."""
+    def seconds_per_step(self) -> float | None:
+        """The pace of the stage since this process began, epochs' edges included; None before its first step."""
         began, first = self._begun
         steps = self.values["step"] - first
-        if steps <= 0 or not self.num_steps:
-            return None
-        return float((self.values["time"] - began) / steps * (self.num_steps - self.values["step"]))
+        return float((self.values["time"] - began) / steps) if steps > 0 else None
 
     def training(self) -> list[tuple[str, str]]:
         """Labels and values of the last step."""
@@ -66,7 +69,9 @@ class Status:
         ]
         shown.append(("tokens/s", f"{v['tokens_per_second']:,.0f}"))
         if v.get("mfu") is not None:
-            shown.append(("MFU", f"{v['mfu']:.1%}"))
+            peak = v.get("peak_tflops")
+            of = "" if peak is None else f" of {peak:,g} TFLOP/s"
+            shown.append(("MFU", f"{v['mfu']:.1%}{of}"))
         if v.get("matmul_share") is not None:
             shown.append(("of matmul", f"{v['matmul_share']:.0%}"))
         if v.get("skips"):
@@ -93,14 +98,20 @@ class Status:
         return [(names.get(arm, arm), f"{loss:.3f}") for arm, loss in losses if loss is not None]
 
     def safety(self, now: float) -> list[tuple[str, str]]:
-        """Label and age of the last good checkpoint: what a crash at this moment would cost."""
+        """Label and age of the last good checkpoint."""
         age = "none yet" if self._saved is None else f"{_clock(now - self._saved)} ago"
         return [("checkpoint", age)]
 
     def left(self) -> str:
-        """When the stage ends."""
-        seconds = self.seconds_left()
-        return "" if seconds is None else f"stage ends in {_clock(seconds)}"
+        """When the stage ends, and the run, if it goes on at this pace; a later stage that reads memory is slower."""
+        pace = self.seconds_per_step()
+        if pace is None or not self.num_steps:
+            return ""
+        steps, later = self.num_steps - self.values["step"], self._later_steps.get(self.values["stage"])
+        if later == 0:
+            return f"run ends in {_clock(pace * steps)}"
+        run = "" if later is None else f", run in {_clock(pace * (steps + later))} or more"
+        return f"stage ends in {_clock(pace * steps)}{run}"
 
     def line(self, now: float) -> str:
         """A step, in one plain line."""
@@ -120,9 +131,11 @@ class Status:
 class LiveView:
     """Four lines at the foot of a terminal; what is logged meanwhile scrolls above them."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(
+        self, console: Console | None = None, *, later_steps: Mapping[str, float] | None = None
+    ) -> None:
         self._console = console or Console()
-        self._status = Status(time.time())
+        self._status = Status(time.time(), later_steps)
         self._live = Live(
             get_renderable=self.render, console=self._console, refresh_per_second=2, transient=False
         )
@@ -144,8 +157,8 @@ class LiveView:
         for handler, stream in self._streams:
             handler.setStream(stream)
 
-    def render(self) -> Group:
-        """The view at this moment."""
+    def render(self, now: float | None = None) -> Group:
+        """The view at this moment, or at another."""
         status = self._status
         if "loss" not in status.values:
             return Group()
@@ -163,17 +176,19 @@ class LiveView:
             ),
             Text(f"{status.values['step']:,}/{status.num_steps:,}  {status.left()}"),
         )
-        rows = (status.training(), status.memory(), [*status.held_out(), *status.safety(time.time())])
+        rows = (status.training(), status.memory(), [*status.held_out(), *status.safety(now or time.time())])
         return Group(head, *(_labelled(row) for row in rows if row))
 
 
 class PlainLines:
     """A line every so many steps, at the end of a stage and for each validation, where there is no terminal."""
 
-    def __init__(self, every: int, console: Console | None = None) -> None:
+    def __init__(
+        self, every: int, console: Console | None = None, *, later_steps: Mapping[str, float] | None = None
+    ) -> None:
         self._every = every
         self._console = console or Console()
-        self._status = Status(time.time())
+        self._status = Status(time.time(), later_steps)
 
     def log(self, values: Mapping[str, Any]) -> None:
         self._status.take(values)
@@ -192,11 +207,15 @@ class PlainLines:
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def view(line_every: int, console: Console | None = None) -> LiveView | PlainLines:
+def view(
+    line_every: int, console: Console | None = None, *, later_steps: Mapping[str, float] | None = None
+) -> LiveView | PlainLines:
     """The live view on a terminal that lines can be drawn over on; elsewhere, TERM=dumb too, plain lines."""
     console = console or Console()
     is_live = console.file.isatty() and not console.is_dumb_terminal
-    return LiveView(console) if is_live else PlainLines(line_every, console)
+    if is_live:
+        return LiveView(console, later_steps=later_steps)
+    return PlainLines(line_every, console, later_steps=later_steps)
 
 
 def _labelled(parts: list[tuple[str, str]]) -> Text:

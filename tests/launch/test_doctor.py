@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +11,13 @@ import pytest
 from launch import doctor
 from launch.doctor import State, file_system
 from tests.support.launch import within
+from tests.support.wandb_server import ask_only, server
 
 
 @pytest.fixture(autouse=True)
-def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "_WRITTEN_BYTES", 2 << 20)
-    monkeypatch.setattr(doctor, "_WANDB", ("127.0.0.1", 9))  # nothing listens there
+    ask_only("http://127.0.0.1:9", tmp_path, monkeypatch)  # nothing listens there
 
 
 def test_this_machine_can_train_and_nothing_is_left_behind(tmp_path: Path) -> None:
@@ -32,7 +32,9 @@ def test_this_machine_can_train_and_nothing_is_left_behind(tmp_path: Path) -> No
     assert "2 processes on this host added 1 MiB" in found["gloo"]["says"]
     assert found["locks"]["says"] == "on this host a lock keeps other processes out"
     assert found["rename"]["says"].startswith("on this host ")
-    assert "writes offline" in found["wandb"]["says"]
+    assert found["wandb"]["says"] == (
+        "http://127.0.0.1:9 does not answer (Connection refused): logging.wandb=true writes offline"
+    )
     assert found["wandb"]["remedy"].startswith("`wandb sync ")
     assert {finding["state"] for finding in found.values()} <= {"ok", "note"}
     assert all(finding["remedy"] for finding in found.values() if finding["state"] != "ok")
@@ -100,18 +102,62 @@ def test_processes_that_cannot_meet_say_why() -> None:
     assert isinstance(doctor.all_reduce_seconds("no-such-backend", 1), str)
 
 
-def test_wandb_that_answers_with_a_key_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NETRC", "nothing")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(doctor, "_WANDB", server.getsockname())
-        monkeypatch.setenv("WANDB_API_KEY", "k")
-        [known] = doctor._wandb(Path())
-        monkeypatch.delenv("WANDB_API_KEY")
-        [unknown] = doctor._wandb(Path())
-    assert known.says.endswith("answers, a key is set")
-    assert known.remedy is None
-    assert unknown.says.endswith("answers, no key is set: logging.wandb=true writes offline")
+def wandb() -> doctor.Finding:
+    [finding] = doctor._wandb(Path())
+    return finding
+
+
+def test_a_wandb_server_that_answers_with_a_key_and_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with server() as own:
+        ask_only(own.url, tmp_path, monkeypatch)
+        unknown = wandb()
+        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+        known = wandb()
+    assert (known.says, known.remedy) == (f"{own.url} answers, a key for it is set", None)
+    assert unknown.says.startswith(f"{own.url} answers, no key for it is set")
+    assert unknown.says.endswith(": logging.wandb=true writes offline")
     assert unknown.remedy == "`wandb login`, or WANDB_API_KEY, brings runs up while they train"
+
+
+def test_a_wandb_server_behind_a_proxy_is_asked_through_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ask_only("http://wandb.invalid", tmp_path, monkeypatch)
+    with server() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert wandb().says.startswith("http://wandb.invalid answers, no key for it is set")
+        assert proxy.asked == ["http://wandb.invalid"]
+
+
+def test_a_wandb_server_that_is_silent_or_ill_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "_WANDB_SECONDS", 0.2)
+    with server() as own:
+        ask_only(own.url, tmp_path, monkeypatch)
+        own.code = 503
+        assert "does not answer (503 Service Unavailable)" in wandb().says
+        own.fall_silent()
+        assert "does not answer (timed out)" in wandb().says
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("WANDB_BASE_URL", "my-server", "should be a valid URL"),
+        ("WANDB_API_KEY", "short", "must have 40+ characters"),
+    ],
+)
+def test_what_wandb_itself_refuses_is_a_note(
+    variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    finding = wandb()
+    assert finding.state == State.note
+    assert said in finding.says
+    assert finding.remedy == "mend what it names; `wandb status` shows its settings"
 
 
 @pytest.mark.parametrize(
@@ -207,8 +253,51 @@ def test_little_memory_and_few_files_are_worth_a_note(monkeypatch: pytest.Monkey
     assert str(files.remedy).startswith("ulimit -n 4096: ")
 
 
-def test_the_file_system_is_that_of_the_deepest_mount(tmp_path: Path) -> None:
+def mounted(tmp_path: Path, kind: str, options: str) -> tuple[str, list[str]]:
     mounts = tmp_path / "mounts"
-    mounts.write_text(f"/dev/a / ext4 rw 0 0\nhost:/x {tmp_path} nfs4 rw 0 0\n")
-    assert file_system(tmp_path / "runs", mounts) == "nfs4"
-    assert file_system(Path("/etc"), mounts) == "ext4"
+    mounts.write_text(f"/dev/a / ext4 rw 0 0\nhost:/x {tmp_path} {kind} {options} 0 0\n")
+    assert file_system(Path("/etc"), mounts) == ("ext4", ["rw"])
+    return file_system(tmp_path / "runs", mounts)
+
+
+def test_the_file_system_is_that_of_the_deepest_mount(tmp_path: Path) -> None:
+    assert mounted(tmp_path, "nfs4", "rw,hard") == ("nfs4", ["rw", "hard"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said", "remedy"),
+    [
+        ("ext4", "rw", None, None),
+        ("overlay", "rw", None, None),
+        ("nfs4", "rw,local_lock=none", "nfs4 may be shared", "`flock RUNS/.locked sleep 60` on one"),
+        (
+            "nfs",
+            "rw,nolock,local_lock=all",
+            "with local_lock=all: a lock keeps processes of this host",
+            "none",
+        ),
+        ("lustre", "rw,localflock", "with localflock: a lock keeps processes of this host", "with flock"),
+        ("lustre", "rw,flock", "lustre may be shared", "on another has to say nothing"),
+        ("fuse.sshfs", "rw", "fuse.sshfs may be shared", "`flock -n RUNS/.locked echo free`"),
+    ],
+)
+def test_a_file_system_that_other_hosts_may_share_is_worth_a_note(
+    kind: str, options: str, said: str | None, remedy: str, tmp_path: Path
+) -> None:
+    found = list(doctor._other_hosts(Path("RUNS"), *mounted(tmp_path, kind, options)))
+    if said is None:
+        assert found == []
+    else:
+        [finding] = found
+        assert finding.state == State.note
+        assert said in finding.says
+        assert remedy in str(finding.remedy)
+
+
+def test_the_check_of_the_folder_looks_at_its_file_system(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "file_system", lambda _: ("beegfs", ["rw"]))
+    code, out = failing(monkeypatch, tmp_path / "runs", "_folder")
+    assert code == 0
+    assert "other hosts" in out.split("look at: ")[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.report import draw_losses
+from tests.support.browser import boxes, screenshot
 from tests.support.launch import trained, within
 from train.arms import Arm
 from train.evaluate import ArmResult, ProbeItem, to_json
@@ -146,3 +147,38 @@ def test_headline_relations_are_those_that_the_evaluation_names(root: Path) -> N
 def test_losses_are_drawn(root: Path, tmp_path: Path) -> None:
     draw_losses([("M", root / "m"), ("C", root / "c")], tmp_path / "losses.png")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def page(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run and its control, both evaluated."""
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    done = within("report", "m=c", "--root", str(root), "--html", str(path))
+    assert done.code == 0, done.err
+    return path
+
+
+def test_a_browser_draws_the_page_light_and_dark_and_has_nothing_to_say(page: Path, tmp_path: Path) -> None:
+    for dark in (False, True):
+        assert screenshot(page, tmp_path / f"{dark}.png", width=1200, height=900, dark=dark) == []
+    assert (tmp_path / "True.png").read_bytes() != (tmp_path / "False.png").read_bytes()
+
+
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_browser_lays_out_every_part_within_the_page(width: int, page: Path) -> None:
+    selectors = ["body", ".tile", ".card", ".chart", ".plot>svg", ".series span", ".scroll", ".bar"]
+    found = boxes(page, selectors, width=width)
+    (body,) = found["body"]
+    assert len(found[".tile"]) == 5
+    assert len(found[".chart"]) == len(found[".plot>svg"]) == 15
+    for selector in selectors[1:]:
+        assert found[selector], selector
+        for left, top, right, bottom in found[selector]:
+            assert right > left, selector
+            assert bottom > top, selector
+            assert body[0] <= left, selector
+            assert right <= body[2] + 0.5, selector
+    columns = {left for left, *_ in found[".chart"]}
+    assert len(columns) == 1 if width == 500 else len(columns) > 1
+    for above, below in zip(found[".card"], found[".card"][1:], strict=False):
+        assert above[3] <= below[1]

@@ -15,6 +15,7 @@ from benchmarks.kill_and_resume import differences, newest_checkpoint
 from launch import agent, launchers, pretrain
 from launch.compose import compose_config
 from launch.config import RunConfig
+from launch.run_log import RunLog
 from tests.support.launch import run_settings, trained
 from tests.support.spawn import HANG_SECONDS
 from train.metrics import read_metrics
@@ -84,7 +85,10 @@ def test_a_rank_that_was_killed_is_started_again_and_the_run_ends_with_the_same_
     assert str(crash["cause"]).startswith("rank 1 was ended by SIGKILL")
     assert not (root / "m/failure.json").exists()  # it goes with the next start
     assert (crash["checkpoint"], crash["restarted_after"]) == ("continual-00000002", 0.1)
-    assert events(root, "resumed")[-1]["checkpoint"] == "continual-00000002"
+    resumed = events(root, "resumed")[-1]
+    assert resumed["checkpoint"] == "continual-00000002"
+    assert float(str(resumed["checkpoint_time"])) < float(str(crash["time"]))  # not when it was resumed
+    assert RunLog.read(root / "m").recoveries[-1] == resumed
     assert_undisturbed(root)
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.run_log import RunLog, are_seeds, different_settings
+from launch.run_log import Line, RunLog, are_seeds, different_settings
 from tests.support.run_log import lines, rollback, run_folder
 
 
@@ -62,6 +62,30 @@ def test_time_that_no_key_tells_is_between_steps_and_a_crash_is_left_out(tmp_pat
     log = RunLog.read(run_folder(tmp_path / "m", [*written, resumed]))
     assert log.seconds("warmup")["between steps"] == pytest.approx(5)
     assert log.events == [resumed]
+
+
+RESUMED = {"stage": "warmup", "step": 4, "event": "resumed", "time": 2e9}
+ENDED = {"stage": "warmup", "step": 4, "code": 1, "cause": "", "reason": "", "time": 2e9}
+
+
+@pytest.mark.parametrize(
+    ("events", "recoveries"),
+    [
+        ([RESUMED | {"steps_repeated": 0}], 0),  # of ranks that another launcher stopped
+        ([RESUMED | {"steps_repeated": 2}], 1),  # a kill of everything
+        ([ENDED | {"event": "stopped", "code": 130}, RESUMED | {"steps_repeated": 0}], 0),
+        ([ENDED | {"event": "crashed", "code": 143}, RESUMED], 0),  # as older runs told of a stop
+        ([ENDED | {"event": "crashed"}, RESUMED | {"steps_repeated": 0}], 1),
+        ([ENDED | {"event": "crashed"}, ENDED | {"event": "crashed"}, RESUMED | {"event": "restarted"}], 1),
+        ([ENDED | {"event": "crashed"}, RESUMED, ENDED | {"event": "stopped"}, RESUMED], 1),
+        ([ENDED | {"event": "crashed"}], 0),  # not survived yet
+    ],
+)
+def test_a_start_after_a_crash_or_a_kill_is_a_recovery_and_one_after_a_stop_is_none(
+    events: list[Line], recoveries: int, tmp_path: Path
+) -> None:
+    log = RunLog.read(run_folder(tmp_path / "m", [*lines(warmup=4, continual=0), *events]))
+    assert len(log.recoveries) == recoveries
 
 
 def test_a_rollback_is_no_resume_and_the_time_before_it_was_spent(tmp_path: Path) -> None:

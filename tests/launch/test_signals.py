@@ -15,6 +15,7 @@ import pytest
 
 from data.files import verify
 from launch import agent
+from launch.run_log import RunLog
 from tests.support.launch import prepared_root, run_settings, trained
 from tests.support.spawn import HANG_SECONDS
 from train.metrics import read_metrics
@@ -114,32 +115,51 @@ def test_a_signal_during_an_update_publishes_it_and_one_during_a_compilation_lea
     assert [line["step"] for line in lines if "loss" in line and line["stage"] == "continual"] == [1, 2]
 
 
-def test_a_launcher_that_is_killed_takes_its_run_with_it_checkpoint_first(tmp_path: Path) -> None:
+def test_a_launcher_that_is_killed_takes_its_run_with_it_checkpoint_first_and_ctrl_c_is_no_fault(
+    tmp_path: Path,
+) -> None:
     root = tmp_path / "runs"
     root.mkdir()
     (root / "prepared").symlink_to(prepared_root() / "prepared")
+    killed = ended_by(signal.SIGKILL, root)
+    (checkpoint,) = (root / "w/checkpoints").iterdir()
+    assert verify(checkpoint) == []
+    assert killed.events == []  # the launcher is who tells
+    stopped = ended_by(signal.SIGINT, root)
+    resumed, stop = stopped.events
+    assert resumed["checkpoint"] == checkpoint.name
+    assert checkpoint.stat().st_mtime - 10 < resumed["checkpoint_time"] < resumed["time"]
+    assert (stop["event"], stop["code"]) == ("stopped", 130)
+    assert stopped.recoveries == []  # nothing was lost either time
+
+
+def ended_by(number: signal.Signals, root: Path) -> RunLog:
+    """Start a run without end, send its launcher a signal after an update, and wait for all of its processes."""
+    path = root / "w/metrics.jsonl"
     endless = [
         "warmup.steps=100000",
         "saving.every_steps=100000",
         "logging.validate_every=100000",
         "stage=warmup",
     ]
+    before = len(steps_of(path))
     launcher = subprocess.Popen(
         [sys.executable, "-m", "launch.cli", "pretrain", "--no-prepare", *run_settings(root, "w"), *endless],
         cwd=Path(agent.__file__).parents[1], start_new_session=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        wait_for(
-            lambda: read_metrics(root / "w/metrics.jsonl") if (root / "w/metrics.jsonl").exists() else None
-        )
-        launcher.kill()
+        wait_for(lambda: len(steps_of(path)) > before)
+        launcher.send_signal(number)
         launcher.wait()
         wait_for(lambda: not _is_alive(launcher.pid))
     finally:
         with suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
-    (checkpoint,) = (root / "w/checkpoints").iterdir()
-    assert verify(checkpoint) == []
+    return RunLog.read(root / "w")
+
+
+def steps_of(path: Path) -> list[dict[str, object]]:
+    return [line for line in read_metrics(path) if "loss" in line] if path.exists() else []
 
 
 def _is_alive(session: int) -> bool:

@@ -81,13 +81,31 @@ def test_a_run_is_started_until_it_ends_well_and_every_crash_is_an_event(
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
 
 
-def test_without_supervision_a_run_is_started_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "event", "cause"), [(137, "crashed", "exit code 137"), (130, "stopped", "SIGINT")]
+)
+def test_without_supervision_a_run_is_started_once_and_how_it_ended_is_an_event(
+    code: int, event: str, cause: str, tmp_path: Path
+) -> None:
+    """Lines of updates that made no loss stay, as those of a checkpoint that a resumed run goes on from."""
     starts: list[int] = []
+    path = tmp_path / "metrics.jsonl"
+    written = [
+        {"stage": "warmup", "step": 1, "loss": 2.0},
+        {"stage": "warmup", "step": 2, "passed_over": True},
+    ]
 
     def start() -> int:
         starts.append(1)
-        return 137
+        return code
 
-    assert supervise.run(start, tmp_path, compose_config(["experiment=demo"])) == 137
-    assert starts == [1]
-    assert not (tmp_path / "metrics.jsonl").exists()
+    config = compose_config(["experiment=demo"])
+    assert supervise.run(start, tmp_path, config) == code
+    assert not path.exists()  # there was nothing to end
+    path.write_text("".join(json.dumps(line) + "\n" for line in written))
+    assert supervise.run(start, tmp_path, config) == code
+    assert len(starts) == 2
+    *kept, end = read_metrics(path)
+    assert kept == written
+    assert (end["event"], end["code"], end["cause"], end["step"]) == (event, code, cause, 1)
+    assert end["restarted_after"] is None

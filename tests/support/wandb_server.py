@@ -7,7 +7,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Event, Thread
+
+import pytest
 
 _ANSWER = {"data": {"createRunFiles": {"runID": "", "uploadHeaders": [], "files": []}}}
 
@@ -18,10 +21,12 @@ class Server:
     Attributes:
         url: Where it listens, on a port of its own.
         asked: Paths of the requests that reached it.
+        code: What it answers with.
     """
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.code = 200
         self._silent, self._released = Event(), Event()
         outer = self
 
@@ -36,7 +41,7 @@ class Server:
                     self.close_connection = True
                     return
                 answer = json.dumps(_ANSWER).encode()
-                self.send_response(200)
+                self.send_response(outer.code)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
@@ -75,3 +80,12 @@ def server() -> Iterator[Server]:
         yield started
     finally:
         started.die()
+
+
+def ask_only(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have wandb know this server, no key, and nothing of the machine's own settings."""
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(folder / "wandb-settings"))
+    monkeypatch.setenv("NETRC", str(folder / "netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)

@@ -106,13 +106,14 @@ def test_a_line_splits_the_step_into_data_retrieving_computing_and_update(tmp_pa
 def test_mfu_is_told_by_both_formulas_where_a_peak_is_known_and_beside_the_products_always(
     tmp_path: Path,
 ) -> None:
-    peak = PeakSpeed(products=1e9, palm=2e9, causal=4e9)
+    peak = PeakSpeed(products=1e9, palm=2e9, causal=4e9, tflops=0.4)
     line = read_metrics(Trained(tmp_path, CountingEngine(), peak=peak).path)[0]
     assert line["mfu"] == line["tokens_per_second"] / 2e9
     assert line["mfu_causal"] == line["mfu"] / 2
     assert line["matmul_share"] == line["tokens_per_second"] / 1e9
+    assert line["peak_tflops"] == 0.4
     unknown = read_metrics(Trained(tmp_path / "unknown", CountingEngine(), peak=PeakSpeed(1e9)).path)[0]
-    assert (unknown["mfu"], unknown["mfu_causal"]) == (None, None)
+    assert (unknown["mfu"], unknown["mfu_causal"], unknown["peak_tflops"]) == (None, None, None)
     assert unknown["matmul_share"] > 0
     assert read_metrics(Trained(tmp_path / "none", CountingEngine()).path)[0]["mfu_causal"] is None
 

@@ -12,8 +12,17 @@ from pathlib import Path
 import pytest
 
 from tests.support.spawn import HANG_SECONDS
-from tests.support.wandb_server import server
-from train.metrics import JsonLines, Metrics, Mirror, TensorBoard, Wandb, read_metrics
+from tests.support.wandb_server import ask_only, server
+from train.metrics import (
+    JsonLines,
+    Metrics,
+    Mirror,
+    TensorBoard,
+    Wandb,
+    WandbAccount,
+    read_metrics,
+    wandb_account,
+)
 from train.terminal import PlainLines
 
 
@@ -165,7 +174,13 @@ def fake_wandb(
         started.append((settings, FakeRun(fails)))
         return started[-1][1]
 
-    fake = types.SimpleNamespace(init=init, Settings=dict, teardown=lambda: None)
+    fake = types.SimpleNamespace(
+        init=init,
+        Settings=dict,
+        setup=lambda _: types.SimpleNamespace(settings=types.SimpleNamespace(base_url="")),
+        login=lambda **_: "WANDB_API_KEY" in os.environ,
+        teardown=lambda: None,
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     without_key(monkeypatch)
     return started
@@ -199,12 +214,43 @@ def test_wandb_is_offline_without_a_key_and_keeps_its_run_id_on_resume(
     assert started[0][1].finished == 1
 
 
-def test_a_key_that_wandb_login_left_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = fake_wandb(monkeypatch)
-    (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password k\n")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    wandb_mirror(tmp_path)
-    assert [settings["mode"] for settings, _ in started] == ["online"]
+@pytest.mark.parametrize("named_by", ["variable", "settings file"])
+def test_wandb_itself_says_its_server_and_whether_it_has_a_key(
+    named_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package itself: a server of its own, named by a variable, or in the file that `wandb login --host` writes."""
+    ask_only("http://wandb.invalid:8080", tmp_path, monkeypatch)
+    if named_by == "settings file":
+        monkeypatch.delenv("WANDB_BASE_URL")
+        (tmp_path / "wandb-settings").mkdir()
+        (tmp_path / "wandb-settings" / "settings").write_text(
+            "[default]\nbase_url = http://wandb.invalid:8080\n"
+        )
+    netrc = tmp_path / "netrc"
+    for machine, known in (("api.wandb.ai", False), ("wandb.invalid:8080", True)):
+        netrc.write_text(f"machine {machine}\n  login user\n  password {'x' * 40}\n")
+        assert wandb_account() == WandbAccount("http://wandb.invalid:8080", has_key=known)
+    netrc.unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert wandb_account().has_key
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert not wandb_account().has_key
+
+
+def test_a_key_that_is_none_leaves_an_offline_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The package itself refuses the key."""
+    ask_only("http://wandb.invalid:8080", tmp_path, monkeypatch)
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with caplog.at_level(logging.WARNING):
+        sink = wandb_mirror(tmp_path)
+        sink.log({"stage": "warmup", "step": 1, "loss": 2.0})
+        sink.close()
+    [record] = caplog.records
+    assert record.message.startswith("wandb is offline: WANDB_API_KEY invalid: ")
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
 def test_an_outage_of_wandb_at_the_start_leaves_an_offline_run_of_the_same_id(

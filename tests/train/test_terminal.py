@@ -21,8 +21,8 @@ def step(number: int, **changes: Any) -> dict[str, Any]:
     return {**line, "generation_age": None, "time": 1000.0 + number, **changes}
 
 
-def told(*lines: dict[str, Any]) -> Status:
-    status = Status(1000.0)
+def told(*lines: dict[str, Any], later_steps: dict[str, float] | None = None) -> Status:
+    status = Status(1000.0, later_steps)
     for line in lines:
         status.take(line)
     return status
@@ -31,12 +31,18 @@ def told(*lines: dict[str, Any]) -> Status:
 def test_a_line_says_where_the_run_stands() -> None:
     validation = {"stage": "continual", "step": 2, "validation_none": 2.4, "validation_memory": 2.3}
     validation |= {"validation_shuffled": 2.5, "memory_attention": 0.061, "time": 1002.0}
-    read = {"generation": "generation-continual-0001", "generation_age": 12, "mfu": 0.412}
+    read = {
+        "generation": "generation-continual-0001",
+        "generation_age": 12,
+        "mfu": 0.412,
+        "peak_tflops": 63296.0,
+    }
     saved = {"stage": "continual", "step": 2, "checkpoint": "continual-00000002", "time": 1002.0}
     status = told(step(1), step(2), validation, saved, step(3, **read))
     assert status.line(1072.0) == (
-        "continual 3/800 · loss 1.500 · grad norm 0.47 · lr 1.00e-03 · tokens/s 3,600 · MFU 41.2% · "
-        "bank continual-0001, 12 steps old · attention on memory 6.1% · checkpoint 1:10 ago · stage ends in 13:17"
+        "continual 3/800 · loss 1.500 · grad norm 0.47 · lr 1.00e-03 · tokens/s 3,600 · MFU 41.2% of "
+        "63,296 TFLOP/s · bank continual-0001, 12 steps old · attention on memory 6.1% · "
+        "checkpoint 1:10 ago · stage ends in 13:17"
     )
     assert (
         status.validation_line()
@@ -52,8 +58,21 @@ def test_what_is_not_known_is_not_shown() -> None:
 
 def test_a_resumed_run_has_a_checkpoint_and_its_own_pace() -> None:
     event = {"stage": "continual", "step": 400, "event": "resumed", "checkpoint": "c", "time": 1000.0}
+    event["checkpoint_time"] = 400.0  # ten minutes before it was resumed
     status = told(event, step(401, time=1003.0), step(402, time=1006.0))
-    assert "checkpoint 0:06 ago · stage ends in 19:54" in status.line(1006.0)
+    assert "checkpoint 10:06 ago · stage ends in 19:54" in status.line(1006.0)
+    saved = {"stage": "continual", "step": 402, "checkpoint": "d", "time": 1006.0}
+    assert "checkpoint 0:02 ago" in told(event, step(402), saved).line(1008.0)
+
+
+def test_a_run_ends_with_its_last_stage() -> None:
+    """A step of the warmup takes a second; the continual stage amounts to 300 of them."""
+    later = {"warmup": 300.0, "continual": 0.0}
+    begun = [step(1, stage="warmup"), step(2, stage="warmup")]
+    assert told(*begun, later_steps=later).left() == "stage ends in 13:18, run in 18:18 or more"
+    assert told(*begun).left() == "stage ends in 13:18"
+    continual = [step(1, time=2000.0), step(2, time=2002.0)]
+    assert told(*begun, *continual, later_steps=later).left() == "run ends in 26:36"
 
 
 def test_a_restarted_run_has_none() -> None:
