@@ -57,6 +57,22 @@ def check(config: RunConfig, folder: Path, *, num_references: int) -> None:
         ValueError: It cannot be written, or there is too little room.
     """
     rate = write_rate(folder)
+    room = check_room(config, folder, num_references=num_references)
+    seconds = room.checkpoint / rate
+    if seconds > GRACE_SECONDS:
+        log.warning(
+            "%s takes %s a second: a checkpoint of %s is written in %.0f s, and a signal leaves %d s for the last one; "
+            "send it earlier (SLURM: --signal), or lower saving.every_steps",
+            folder, decimal(int(rate)), decimal(room.checkpoint), seconds, GRACE_SECONDS,
+        )  # fmt: skip
+
+
+def check_room(config: RunConfig, folder: Path, *, num_references: int) -> Room:
+    """Compare what the run needs with what is free, and return the former.
+
+    Raises:
+        ValueError: There is too little room.
+    """
     room = needed(config, num_references)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free
@@ -67,13 +83,7 @@ def check(config: RunConfig, folder: Path, *, num_references: int) -> None:
             f"{decimal(room.memories)} of memories; make room, set paths.root to another disk, or lower "
             "saving.keep_last, saving.keep_best or saving.keep_generations"
         )
-    seconds = room.checkpoint / rate
-    if seconds > GRACE_SECONDS:
-        log.warning(
-            "%s takes %s a second: a checkpoint of %s is written in %.0f s, and a signal leaves %d s for the last one; "
-            "send it earlier (SLURM: --signal), or lower saving.every_steps",
-            folder, decimal(int(rate)), decimal(room.checkpoint), seconds, GRACE_SECONDS,
-        )  # fmt: skip
+    return room
 
 
 def write_rate(folder: Path) -> float:
