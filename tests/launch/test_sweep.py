@@ -312,15 +312,25 @@ def test_a_sweep_with_a_finished_trial_goes_on_whatever_fails(tmp_path: Path) ->
 def test_a_job_that_still_trains_may_save_a_sweep_of_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the first six, which train together, five fail while the good one is half done."""
+    """Of the first six, which train together, five fail while the sixth has not begun its steps."""
     monkeypatch.setenv("PATH", f"{slurm.install(tmp_path / 'slurm')}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(launch_slurm, "_QUEUE_SECONDS", 0.1)
-    monkeypatch.setenv("STEP_SECONDS", "0.3")
+    allowed, sleep = tmp_path / "allowed", time.sleep
+    allowed.write_bytes(bytes(30))
+    monkeypatch.setenv("STEPS_ALLOWED", str(allowed))
     more = ["launcher=slurm", "launcher.slurm.array_tasks=6", "launcher.slurm.gpus=false"]
     fates = "logging.wandb_project=choice(fine, memory, kernel)"
-    assert control(tmp_path, 7, *more, RATES, fates, seed=1, jobs=True) == 0
+
+    def allow(seconds: float) -> None:
+        """The others, once the controller knows of five failures and waits."""
+        if [row.state for row in rows(tmp_path, like=fates)].count("failed") == 5:
+            allowed.write_bytes(bytes(42))
+        sleep(seconds)
+
+    monkeypatch.setattr(sweep.time, "sleep", allow)
+    assert control(tmp_path, 7, *more, RATES, fates, seed=7, jobs=True) == 0
     states = [row.state for row in rows(tmp_path, like=fates)]
-    assert states[:6] == ["finished", *["failed"] * 5]
+    assert states[:6] == [*["failed"] * 5, "finished"]
 
 
 def test_a_trial_that_lacked_room_on_the_disk_is_trained_once_there_is_some(tmp_path: Path) -> None:
