@@ -25,6 +25,10 @@ GRACE_SECONDS = 30
 _PROBE_BYTES = 8 << 20
 
 
+class NoRoomError(ValueError):
+    """A run writes more than is free."""
+
+
 def check(config: RunConfig, folder: Path) -> None:
     """Try the run folder, and compare what searching and training write with what is free.
 
@@ -36,15 +40,7 @@ def check(config: RunConfig, folder: Path) -> None:
         ValueError: It cannot be written, there is too little room, or training will refuse the corpus.
     """
     rate = write_rate(folder)
-    disk, held, free = _planned(config), held_bytes(config), shutil.disk_usage(folder).free
-    if disk.written > free + held:
-        raise ValueError(
-            f"{folder} has room for {decimal(free)}, beside {decimal(held)} that lie there already, but searching and "
-            f"training write up to {decimal(disk.written)}: {disk.checkpoints + 1} checkpoints of "
-            f"{decimal(disk.checkpoint)}, {decimal(disk.bank)} of memories, and "
-            f"{decimal((disk.search or 0) + (disk.queries or 0))} to search with; make room, set paths.root to another "
-            "disk, or lower saving.keep_last, saving.keep_best or saving.keep_generations"
-        )
+    disk = check_room(config, folder)
     seconds = disk.checkpoint / rate
     if seconds > GRACE_SECONDS:
         log.warning(
@@ -54,9 +50,29 @@ def check(config: RunConfig, folder: Path) -> None:
         )  # fmt: skip
 
 
+def check_room(config: RunConfig, folder: Path) -> DiskPlan:
+    """Compare what searching and training write with what is free, and return the former.
+
+    Raises:
+        NoRoomError: There is too little room.
+        ValueError: Training will refuse the corpus.
+    """
+    disk, held, free = _planned(config), held_bytes(config), shutil.disk_usage(folder).free
+    if disk.written > free + held:
+        raise NoRoomError(
+            f"{folder} has room for {decimal(free)}, beside {decimal(held)} that lie there already, but searching and "
+            f"training write up to {decimal(disk.written)}: {disk.checkpoints + 1} checkpoints of "
+            f"{decimal(disk.checkpoint)}, {decimal(disk.bank)} of memories, and "
+            f"{decimal((disk.search or 0) + (disk.queries or 0))} to search with; make room, set paths.root to another "
+            "disk, or lower saving.keep_last, saving.keep_best or saving.keep_generations"
+        )
+    return disk
+
+
 def _planned(config: RunConfig) -> DiskPlan:
     sizes = prepared_sizes(config.data, Path(config.paths.root) / "prepared")
-    assert sizes is not None  # the ranks start with a prepared corpus
+    if sizes is None:  # it was deleted since
+        return plan(config, Site(device=DEVICES["cpu"], mfu=1.0)).disk
     site = Site(
         device=DEVICES["cpu"],
         mfu=1.0,

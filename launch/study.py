@@ -147,6 +147,11 @@ class Study:
         """Trials that will not be trained again: finished, pruned or failed."""
         return sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether a trial was trained to its end; none is pruned before."""
+        return any(trial.state is TrialState.COMPLETE for trial in self._study.get_trials(deepcopy=False))
+
     def open(self, num_trials: int) -> list[OpenTrial]:
         """The trials that are not finished, new ones among them where there are fewer than `num_trials`."""
         while len(self._running()) < num_trials:

@@ -43,12 +43,21 @@ log = logging.getLogger(__name__)
 
 DEFAULT_TRIALS = 20
 _POLL_SECONDS = 0.5
+_MISTAKE = 2
+"""The exit code of a run that lacked something: memory, which is the trial's own affair, or room on the disk, which is
+that of all."""
 _KILLED = 128
 """Greater exit codes are those of processes that a signal ended."""
 _MOST_DEATHS = 3
-"""So often a trial that a signal ended is started again: the kernel ends what takes too much memory in this way."""
-_MOST_FAILURES = 3
-"""So many failures in a row end the sweep: more of the same would teach nothing."""
+"""So often a signal may end a trial, which is preempted or killed by somebody, before it counts as failed."""
+_MOST_FAILURES = 5
+"""After so many failed trials, while none has finished, no more are begun, and the sweep ends unless one that trains
+finishes: what they share is at fault. Where a trial has finished it is what was drawn for the others.
+
+Where half of a space diverges, that happens to one sweep in 32.
+"""
+_MOST_CANCELLED = 3
+"""So many cancelled jobs in a row end the sweep: somebody wants to be rid of it."""
 _SETTLING_SHARE = 1 / 3
 """No trial is pruned in this part of its steps: high learning rates look bad at first."""
 _OWN_KEYS = ("run", "resume")
@@ -102,9 +111,7 @@ class Sweep:
 def run(arguments: argparse.Namespace) -> int:
     """Run the trials that are left, then print the report."""
     if importlib.util.find_spec("optuna") is None:
-        raise ValueError(
-            "optuna draws the trials and is not installed; run: pip install 'memory3-pretrain[sweep]'"
-        )
+        raise ValueError("optuna draws the trials and is not installed; run: pip install 'optuna>=5'")
     sweep = sweep_of(arguments)
     config = _compose_corners(sweep, arguments.overrides)
     folder = Path(config.paths.root) / sweep.name
@@ -245,7 +252,8 @@ def control(
         trials: Where they are trained; by default where `launcher.kind` says.
 
     Raises:
-        ValueError: The folder is in use or holds another sweep, or one trial after the other fails.
+        ValueError: The folder is in use or holds another sweep, every trial fails, the disk has no room for one, or
+            one job after the other is cancelled.
     """
     from launch.study import Study
     from launch.sweep_report import write_report
@@ -262,6 +270,11 @@ def control(
             with interruptible():
                 _run_trials(sweep, study, Path(config.paths.root), where)
         print(write_report(sweep, config, study, folder))
+        if not only_report and not study.has_finished:
+            raise ValueError(
+                f"all of {study.num_finished} trials failed, the last one so: {study.rows()[-1].note}\nmend what they "
+                "share; the same command with a greater --trials then draws others"
+            )
     return 0
 
 
@@ -284,14 +297,21 @@ def _freeze(sweep: Sweep, folder: Path) -> None:
 
 def _run_trials(sweep: Sweep, study: "Study", root: Path, trials: Trials) -> None:
     """Bring all trials to their ends, wherever they stand."""
-    failures = 0
+    failed = cancelled = 0
+    why_last = ""
     watched: dict[int, _Watched] = {}
     pace = _Pace(sweep.trials, study.num_finished)
     try:
         while study.num_finished < sweep.trials:
             ended: dict[int, tuple[str, str]] = {}
             left = sweep.trials - study.num_finished
-            for trial in study.open(min(trials.at_once, left)):
+            hopeless = failed >= _MOST_FAILURES and not study.has_finished
+            if hopeless and not watched:
+                raise ValueError(
+                    f"{failed} trials failed and none has finished, the last one so: {why_last}\nmend what they "
+                    f"share; the same command then goes on with the {left} that are left"
+                )
+            for trial in study.open(0 if hopeless else min(trials.at_once, left)):
                 if trial.number not in watched:
                     begun = _begin(sweep, trial, root, trials)
                     if isinstance(begun, tuple):
@@ -301,12 +321,14 @@ def _run_trials(sweep: Sweep, study: "Study", root: Path, trials: Trials) -> Non
             ended |= {number: end for number, each in watched.items() if (end := each.look()) is not None}
             watched = {number: each for number, each in watched.items() if each.is_open}
             for number, (state, why) in ended.items():
-                failures = failures + 1 if state == "failed" else 0
                 log.info("%s %s: %s; %s", sweep.run_name(number), state, why, pace.said(study.rows()))
-                if failures >= _MOST_FAILURES:
+                if state == "failed":
+                    failed, why_last = failed + 1, why
+                cancelled = cancelled + 1 if state == "cancelled" else 0
+                if cancelled >= _MOST_CANCELLED:
                     raise ValueError(
-                        f"{failures} trials failed one after the other, the last one so: {why}\nmend what they share; "
-                        f"the same command then goes on with the {sweep.trials - study.num_finished} that are left"
+                        f"{cancelled} jobs were cancelled one after the other; the same command goes on with the "
+                        f"{sweep.trials - study.num_finished} trials that are left"
                     )
             waiting = [each.run for each in watched.values() if each.waits]
             if waiting:
@@ -393,16 +415,20 @@ class _Watched:
         code = self.run.exit_code()
         if code == 0 and self._final is not None:
             return self._finish(self._final)
-        why = self._why_it_failed(code)
-        return None if why is None else _failed(self.trial, why)
+        cancelled = self.run.cancelled()
+        if cancelled is not None:
+            why = f"job {cancelled} was cancelled before it began; a greater --trials draws another instead"
+            self.trial.fail(why)
+            return "cancelled", why
+        failed = self._why_it_failed(code)
+        return None if failed is None else _failed(self.trial, failed)
 
     def _why_it_failed(self, code: int | None) -> str | None:
         """Why a trial of which nothing lives is not started again; None where it is."""
         trial, run = self.trial, self.run
-        cancelled = run.cancelled()
-        if cancelled is not None:
-            return f"job {cancelled} was cancelled before it began; a greater --trials draws another instead"
-        if code is not None and code <= _KILLED:
+        if code == _MISTAKE:
+            run.check_room()
+        if code is not None and (code <= _KILLED or run.took_too_much_memory()):
             return run.last_words()
         if code is not None or self._was_alive:
             trial.died()  # else nobody saw it die: the machine, or this command, was ended as well

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.files import write_atomic
+from data.files import write_atomic, writing
 from launch.config import RunConfig
 from launch.space import Choice, Dimension, Value, quoted
 from launch.study import Row, Study
@@ -156,7 +156,8 @@ def draw(
     right.set_ylim(-0.6, max(len(shown), 3) - 0.4)
     figure.suptitle(f"loss: {title}", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    with writing(path) as file:
+        figure.savefig(file, dpi=130)
     plt.close(figure)
 
 
@@ -170,7 +171,7 @@ def _table(sweep: "Sweep", rows: Sequence[Row]) -> list[str]:
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in sorted(rows, key=lambda row: (_ORDER.index(row.state), _loss(row), row.number)):
         cells = [f"{row.beside[name]:.4f}" if name in row.beside else "" for name in names]
-        cells += [_shown(row.values[key]) for key in keys]
+        cells += [value_text(row.values[key]) for key in keys]
         note = " ".join(f"{row.state}{': ' if row.note else ''}{row.note}".split()).replace("|", "/")
         loss = "" if row.loss is None else f"{row.loss:.4f}"
         lines.append(f"| {row.number} | {loss} | {' | '.join(cells)} | {note} |")
@@ -181,7 +182,8 @@ def _loss(row: Row) -> float:
     return math.inf if row.loss is None else row.loss
 
 
-def _shown(value: Value) -> str:
+def value_text(value: Value) -> str:
+    """A drawn value, as the table and the axes show it."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -200,7 +202,7 @@ def _between(value: float, low: float, high: float) -> float:
 
 
 def _ticks(dimension: Dimension) -> list[tuple[str, float]]:
-    return [(_shown(value), _place(value, dimension)) for value in _marked(dimension)]
+    return [(value_text(value), _place(value, dimension)) for value in _marked(dimension)]
 
 
 def _marked(dimension: Dimension) -> Sequence[Value]:

@@ -31,10 +31,11 @@ from types import FrameType
 from typing import NoReturn, Protocol
 
 from data.files import write_atomic
-from launch import cli, slurm
+from launch import cli, preflight, slurm
 from launch.config import LauncherKind, RunConfig
 from launch.lock import is_in_use
 from launch.slurm import Queue
+from launch.supervise import FAILURE
 from memorybank.config import QueryMode
 
 PROGRAM = (sys.executable, "-m", "launch.trial")
@@ -95,6 +96,26 @@ class TrialRun(ABC):
         """The exit code of a trial that has ended; None when it could not say one, being killed."""
         path = self.folder / "trial-exit"
         return int(path.read_text()) if path.exists() else None
+
+    def took_too_much_memory(self) -> bool:
+        """Whether the kernel ended a rank for want of memory, as far as is known of a rank that was killed."""
+        path = self.folder / FAILURE
+        killed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return killed.get("code") == 128 + signal.SIGKILL and not killed["from_outside"]
+
+    def check_room(self) -> None:
+        """Once it has failed: see that it was not for want of room on the disk, else forget that it did.
+
+        Raises:
+            ValueError: There is too little; the message says what to do.
+        """
+        try:
+            preflight.check_room(self.config, self.folder)
+        except preflight.NoRoomError as full:
+            (self.folder / "trial-exit").unlink()
+            raise ValueError(f"{full}; the same command then goes on") from None
+        except ValueError:  # what it failed of
+            pass
 
     def cancelled(self) -> str | None:
         """The number of its job, if that was seen to wait and has left the queue before it began."""

@@ -1,8 +1,10 @@
 """Sweeps: what their trials come to, and what kills, failures and a second start change about it."""
 
 import json
+import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -19,6 +21,7 @@ import yaml
 from benchmarks.documentation import corpus_settings
 from launch import slurm as launch_slurm
 from launch import sweep, sweep_report, trial
+from launch.cli import parse
 from launch.compose import CONF, compose_config
 from launch.space import Numbers, Value, read_space
 from launch.study import Row, Study
@@ -70,7 +73,12 @@ def test_a_sweep_trains_prunes_and_reports(tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "s/report.md").read_text() in said
     assert (tmp_path / "s/report.png").read_bytes().startswith(b"\x89PNG")
 
-    assert control(tmp_path, 9) == 0  # nothing is left to do
+    reports = [tmp_path / "s" / name for name in ("report.md", "report.png")]
+    files = [path.stat().st_ino for path in reports]
+    assert control(tmp_path, 9, picture=True) == 0  # nothing is left to do
+    assert all(
+        path.stat().st_ino != file for path, file in zip(reports, files, strict=True)
+    )  # not overwritten
     assert rows(tmp_path) == ended
     assert all(starts(tmp_path / f"s-{row.number:03d}") == 1 for row in ended)
     assert control(tmp_path, 10) == 0  # and it can be made longer
@@ -172,6 +180,28 @@ def test_a_corpus_without_facts_is_no_objective(tmp_path: Path) -> None:
         run.evaluation()
 
 
+def test_cancelling_one_job_after_the_other_ends_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{slurm.install(tmp_path / 'slurm')}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(launch_slurm, "_QUEUE_SECONDS", 0.1)
+    sleep = time.sleep
+    (tmp_path / "slurm/full").touch()
+
+    def cancel(seconds: float) -> None:
+        """All that wait."""
+        for job in (tmp_path / "slurm/jobs").iterdir():
+            subprocess.run(["scancel", job.name], check=True)
+        sleep(seconds)
+
+    monkeypatch.setattr(sweep.time, "sleep", cancel)
+    more = ["launcher=slurm", "launcher.slurm.array_tasks=2", "launcher.slurm.gpus=false"]
+    with pytest.raises(
+        ValueError, match=r"3 jobs were cancelled .*goes on with the [23] trials that are left"
+    ):
+        control(tmp_path, 6, *more, RATES, jobs=True)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     """Six trials that nobody killed."""
@@ -184,27 +214,60 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 def test_a_killed_controller_repeats_nothing(
     kills: int, seed: int, undisturbed: list[Row], tmp_path: Path
 ) -> None:
+    """Kills fall anywhere from the start of its process, before it holds the sweep's lock as well."""
     moments = random.Random(seed)
     command = [sys.executable, "-m", "tests.support.sweep", "control", str(tmp_path), "6"]
     allowed = tmp_path / "allowed"
     environment = {**os.environ, "STEPS_ALLOWED": str(allowed)}
     allowed.touch()
+    before_it_holds = 0.0
     for killed in range(kills):
-        controller = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL)
-        _wait_until_it_holds(tmp_path / "s", controller)
         with allowed.open("ab") as steps:  # of 30, which leave the last trial to the last controller
             steps.write(bytes(30 * (killed + 1) // kills - 30 * killed // kills))
-        time.sleep(moments.random() * 0.3)
+        begun = time.monotonic()
+        controller = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL)
+        if killed == 0:
+            _wait_until_it_holds(tmp_path / "s", controller)
+            before_it_holds = time.monotonic() - begun
+        else:
+            time.sleep(moments.random() * 2 * before_it_holds)
         assert controller.poll() is None  # each kill is one of a sweep at work
         controller.kill()
         controller.wait()
     allowed.write_bytes(bytes(36))
     assert subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode == 0
+    _kill_while_it_reports(tmp_path / "s", command, environment, kills, moments)
     assert rows(tmp_path) == undisturbed
     assert [starts(tmp_path / f"s-{row.number:03d}") for row in undisturbed] == [1] * 6
     for row in undisturbed:
         said = (tmp_path / f"s-{row.number:03d}/metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in said] == list(range(1, len(said) + 1))
+
+
+def _kill_while_it_reports(
+    folder: Path, command: list[str], environment: dict[str, str], kills: int, moments: random.Random
+) -> None:
+    """Of a sweep with nothing left to train: a controller leaves the whole report behind, or none."""
+    text, picture = (folder / "report.md").read_bytes(), (folder / "report.png").read_bytes()
+    seconds = 0.0
+    for killed in range(kills + 1):  # the first one is not
+        for name in ("report.md", "report.png"):
+            (folder / name).unlink(missing_ok=True)
+        with subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL
+        ) as controller:
+            _wait_until_it_holds(folder, controller)
+            begun = time.monotonic()
+            if killed:
+                time.sleep(moments.random() * seconds)
+                controller.kill()
+        seconds = seconds or time.monotonic() - begun
+        for name, whole in (("report.md", text), ("report.png", picture)):
+            path = folder / name
+            assert path.exists() or killed
+            assert not path.exists() or path.read_bytes() == whole
+    assert subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode == 0
+    assert ((folder / "report.md").read_bytes(), (folder / "report.png").read_bytes()) == (text, picture)
 
 
 def test_a_trial_that_is_killed_goes_on(tmp_path: Path) -> None:
@@ -221,20 +284,82 @@ def test_a_trial_that_is_killed_goes_on(tmp_path: Path) -> None:
     [
         ("killed", "ended 3 times by a signal; it said nothing", 3),
         ("memory", "memory3 pretrain: rank 0: OutOfMemoryError: CUDA out of memory", 1),
+        ("kernel", "memory3 pretrain: rank 0 was ended by SIGKILL; the kernel has", 1),
         ("nan", "validation loss is nan at step 3", 1),
     ],
 )
 def test_bad_trials_fail_and_a_sweep_of_failures_ends(
     fate: str, note: str, times: int, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="3 trials failed one after the other, the last one so: ") as ended:
-        control(tmp_path, 5, RATES, f"logging.wandb_project={fate}")
-    assert note in str(ended.value)
-    assert [(row.state, row.note) for row in rows(tmp_path)] == [("failed", note)] * 3
-    assert [starts(tmp_path / f"s-{number:03d}") for number in range(3)] == [times] * 3
+    with pytest.raises(ValueError, match="5 trials failed and none has finished, the last one so: ") as ended:
+        control(tmp_path, 7, RATES, f"logging.wandb_project={fate}")
+    assert f"{note}\nmend what they share; the same command then goes on with the 2 that are left" in str(
+        ended.value
+    )
+    assert [(row.state, row.note) for row in rows(tmp_path)] == [("failed", note)] * 5
+    assert [starts(tmp_path / f"s-{number:03d}") for number in range(5)] == [times] * 5
     assert not TrialProcess(
         tmp_path / "s-000", compose_config(SPACE), []
     ).is_alive()  # one of "nan" waits to be stopped
+
+
+def test_a_sweep_with_a_finished_trial_goes_on_whatever_fails(tmp_path: Path) -> None:
+    fates = "logging.wandb_project=choice(fine, memory, kernel)"
+    assert control(tmp_path, 9, RATES, fates, seed=257) == 0
+    states = [row.state for row in rows(tmp_path, like=fates)]
+    assert states == ["failed", "failed", "finished", *["failed"] * 6]
+
+
+def test_a_job_that_still_trains_may_save_a_sweep_of_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first six, which train together, five fail while the sixth has not begun its steps."""
+    monkeypatch.setenv("PATH", f"{slurm.install(tmp_path / 'slurm')}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(launch_slurm, "_QUEUE_SECONDS", 0.1)
+    allowed, sleep = tmp_path / "allowed", time.sleep
+    allowed.write_bytes(bytes(30))
+    monkeypatch.setenv("STEPS_ALLOWED", str(allowed))
+    more = ["launcher=slurm", "launcher.slurm.array_tasks=6", "launcher.slurm.gpus=false"]
+    fates = "logging.wandb_project=choice(fine, memory, kernel)"
+
+    def allow(seconds: float) -> None:
+        """The others, once the controller knows of five failures and waits."""
+        if [row.state for row in rows(tmp_path, like=fates)].count("failed") == 5:
+            allowed.write_bytes(bytes(42))
+        sleep(seconds)
+
+    monkeypatch.setattr(sweep.time, "sleep", allow)
+    assert control(tmp_path, 7, *more, RATES, fates, seed=7, jobs=True) == 0
+    states = [row.state for row in rows(tmp_path, like=fates)]
+    assert states[:6] == [*["failed"] * 5, "finished"]
+
+
+def test_a_trial_that_lacked_room_on_the_disk_is_trained_once_there_is_some(tmp_path: Path) -> None:
+    lacks = [
+        "warmup.steps=4000",
+        "saving.every_steps=1",
+        "saving.keep_last=4000",
+        "model.width=16384",
+    ]  # petabytes
+    fates = ["logging.wandb_project=memory"]
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"s-000 has room for .*; make room, .*; the same command then goes on$"
+        ):
+            control(tmp_path, 2, RATES, *lacks, *fates)
+        assert [row.state for row in rows(tmp_path)] == ["running"]
+    assert starts(tmp_path / "s-000") == 2
+
+
+def test_a_sweep_whose_trials_all_failed_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # and stays one
+        with pytest.raises(
+            ValueError, match="all of 2 trials failed, the last one so: memory3 pretrain: rank 0: Out"
+        ):
+            control(tmp_path, 2, RATES, "logging.wandb_project=memory")
+        assert "# Sweep s: 2 of 2 trials (2 failed)" in capsys.readouterr().out
 
 
 def test_trials_are_tasks_of_arrays_on_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,10 +418,10 @@ def test_a_trial_that_fails_as_a_job_says_why(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PATH", f"{slurm.install(tmp_path / 'slurm')}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(launch_slurm, "_QUEUE_SECONDS", 0.1)
     more = ["launcher=slurm", "launcher.slurm.array_tasks=2", "launcher.slurm.gpus=false"]
-    with pytest.raises(ValueError, match="3 trials failed one after the other"):
-        control(tmp_path, 4, *more, "logging.wandb_project=memory", RATES, jobs=True)
+    with pytest.raises(ValueError, match=r"[56] trials failed and none has finished"):
+        control(tmp_path, 8, *more, "logging.wandb_project=memory", RATES, jobs=True)
     oom = "memory3 pretrain: rank 0: OutOfMemoryError: CUDA out of memory"
-    assert {row.note for row in rows(tmp_path) if row.state == "failed"} == {oom}  # a fourth may still run
+    assert {row.note for row in rows(tmp_path)} == {oom}
 
 
 def test_a_setting_that_cannot_be_is_a_failed_trial(tmp_path: Path) -> None:
@@ -313,6 +438,22 @@ def test_values_that_were_tried_are_not_trained_again(tmp_path: Path) -> None:
     assert len(trained) <= 2
     journal = (tmp_path / "s/report.md").read_text()
     assert journal.count("finished: like trial ") == 4 - len(trained)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CONF / "sweep").glob("*.yaml"))])
+def test_the_command_of_a_published_sweep_draws_its_trials(name: str, tmp_path: Path) -> None:
+    page = (REPOSITORY / f"benchmarks/results/sweep_{name}.md").read_text()
+    _, _, rest = page.partition("\n    memory3 ")
+    command, _, rest = rest.partition("\n\n")
+    plan = sweep.sweep_of(parse(shlex.split(command.replace("\\\n", ""))))
+    head, _, *lines = ("| trial" + rest.partition("\n| trial")[2].partition("\n\n")[0]).splitlines()
+    table = [dict(zip(head.split("|"), line.split("|"), strict=True)) for line in lines]
+    trials = sorted(table, key=lambda row: int(row[" trial "]))
+    assert [int(row[" trial "]) for row in trials] == list(range(plan.trials))
+    # The draws of later trials follow from losses.
+    for drawn in Study(tmp_path, plan.space.swept, seed=plan.seed, settle_steps=0).open(8):
+        for key, value in drawn.values.items():
+            assert trials[drawn.number][f" `{key}` "].strip() == sweep_report.value_text(value)
 
 
 @pytest.mark.parametrize(
@@ -551,16 +692,53 @@ def test_the_objective_is_the_last_validation_with_memory_where_memory_is_read(t
 REAL = [
     *("experiment=quick", "debug=smoke", "continual=null", "warmup.steps=2", "warmup.rows_per_step=2"),
     *("engine.num_ranks=1", "logging.validation_rows=2", "saving.every_steps=100"),
-    "warmup.peak_lr=tag(log,interval(1e-4,1e-2))",
 ]
+DIVERGES = "warmup.peak_lr=choice(1e-3, 1e9)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("varied", "settings", "note"),
+    [
+        (DIVERGES, ["warmup.steps=4"], r"validation loss is nan at step \d"),
+        (
+            DIVERGES,
+            ["warmup.steps=8", "logging.validate_every=8", "divergence.patience=3", "divergence.max_rollbacks=0"],
+            "memory3 pretrain: rank 0: warmup stage: no finite gradient, 3 bad updates in a row .* lower warmup.peak",
+        ),
+        (
+            "model.ffn_width=choice(64, 262144)",
+            [],
+            "memory3 pretrain: rank 0: out of memory in the warmup stage: .*can't allocate memory",
+        ),
+    ],
+    ids=["nan", "diverged", "memory"],
+)  # fmt: skip
+def test_a_real_trial_that_cannot_be_trained_fails_and_the_next_one_is_trained(
+    varied: str, settings: list[str], note: str, tmp_path: Path
+) -> None:
+    (tmp_path / "prepared").symlink_to(prepared_root() / "prepared")
+    corpus = corpus_settings(tmp_path, trained_corpus())
+    space = read_space([*REAL, *corpus, *settings, varied])
+    plan = sweep.Sweep("s", space, 2, seed=5)  # draws the second choice, then the first
+    limited = ("sh", "-c", 'ulimit -d 3000000; exec "$@"', "sh", *trial.PROGRAM)  # KiB of data in a process
+    config = compose_config(next(space.corners()))
+    assert sweep.control(plan, config, tmp_path / "s", trials=trial.Processes(limited)) == 0
+    failed, trained = Study(tmp_path / "s", space.swept, seed=5, settle_steps=0).rows()
+    assert (failed.state, trained.state) == ("failed", "finished")
+    assert re.match(note, failed.note)
+    assert (tmp_path / "s-000/trial.log").read_text().count("starting from the beginning") == 1
+    assert trained.loss is not None
+    assert math.isfinite(trained.loss)
 
 
 @pytest.mark.parametrize(
     ("trials", "kills"), [(3, 3), pytest.param(12, 20, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
 def test_real_trials_are_trained_once_whatever_is_killed(trials: int, kills: int, tmp_path: Path) -> None:
-    (tmp_path / "prepared").symlink_to(prepared_root() / "prepared")
-    command = ["sweep", f"--trials={trials}", *REAL, *corpus_settings(tmp_path, trained_corpus())]
+    """Kills fall anywhere from the start of its process: while it composes, prepares the corpus, and at work."""
+    rates = "warmup.peak_lr=tag(log,interval(1e-4,1e-2))"
+    command = ["sweep", f"--trials={trials}", *REAL, rates, *corpus_settings(tmp_path, trained_corpus())]
     moments = random.Random(trials)
     for killed in range(kills):
         controller = subprocess.Popen(
@@ -569,12 +747,19 @@ def test_real_trials_are_trained_once_whatever_is_killed(trials: int, kills: int
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        _wait_until_it_holds(tmp_path / "sweep", controller)
-        latest = time.monotonic() + moments.random() * 10
+        latest = time.monotonic() + moments.random() * 15
         most = 1 + killed * max(0, trials - 4) // kills  # what is left has to suffice for the kills to come
-        while time.monotonic() < latest and len(list(tmp_path.glob("sweep-*"))) <= most:
-            time.sleep(0.01)
-        time.sleep(moments.random())
+        if killed == 0:
+            while not list(
+                tmp_path.glob("prepared/*/tokenizer*")
+            ):  # it has a corpus; shards, vectors are to come
+                assert controller.poll() is None
+                time.sleep(0.01)
+            assert not (tmp_path / "sweep").exists()
+        else:
+            while time.monotonic() < latest and len(list(tmp_path.glob("sweep-*"))) <= most:
+                time.sleep(0.01)
+            time.sleep(moments.random())
         assert controller.poll() is None  # each kill is one of a sweep at work
         controller.send_signal(signal.SIGKILL)
         controller.wait()

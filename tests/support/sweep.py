@@ -8,7 +8,8 @@ A trial reports losses that its settings decide, step by step, and goes on after
 one that is to be evaluated says that facts are the other way round: what text likes least they like best.
 Where STEPS_ALLOWED names a file, all trials together take as many steps as it has bytes, six for each; a run without
 a number takes as many by itself.
-`logging.wandb_project` says what happens to it: `nan`, `memory` (out of memory), `killed` (always), `killed-once`.
+`logging.wandb_project` says what happens to it: `nan`, `memory` (out of memory), `kernel` (which ended a rank for want
+of memory), `killed` (always), `killed-once`.
 """
 
 import json
@@ -40,7 +41,17 @@ def trial(folder: Path, descriptor: int | None, settings: dict[str, str]) -> int
             os.killpg(os.getpid(), signal.SIGKILL)
         if step == 3 and fate == "memory":
             print("memory3 pretrain: rank 0: OutOfMemoryError: CUDA out of memory", flush=True)
-            return _ended(folder, 1)
+            return _ended(folder, 2)
+        if step == 3 and fate == "kernel":  # what `launch.agent` leaves
+            failure = {
+                "code": 137,
+                "rank": None,
+                "cause": "rank 0 was ended by SIGKILL",
+                "from_outside": False,
+            }
+            (folder / "failure.json").write_text(json.dumps(failure))
+            print("memory3 pretrain: rank 0 was ended by SIGKILL; the kernel has", flush=True)
+            return _ended(folder, 137)
         loss = 2 + (log10(float(settings["warmup.peak_lr"])) + 2.5) ** 2 + 1 / step
         if step == 3 and fate == "nan":
             loss = float("nan")
@@ -123,7 +134,7 @@ def _ended(folder: Path, code: int) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "control":
-        sys.exit(control(Path(sys.argv[2]), int(sys.argv[3])))
+        sys.exit(control(Path(sys.argv[2]), int(sys.argv[3]), picture=True))
     folder = Path(sys.argv[1])
     texts = sys.argv[3:] or json.loads((folder / "trial.json").read_text())
     pairs = (text.partition("=") for text in texts)
