@@ -175,6 +175,7 @@ def check_branch(config: RunConfig, folder: Path) -> None:
     if config.continual is None or config.continual.branch_from is None:
         return
     from launch.build import branch_source
+    from train.checkpoint import folder_of as checkpoint_of
     from train.checkpoint import newest_of
 
     if newest_of(folder, "continual") is not None:
@@ -182,10 +183,13 @@ def check_branch(config: RunConfig, folder: Path) -> None:
     source, warmup = branch_source(folder, config)
     named = f"continual.branch_from={config.continual.branch_from}"
     constant = warmup.steps - warmup.decay_steps
-    if newest_of(source, "warmup", at_most=constant) is None:
+    if not checkpoint_of(source, "warmup", constant).is_dir():
+        newest = newest_of(source, "warmup")
         raise ValueError(
-            f"{named}: {source} has no warmup checkpoint from step {constant} or before, where its decay begins; "
-            f"finish that warmup, or name a run that has one"
+            f"{named}: {source} has no warmup checkpoint of step {constant}, "
+            + ("where its decay begins" if warmup.decay_steps else "its last one")
+            + (f" (its newest is {newest.name})" if newest is not None else "")
+            + "; finish that warmup, or name a run that has one"
         )
     network = load_config(source / "config.yaml").model
     for key in _SIZES:
