@@ -534,9 +534,11 @@ class _Rate(ProgressColumn):
     """How many a second, once there was a second to measure, and the bytes done, unless they are what is counted."""
 
     def render(self, task: Task) -> Text:
-        speed = f"{decimal(round(task.speed))}/s" if task.speed and (task.elapsed or 0) > 1 else ""
         size = int(task.fields["size"])
-        return Text(" ".join(filter(None, [speed, decimal(size) if size != task.completed else ""])))
+        rate = round(task.speed) if task.speed and (task.elapsed or 0) > 1 else 0
+        if size == task.completed:  # bytes
+            return Text(f"{decimal(rate)}/s" if rate else "")
+        return Text(" ".join([f"{rate:,}/s"] * bool(rate) + [decimal(size)]))
 
 
 @contextmanager
@@ -544,20 +546,26 @@ def _bars(unit: str = "references") -> Iterator[Told]:
     """A bar for each kind of work, as it begins."""
     tasks: dict[str, tuple[int, int]] = {}
     amount = [DownloadColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
-    with Progress(
+    progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         *amount,
         _Rate(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
-    ) as progress:
+    )
 
-        def told(what: str, total: int, done: int, size: int) -> None:
-            if what not in tasks:
-                tasks[what] = (int(progress.add_task(what, total=total or None, size=0)), 0)
-            task, so_far = tasks[what]
-            tasks[what] = (task, so_far + done * size)
-            progress.update(TaskID(task), advance=done, size=so_far + done * size)
+    def told(what: str, total: int, done: int, size: int) -> None:
+        if not tasks:
+            progress.start()
+        if what not in tasks:
+            tasks[what] = (int(progress.add_task(what, total=total or None, size=0)), 0)
+        task, so_far = tasks[what]
+        tasks[what] = (task, so_far + done * size)
+        progress.update(TaskID(task), advance=done, size=so_far + done * size)
 
+    try:
         yield told
+    finally:
+        if tasks:  # else an empty line would stand before what is refused
+            progress.stop()

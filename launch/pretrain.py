@@ -16,7 +16,7 @@ from typing import NoReturn
 from launch import launchers, preflight, rank_memory, slurm, supervise
 from launch.compose import compose_config, differences, load_config, save_config, to_yaml
 from launch.config import LauncherKind, Resume, RunConfig
-from launch.lock import is_in_use, only_user
+from launch.lock import is_in_use, only_user, wait_for_ranks
 from train.announced import announced
 from train.stopping import STOPPED
 
@@ -131,7 +131,7 @@ def pretrain(config: RunConfig) -> int:
     folder = folder_of(config)
     with only_user(folder):
         make_ready(config, folder)
-        code = supervise.run(lambda: launchers.run_agents(config, folder), folder, config)
+        code = supervise.run(lambda: _train(config, folder), folder, config)
     if code in STOPPED:
         log.info("the run was stopped (exit code %d); the same command goes on where it was", code)
     elif code not in (0, _USER_ERROR) and not config.supervise:
@@ -140,6 +140,12 @@ def pretrain(config: RunConfig) -> int:
             "supervise=true does so by itself",
             code,
         )
+    return code
+
+
+def _train(config: RunConfig, folder: Path) -> int:
+    code = launchers.run_agents(config, folder)
+    wait_for_ranks(folder)  # of an agent that was killed: they publish a checkpoint first
     return code
 
 

@@ -94,7 +94,7 @@ def test_ranks_whose_launcher_was_killed_are_told_and_how_to_end_them(tmp_path: 
         only_user(tmp_path),
     ):
         pass
-    assert f"`pkill -f 'launch.agent {tmp_path}'` ends it, with a checkpoint" in str(refused.value)
+    assert f"`pkill -f 'launch.(agent|worker) {tmp_path}'` ends it, with a checkpoint" in str(refused.value)
     (tmp_path / "lock").write_text(f"pid {launcher.pid} on elsewhere\n")
     with (
         one_of_ranks(tmp_path),

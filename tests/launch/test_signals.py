@@ -114,7 +114,10 @@ def test_a_signal_during_an_update_publishes_it_and_one_during_a_compilation_lea
     assert [line["step"] for line in lines if "loss" in line and line["stage"] == "continual"] == [1, 2]
 
 
-def test_a_launcher_that_is_killed_takes_its_run_with_it_checkpoint_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["launcher", "agent"])
+def test_a_launcher_that_is_killed_takes_its_run_with_it_checkpoint_first(
+    tmp_path: Path, killed: str
+) -> None:
     root = tmp_path / "runs"
     root.mkdir()
     (root / "prepared").symlink_to(prepared_root() / "prepared")
@@ -132,8 +135,14 @@ def test_a_launcher_that_is_killed_takes_its_run_with_it_checkpoint_first(tmp_pa
         wait_for(
             lambda: read_metrics(root / "w/metrics.jsonl") if (root / "w/metrics.jsonl").exists() else None
         )
-        launcher.kill()
-        launcher.wait()
+        if killed == "launcher":
+            launcher.kill()
+            launcher.wait()
+        else:  # the launcher outlives it, and its ranks
+            (child,) = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+            os.kill(int(child), signal.SIGKILL)
+            assert launcher.wait(HANG_SECONDS) == 128 + signal.SIGKILL
+            assert not _is_alive(launcher.pid)
         wait_for(lambda: not _is_alive(launcher.pid))
     finally:
         with suppress(ProcessLookupError):
