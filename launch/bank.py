@@ -43,7 +43,7 @@ from launch.opened import OpenedRun, allow_maps, library_folder, open_run
 from launch.units import counted
 from memorybank import embedder as embedders
 from memorybank import soundness
-from memorybank.cold import ColdRecords, stores
+from memorybank.cold import opened_stores
 from memorybank.config import BankContext, CodecKind
 from memorybank.edits import Documents, Editor, Known, Told
 from memorybank.library import Library
@@ -208,7 +208,7 @@ def verify(arguments: argparse.Namespace) -> int:
 def stat(arguments: argparse.Namespace) -> int:
     """Describe the bank, and list the generations that training compiled and what cold start kept."""
     run_folder, folder = builders.run_folder(arguments.run, arguments.root), _folder(arguments)
-    generations = _generations(run_folder)
+    generations = _compiled_in_training(run_folder)
     there = next(folder.glob("state-*/" + MANIFEST), None) is not None
     if not there and arguments.bank is None and not generations.row_count:
         raise ValueError(
@@ -422,8 +422,8 @@ def _elsewhere(arguments: argparse.Namespace, document_ids: list[str]) -> Iterat
         f"the prepared corpus {prepared.folder} (its text, tokens and vector cache), which is training's, not the "
         f"bank's, holds {int((numbers >= 0).sum()):,} of these documents"
     )
-    for path in _generation_folders(run_folder):
-        held = int(Generation.open(path).has(ids).sum())
+    for generation in _generations(run_folder):
+        path, held = generation.folder, int(generation.has(ids).sum())
         if held:
             needed = ", ".join(needed_by(run_folder, path.name))
             advice = (
@@ -432,10 +432,10 @@ def _elsewhere(arguments: argparse.Namespace, document_ids: list[str]) -> Iterat
                 else _DELETE
             )
             yield f"{path}, a generation of training, holds {held:,} of their memories; {advice}"
-    for path in stores(run_folder / "bank"):
-        held = int(ColdRecords(path).has(ids).sum())
+    for kept in opened_stores(run_folder / "bank"):
+        held = int(kept.has(ids).sum())
         if held:
-            yield f"{path}, kept by cold start, holds {held:,} of their memories; {_DELETE}"
+            yield f"{kept.folder}, kept by cold start, holds {held:,} of their memories; {_DELETE}"
 
 
 def _removed_ids(library: Library) -> list[str]:
@@ -446,15 +446,19 @@ def _removed_ids(library: Library) -> list[str]:
     return found
 
 
-def _generation_folders(run_folder: Path) -> list[Path]:
-    return sorted(
-        path.parent
-        for path in (run_folder / "bank").glob(f"generation-*/{MANIFEST}")
-        if path.parent.suffix != ".partial"
-    )
+def _generations(run_folder: Path) -> Iterator[Generation]:
+    """What training compiled and has not swept."""
+    for path in sorted((run_folder / "bank").glob(f"generation-*/{MANIFEST}")):
+        if path.parent.suffix == ".partial":
+            continue
+        try:
+            yield Generation.open(path.parent)
+        except (ValueError, FileNotFoundError):
+            if path.exists():  # else the run, which trains, has swept it meanwhile
+                raise
 
 
-def _generations(run_folder: Path) -> Table:
+def _compiled_in_training(run_folder: Path) -> Table:
     table = Table(
         "generation",
         "step",
@@ -465,11 +469,10 @@ def _generations(run_folder: Path) -> Table:
         "weights",
         title=f"of training, and of cold start: {run_folder / 'bank'}",
     )
-    for path in _generation_folders(run_folder):
-        generation = Generation.open(path)
+    for generation in _generations(run_folder):
         size = len(generation) * generation.record_bytes
         table.add_row(
-            path.name,
+            generation.folder.name,
             str(generation.settings.step),
             f"{len(generation):,}",
             f"{generation.record_bytes:,}",
@@ -477,10 +480,9 @@ def _generations(run_folder: Path) -> Table:
             generation.codec,
             generation.settings.weights,
         )
-    for path in stores(run_folder / "bank"):
-        kept = ColdRecords(path)
+    for kept in opened_stores(run_folder / "bank"):
         table.add_row(
-            path.name,
+            kept.folder.name,
             str(kept.settings["step"]),
             f"{len(kept):,}",
             f"{kept.record_bytes:,}",
@@ -532,9 +534,11 @@ class _Rate(ProgressColumn):
     """How many a second, once there was a second to measure, and the bytes done, unless they are what is counted."""
 
     def render(self, task: Task) -> Text:
-        speed = f"{decimal(round(task.speed))}/s" if task.speed and (task.elapsed or 0) > 1 else ""
         size = int(task.fields["size"])
-        return Text(" ".join(filter(None, [speed, decimal(size) if size != task.completed else ""])))
+        rate = round(task.speed) if task.speed and (task.elapsed or 0) > 1 else 0
+        if size == task.completed:  # bytes
+            return Text(f"{decimal(rate)}/s" if rate else "")
+        return Text(" ".join([f"{rate:,}/s"] * bool(rate) + [decimal(size)]))
 
 
 @contextmanager
@@ -542,20 +546,26 @@ def _bars(unit: str = "references") -> Iterator[Told]:
     """A bar for each kind of work, as it begins."""
     tasks: dict[str, tuple[int, int]] = {}
     amount = [DownloadColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
-    with Progress(
+    progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         *amount,
         _Rate(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
-    ) as progress:
+    )
 
-        def told(what: str, total: int, done: int, size: int) -> None:
-            if what not in tasks:
-                tasks[what] = (int(progress.add_task(what, total=total or None, size=0)), 0)
-            task, so_far = tasks[what]
-            tasks[what] = (task, so_far + done * size)
-            progress.update(TaskID(task), advance=done, size=so_far + done * size)
+    def told(what: str, total: int, done: int, size: int) -> None:
+        if not tasks:
+            progress.start()
+        if what not in tasks:
+            tasks[what] = (int(progress.add_task(what, total=total or None, size=0)), 0)
+        task, so_far = tasks[what]
+        tasks[what] = (task, so_far + done * size)
+        progress.update(TaskID(task), advance=done, size=so_far + done * size)
 
+    try:
         yield told
+    finally:
+        if tasks:  # else an empty line would stand before what is refused
+            progress.stop()

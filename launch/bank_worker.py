@@ -15,7 +15,7 @@ import torch
 from launch import bank
 from launch.worker import leave, reported
 from train import distributed
-from train.stopping import Stop
+from train.stopping import Stop, end_with_parent
 
 _PATIENCE = timedelta(days=30)
 """The others wait while one cuts text, or builds the index; one that dies ends them all at once (`launch.agent`)."""
@@ -24,6 +24,7 @@ _PATIENCE = timedelta(days=30)
 def main(given: str) -> int:
     """Do this rank's share of an edit; a signal ends it at once, and what is whole stays."""
     Stop().listen(leave)
+    end_with_parent()
 
     def work() -> int:
         ranks = distributed.start(

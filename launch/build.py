@@ -136,9 +136,7 @@ class Context:
     def branch_point(self, run: Path, config: RunConfig, ranks: Ranks) -> Checkpoint:
         """The warmup checkpoint that the continual stage starts from: the last one before the decay."""
         source, warmup = branch_source(run, config)
-        return self.checkpoints(source, ranks=ranks).last_of(
-            "warmup", at_most=warmup.steps - warmup.decay_steps
-        )
+        return self.checkpoints(source, ranks=ranks).of("warmup", warmup.steps - warmup.decay_steps)
 
     def parts(
         self,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from data.files import MANIFEST, delete_artefact
+from data.files import MANIFEST, delete_artefact, hold
 from launch import build
 from launch.compose import load_config
 from launch.lock import only_user
@@ -23,6 +23,7 @@ from train.checkpoint import (
     CONFIG,
     Checkpoint,
     Entry,
+    GoneError,
     Retention,
     damage,
     delete,
@@ -67,23 +68,31 @@ def show(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     Console(width=max(Console().width, 160)).print(table)
     for path in leftovers(folder):
-        print(f"{path.name}: unfinished; swept by the run's next save, or by `memory3 checkpoint prune`")
+        print(
+            f"{path.name}: unfinished: a run that trains is at it, or its next save sweeps it, or `memory3 checkpoint "
+            "prune`"
+        )
     return 0
 
 
 def verify(arguments: argparse.Namespace) -> int:
     """Read every byte, compare it with its hash, and look for the generation that is named."""
     folder, found = _entries(arguments)
-    sound = 0
+    damaged = 0
     for entry in _chosen(found, arguments.checkpoint):
-        problem = damage(entry.folder)
-        sound += problem is None
+        try:
+            hold(entry.folder)
+            problem = damage(entry.folder)
+        except (FileNotFoundError, GoneError):
+            print(f"{entry.folder.name}: gone meanwhile: its run, which trains, has published newer ones")
+            continue
+        damaged += problem is not None
         print(f"{entry.folder.name}: {problem or f'whole, {decimal(entry.size)}'}")
         if problem is None and entry.state is not None and entry.state.generation is not None:
             missing = _generation_problem(folder, entry)
             if missing is not None:
                 print(f"  {missing}")
-    if sound < len(_chosen(found, arguments.checkpoint)):
+    if damaged:
         print(
             "a run passes damaged checkpoints over and resumes at the newest whole one; "
             "restore them from a copy, or delete their folders"
@@ -142,7 +151,6 @@ def export(arguments: argparse.Namespace) -> int:
     else:
         (entry,) = _chosen(entries(folder), arguments.checkpoint)
         checkpoint = checkpoints.open(entry.folder)
-    checkpoint.hold()
     target = Path(arguments.target)
     publish_export(
         checkpoint,

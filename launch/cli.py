@@ -7,6 +7,7 @@ import argparse
 import difflib
 import errno
 import importlib
+import io
 import logging
 import os
 import re
@@ -636,6 +637,8 @@ _OF_THE_DISK = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a mistake of the user ends with one clear line and exit code 2."""
     arguments = parse(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has every letter
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("faiss").setLevel(logging.WARNING)
     try:
@@ -648,7 +651,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as problem:
         print(f"memory3 {arguments.command}: {problem}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `memory3 ... | head`: who read it has enough
+    except (BrokenPipeError, SystemExit) as end:  # `memory3 ... | head`: who read it has enough
+        if isinstance(end, SystemExit) and not isinstance(
+            end.__context__, BrokenPipeError
+        ):  # else rich's own
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as problem:
@@ -661,6 +668,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
+        logging.disable(logging.INFO)  # torch, half imported, would tell of its caches
         print(f"memory3 {arguments.command}: interrupted", file=sys.stderr)
         return 130
 

@@ -16,6 +16,7 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -242,13 +243,18 @@ def all_reduce_seconds(
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     processes, answers = [], []
-    for rank in range(num_ranks):
-        answer, told = context.Pipe(duplex=False)
-        process = context.Process(target=_add, args=(backend, rank, num_ranks, port, told), daemon=True)
-        process.start()
-        told.close()
-        processes.append(process)
-        answers.append(answer)
+    # Ctrl-C reaches the whole group, and would end those that import in a traceback: they are ended by us instead.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for rank in range(num_ranks):
+            answer, told = context.Pipe(duplex=False)
+            process = context.Process(target=_add, args=(backend, rank, num_ranks, port, told), daemon=True)
+            process.start()
+            told.close()
+            processes.append(process)
+            answers.append(answer)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     said: list[float | str] = []
     try:
         for patience in (_IMPORT_SECONDS, timeout_seconds):  # libraries are loaded, numbers are added
@@ -261,6 +267,10 @@ def all_reduce_seconds(
             ]
     except EOFError:
         return "a process ended without a word"
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+        raise
     finally:
         for process in processes:
             process.join(1)

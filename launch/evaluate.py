@@ -53,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         library = opened.library(arguments.bank, embedder=name, stale=stale)
     results = save_results(opened, split, library=library)
     samples = opened.config.evaluation.bootstrap_samples
+    state = opened.checkpoint.state
+    print(f"{opened.config.run}, {state.stage} step {state.step:,}: {arguments.split} half")
     print(render_results([results], samples=samples, headline=headline(opened.context)))
     print(f"results: {results_path(opened.folder, arguments.split, _name_of(library, opened.folder))}")
     return 0
@@ -72,11 +74,18 @@ def save_results(opened: OpenedRun, split: Split, *, library: Library | None = N
     }
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
-        if {key: stored.get(key) for key in identity} == identity and "headline" in stored:
+        if {key: stored.get(key) for key in identity} == identity and "step" in stored:
             return from_json(stored)
     results = evaluate(opened, split, library=library)
     described = None if library is None else f"state {library.number}, {library.settings.codec}"
-    stated = {**identity, "bank_described": described, "headline": headline(opened.context)}
+    state = opened.checkpoint.state
+    stated = {
+        **identity,
+        "stage": state.stage,
+        "step": state.step,
+        "bank_described": described,
+        "headline": headline(opened.context),
+    }
     write_json_atomic(path, {**stated, **to_json(results)})
     return results
 
@@ -118,6 +127,12 @@ def read_results(folder: Path, split: str, bank: str | None = None) -> list[ArmR
     if not path.exists():
         raise ValueError(f"{path} does not exist; run `memory3 evaluate {folder.name} --split {split}` first")
     return from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_position(folder: Path, split: str, bank: str | None = None) -> tuple[str, int] | None:
+    """The stage and the step whose weights were evaluated; None if an older version wrote the file."""
+    stored = json.loads(results_path(folder, split, bank).read_text(encoding="utf-8"))
+    return (stored["stage"], stored["step"]) if "step" in stored else None
 
 
 def read_headline(folder: Path, split: str, bank: str | None = None) -> list[str] | None:

@@ -184,8 +184,7 @@ def _run(started: Sequence[Sequence[str]], config: RunConfig, *, listening: bool
     except KeyboardInterrupt:
         tell(signal.SIGTERM)
         code = _wait(agents, tell)
-        # The second is an agent's that was told before it listened.
-        return 128 + signal.SIGINT if code in (128 + signal.SIGTERM, -signal.SIGTERM) else code
+        return 128 + signal.SIGINT if code == 128 + signal.SIGTERM else code
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -198,11 +197,17 @@ def _run(started: Sequence[Sequence[str]], config: RunConfig, *, listening: bool
 def _wait(agents: Sequence["subprocess.Popen[bytes]"], tell: Callable[[int], None]) -> int:
     first, deadline = 0, None
     while any(agent.poll() is None for agent in agents):
-        first = first or next((agent.returncode for agent in agents if agent.returncode), 0)
+        first = first or _failed(agents)
         if first and deadline is None:
             deadline = time.monotonic() + _PATIENCE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             tell(signal.SIGTERM)
             deadline = float("inf")
         time.sleep(_POLL_SECONDS)
-    return first or next((agent.returncode for agent in agents if agent.returncode), 0)
+    return first or _failed(agents)
+
+
+def _failed(agents: Sequence["subprocess.Popen[bytes]"]) -> int:
+    """The exit code of an agent that failed, as shells count it; 0 where none has."""
+    code = next((agent.returncode for agent in agents if agent.returncode), 0)
+    return 128 - code if code < 0 else code

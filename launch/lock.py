@@ -9,9 +9,13 @@ Not here: what is done with the folder (`launch.pretrain`, `launch.worker`).
 import fcntl
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+_PATIENCE_SECONDS = 60
 
 
 @contextmanager
@@ -31,7 +35,7 @@ def only_user(folder: Path, *, other: str = "set run=NAME") -> Iterator[None]:
             fcntl.flock(ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            gone = f", which is gone: `pkill -f 'launch.agent {folder.resolve()}'` ends it, with a checkpoint"
+            gone = f", which is gone: `pkill -f 'launch.(agent|worker) {folder.resolve()}'` ends it, with a checkpoint"
             raise ValueError(
                 f"{folder} is in use by a run that {holder or 'another process'} started"
                 f"{gone * _is_gone(holder)}; wait for it, or {other}"
@@ -49,6 +53,17 @@ def one_of_ranks(folder: Path) -> Iterator[None]:
     with _opened(folder / "lock-ranks") as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
+
+
+def wait_for_ranks(folder: Path) -> None:
+    """Wait until no rank of a run is left, for a minute at most."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    with _opened(folder / "lock-ranks") as ranks:
+        while time.monotonic() < deadline:
+            try:
+                return fcntl.flock(ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
 
 
 def is_in_use(folder: Path) -> bool:

@@ -215,7 +215,6 @@ def open_run(run: str, root: str) -> OpenedRun:
     checkpoint = checkpoints.open(folder) if is_export else checkpoints.newest()
     if checkpoint is None:
         raise ValueError(f"{folder} has no checkpoint yet; train it with `memory3 pretrain` first")
-    checkpoint.hold()
     return OpenedRun(folder, context.config, context, checkpoint, context.inference_engine(checkpoint))
 
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 from launch import launchers, preflight, rank_memory, slurm, supervise
 from launch.compose import compose_config, differences, load_config, save_config, to_yaml
 from launch.config import LauncherKind, Resume, RunConfig
-from launch.lock import is_in_use, only_user
+from launch.lock import is_in_use, only_user, wait_for_ranks
 from train.announced import announced
 from train.stopping import STOPPED
 
@@ -131,7 +131,7 @@ def pretrain(config: RunConfig) -> int:
     folder = folder_of(config)
     with only_user(folder):
         make_ready(config, folder)
-        code = supervise.run(lambda: launchers.run_agents(config, folder), folder, config)
+        code = supervise.run(lambda: _train(config, folder), folder, config)
     if code in STOPPED:
         log.info("the run was stopped (exit code %d); the same command goes on where it was", code)
     elif code not in (0, _USER_ERROR) and not config.supervise:
@@ -140,6 +140,12 @@ def pretrain(config: RunConfig) -> int:
             "supervise=true does so by itself",
             code,
         )
+    return code
+
+
+def _train(config: RunConfig, folder: Path) -> int:
+    code = launchers.run_agents(config, folder)
+    wait_for_ranks(folder)  # of an agent that was killed: they publish a checkpoint first
     return code
 
 
@@ -178,6 +184,7 @@ def check_branch(config: RunConfig, folder: Path) -> None:
     if config.continual is None or config.continual.branch_from is None:
         return
     from launch.build import branch_source
+    from train.checkpoint import folder_of as checkpoint_of
     from train.checkpoint import newest_of
 
     if newest_of(folder, "continual") is not None:
@@ -185,10 +192,13 @@ def check_branch(config: RunConfig, folder: Path) -> None:
     source, warmup = branch_source(folder, config)
     named = f"continual.branch_from={config.continual.branch_from}"
     constant = warmup.steps - warmup.decay_steps
-    if newest_of(source, "warmup", at_most=constant) is None:
+    if not checkpoint_of(source, "warmup", constant).is_dir():
+        newest = newest_of(source, "warmup")
         raise ValueError(
-            f"{named}: {source} has no warmup checkpoint from step {constant} or before, where its decay begins; "
-            f"finish that warmup, or name a run that has one"
+            f"{named}: {source} has no warmup checkpoint of step {constant}, "
+            + ("where its decay begins" if warmup.decay_steps else "its last one")
+            + (f" (its newest is {newest.name})" if newest is not None else "")
+            + "; finish that warmup, or name a run that has one"
         )
     network = load_config(source / "config.yaml").model
     for key in _SIZES:

@@ -14,7 +14,14 @@ from pathlib import Path
 from data.files import write_atomic
 from launch import chart, report_page
 from launch.build import existing_run
-from launch.evaluate import banks_evaluated, read_headline, read_results, render_results, results_path
+from launch.evaluate import (
+    banks_evaluated,
+    read_headline,
+    read_position,
+    read_results,
+    render_results,
+    results_path,
+)
 from launch.page import refuse_without_folder
 from launch.report_page import Evaluation
 from launch.run_log import RunLog, are_seeds
@@ -66,12 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
     for group in _groups(pairs, arguments.split):
         seeds = [results for pair in group if (results := pair.results(arguments.split)) is not None]
         headline = read_headline(group[0].main.folder, arguments.split)
-        show(", ".join(pair.main.label for pair in group), seeds, headline)
+        show(", ".join(_evaluated(pair.main, arguments.split) for pair in group), seeds, headline)
     for pair in pairs:
         folder = pair.main.folder
         for bank, described in banks_evaluated(folder, arguments.split).items():
             headline = read_headline(folder, arguments.split, bank)
-            title = f"{pair.main.label} with the memories of bank {bank} ({described})"
+            title = f"{_evaluated(pair.main, arguments.split, bank)} with the memories of bank {bank} ({described})"
             show(title, [pair.results_with(bank, arguments.split)], headline)
     for log in logs:
         if not results_path(log.folder, arguments.split).exists():
@@ -101,6 +108,15 @@ def draw_losses(runs: Sequence[tuple[str, Path]], path: Path) -> None:
     logs = [replace(RunLog.read(folder), label=label) for label, folder in runs]
     held_out = report_page.held_out_chart(logs)
     chart.picture([*report_page.loss_charts(logs), *([held_out] if held_out.drawn else [])], path)
+
+
+def _evaluated(log: RunLog, split: str, bank: str | None = None) -> str:
+    """A run's name; where it was trained on since its evaluation, with the step that this is of."""
+    position, last = read_position(log.folder, split, bank), log.last
+    if position is None or last is None or position == (last["stage"], last["step"]):
+        return log.label
+    stage, step = position
+    return f"{log.label} (as of {stage} step {step:,}; now at {last['stage']} step {last['step']:,})"
 
 
 def _groups(pairs: Sequence[Pair], split: str) -> list[Sequence[Pair]]:

@@ -29,7 +29,7 @@ from train.history import History
 from train.metrics import JsonLines, Metrics, Mirror, Sink, TensorBoard, Wandb, read_metrics
 from train.run import run_stage
 from train.state import RunState
-from train.stopping import Stop, StoppedError
+from train.stopping import Stop, StoppedError, end_with_parent
 from train.terminal import view
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ def main(
     """
     stop = Stop()
     stop.listen(leave)
+    if meeting is None:  # another launcher's ranks are its own to end
+        end_with_parent()
 
     def work() -> int:
         try:

@@ -63,9 +63,12 @@ class ColdRecords:
         """Open what stands in `folder`; use `ColdRecords.obtain` for writing.
 
         Raises:
-            ValueError: There is none, or it is damaged.
+            FileNotFoundError: There is no such folder.
+            ValueError: It holds none, or it is damaged.
         """
         self.folder = folder
+        descriptors = [hold(folder)]  # before anything is read: from now on nobody deletes it
+        self.close = weakref.finalize(self, _close, descriptors)
         try:
             stored = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             self.settings: dict[str, Any] = stored["settings"]
@@ -78,9 +81,9 @@ class ColdRecords:
         if format_ != (KIND, VERSION):
             raise ValueError(f"{folder} is {format_}, but {(KIND, VERSION)} is read here; {_remedy(folder)}")
         self._capacity = max_bytes // self.record_bytes
-        self._records = os.open(folder / RECORDS, os.O_RDWR)
-        self._entries = os.open(folder / ENTRIES, os.O_RDWR)
-        self.close = weakref.finalize(self, _close, hold(folder), self._records, self._entries)
+        for name in (RECORDS, ENTRIES):
+            descriptors.append(os.open(folder / name, os.O_RDWR))
+        _, self._records, self._entries = descriptors
         self._known_N = np.empty(0, ENTRY)
         self._order_N = np.empty(0, np.int64)
         self._refresh()
@@ -110,7 +113,13 @@ class ColdRecords:
                     records.truncate(0)
                     entries.truncate(0)
                     write_json_atomic(folder / MANIFEST, identity)
-        opened = cls(folder, max_bytes=max_bytes)
+        try:
+            opened = cls(folder, max_bytes=max_bytes)
+        except (ValueError, FileNotFoundError):
+            if (folder / MANIFEST).exists():
+                raise
+            # A process of other weights has just deleted it, before it was held.
+            return cls.obtain(bank, settings, codec, max_bytes=max_bytes)
         if opened.settings != identity["settings"]:
             raise ValueError(f"{folder / MANIFEST} is not what the folder is named after; {_remedy(folder)}")
         return opened
@@ -286,6 +295,16 @@ def stores(bank: Path) -> list[Path]:
     return sorted(path.parent for path in bank.glob(f"{KIND}-*/{MANIFEST}"))
 
 
+def opened_stores(bank: Path) -> Iterator[ColdRecords]:
+    """All stores below `bank`; damaged ones are named and passed over, as are those that go meanwhile."""
+    for folder in stores(bank):
+        try:
+            yield ColdRecords(folder)
+        except (ValueError, FileNotFoundError) as problem:
+            if (folder / MANIFEST).exists():
+                log.warning("%s", problem)
+
+
 def _entry_crc32(entry: Any) -> int:
     return zlib.crc32(entry.tobytes()[:12])
 
@@ -300,7 +319,7 @@ def _write_from(descriptor: int, offset: int, content: bytes) -> None:
     os.fsync(descriptor)
 
 
-def _close(*descriptors: int) -> None:
+def _close(descriptors: list[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
 

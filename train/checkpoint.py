@@ -57,6 +57,10 @@ _NAME = re.compile(r"(warmup|continual)-(\d{8})")
 _DELETED, _OUTDATED = ".deleted", ".outdated"
 
 
+class GoneError(ValueError):
+    """A checkpoint was deleted, or replaced, while it was looked at: a run that trains keeps only some."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A verified checkpoint.
@@ -89,10 +93,6 @@ class Checkpoint:
         """The code that wrote it, and the run's id at wandb, by name."""
         path = self.folder / ORIGIN
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-    def hold(self) -> None:
-        """Keep it from being deleted for as long as this process lives."""
-        hold(self.folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,9 @@ class Entry:
 
 def entries(run: Path) -> list[Entry]:
     """All published checkpoints of a run folder, oldest first."""
-    return [_entry(folder) for folder in _published(run / "checkpoints")]
+    found = [_entry(folder) for folder in _published(run / "checkpoints")]
+    # What is gone by now was rotated away meanwhile, and is no damage.
+    return [entry for entry in found if entry.problem is None or entry.folder.exists()]
 
 
 def leftovers(run: Path) -> list[Path]:
@@ -189,15 +191,24 @@ def delete(folder: Path) -> bool:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the bytes of a published checkpoint, all of which are read; None when nothing is."""
+    """What is wrong with the bytes of a published checkpoint, all of which are read; None when nothing is.
+
+    Raises:
+        GoneError: It was deleted meanwhile.
+    """
+    problem = ""
     try:
         damaged = verify(folder)
-    except ValueError as problem:
-        return str(problem)
+    except ValueError as error:
+        damaged, problem = [], str(error)
     except FileNotFoundError:
-        damaged = ["manifest.json"]
+        damaged = [MANIFEST]
     if damaged:
-        return f"checkpoint {folder} is damaged: {', '.join(damaged)}"
+        problem = f"checkpoint {folder} is damaged: {', '.join(damaged)}"
+    if problem and not folder.exists():
+        raise GoneError(f"checkpoint {folder} is gone: its run, which trains, has published newer ones")
+    if problem:
+        return problem
     settings = open_manifest(folder, kind=KIND, version=VERSION).settings
     if _NAME.fullmatch(folder.name) and (settings["stage"], settings["step"]) != _parse(folder):
         return f"checkpoint {folder} is not what its name says: it is of {settings['stage']}, step {settings['step']}"
@@ -263,7 +274,8 @@ class Checkpoints:
         run: The run folder.
         inputs: Fingerprints of what the run is made from.
         retention: Which checkpoints stay.
-        ranks: Of the training process; None for readers, who publish nothing.
+        ranks: Of the training process; None for readers, who publish nothing. What these open is not deleted for as
+            long as their process lives.
         origin: The code that writes, by name of its parts.
         aside: The same ranks in a group of their own, for a thread that writes while training goes on; None: saving
             is over when `save` returns.
@@ -350,7 +362,7 @@ class Checkpoints:
         *,
         keep: bool,
     ) -> Path:
-        folder = self._folder / f"{state.stage}-{state.step:08d}"
+        folder = folder_of(self._run, state.stage, state.step)
         settings = {"stage": state.stage, "step": state.step, "ranks": ranks.world_size, "keep": keep}
         try:
             with ExitStack() as stack:
@@ -392,21 +404,20 @@ class Checkpoints:
             self._recover()
         return self._on_first(self._newest)
 
-    def last_of(self, stage: str, *, at_most: int | None = None) -> Checkpoint:
-        """The newest verified checkpoint of a stage, at most `at_most` steps in; a collective.
+    def of(self, stage: str, step: int) -> Checkpoint:
+        """The checkpoint of a stage's step, verified; a collective.
 
         Raises:
             ValueError: There is none, or it is damaged: a stage is never started from another one in silence.
         """
 
         def find() -> Path:
-            folder = newest_of(self._run, stage, at_most=at_most)
-            if folder is not None:
+            folder = folder_of(self._run, stage, step)
+            if folder.is_dir():
                 return _verified(folder)
             raise ValueError(
-                f"{self._folder} holds no {stage} checkpoint"
-                + ("" if at_most is None else f" from step {at_most} or before")
-                + f"; run the {stage} stage first, or name the run that has it in continual.branch_from"
+                f"{self._folder} holds no {stage} checkpoint of step {step}; finish the {stage} stage first, or name "
+                "the run that has it in continual.branch_from"
             )
 
         found = self._on_first(find)
@@ -438,11 +449,17 @@ class Checkpoints:
         Raises:
             ValueError: Naming the damaged file, or the input (corpus, tokenizer) that is another one now.
         """
+        if self._ranks is None:
+            with suppress(FileNotFoundError):
+                hold(folder)
         return self._read(_verified(folder))
 
     def _newest(self) -> Path | None:
         folders = _published(self._folder)
-        found = _newest_sound(folders)
+        try:
+            found = _newest_sound(folders, held=self._ranks is None)
+        except (GoneError, FileNotFoundError):
+            return self._newest()  # there are newer ones now
         if found is None and folders:
             raise ValueError(
                 f"all {len(folders)} checkpoints in {self._folder} are damaged (see the warnings above); restore one "
@@ -522,8 +539,10 @@ def _entry(folder: Path) -> Entry:
     return Entry(folder, stage, step, None, state, bool(settings["keep"]), size, int(settings["ranks"]))
 
 
-def _newest_sound(folders: Sequence[Path]) -> Path | None:
+def _newest_sound(folders: Sequence[Path], *, held: bool = False) -> Path | None:
     for folder in reversed(folders):
+        if held:
+            hold(folder)
         problem = damage(folder)
         if problem is None:
             return folder
@@ -538,13 +557,15 @@ def _verified(folder: Path) -> Path:
     return folder
 
 
-def newest_of(run: Path, stage: str, *, at_most: int | None = None) -> Path | None:
-    """The newest checkpoint that a run published of a stage, at most `at_most` steps in; it is not read."""
-    for folder in reversed(_published(run / "checkpoints")):
-        name, step = _parse(folder)
-        if name == stage and (at_most is None or step <= at_most):
-            return folder
-    return None
+def folder_of(run: Path, stage: str, step: int) -> Path:
+    """Where the checkpoint of a stage's step stands, or would stand."""
+    return run / "checkpoints" / f"{stage}-{step:08d}"
+
+
+def newest_of(run: Path, stage: str) -> Path | None:
+    """The newest checkpoint that a run published of a stage; it is not read."""
+    found = [folder for folder in _published(run / "checkpoints") if _parse(folder)[0] == stage]
+    return found[-1] if found else None
 
 
 def _published(folder: Path) -> list[Path]:

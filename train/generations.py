@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data.files import MANIFEST, Manifest, delete_artefact, is_held, open_manifest
 from memorybank import quantizer, store
-from memorybank.cold import ColdRecords, stores
+from memorybank.cold import opened_stores
 from train.checkpoint import entries
 from train.config import STAGES
 
@@ -81,7 +81,7 @@ def _quantisers_of(run: Path, doomed: Sequence[Path]) -> list[Path]:
     weights = {manifest.inputs["weights"] for manifest in map(_manifest, doomed) if manifest is not None}
     staying = [path for path in bank.glob("generation-*") if path not in doomed]
     used = {manifest.settings["codec"] for manifest in map(_manifest, staying) if manifest is not None}
-    used |= {ColdRecords(path).settings["codec"] for path in stores(bank)}
+    used |= {kept.settings["codec"] for kept in opened_stores(bank)}
     found = []
     for path in sorted(
         bank.glob(f"codec-*/{MANIFEST}")

@@ -10,13 +10,16 @@ that waits in a collective, or searches, cannot delay it. More signals change no
 Not here: publishing (`checkpoint`), agreeing (`loop`), forwarding signals to ranks (`launch.agent`).
 """
 
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock, Thread
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOPPED = tuple(128 + number for number in SIGNALS)
 """Exit codes of a process that a signal stopped, as shells count them, with nothing lost."""
 
@@ -24,6 +27,12 @@ STOPPED = tuple(128 + number for number in SIGNALS)
 def heeds_hangup() -> bool:
     """Whether SIGHUP ends this process: not so under `nohup`, whose wish a handler would undo."""
     return signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+
+
+def end_with_parent() -> None:
+    """Have SIGTERM come when the process that started this one is gone, even if it was killed (Linux alone)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 class StoppedError(Exception):

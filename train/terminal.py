@@ -5,6 +5,7 @@ stages will train on.
 Not here: what is measured (`loop`, `run`), the page that is made afterwards (`launch.report`).
 """
 
+import io
 import logging
 import sys
 import time
@@ -16,6 +17,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+log = logging.getLogger(__name__)
 
 _ARMS = ("none", "memory", "shuffled")
 
@@ -204,7 +207,12 @@ class PlainLines:
         pass
 
     def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        try:
+            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        except SystemExit:  # rich's answer to a closed pipe; from now on its console is silent
+            log.warning(
+                "nobody reads the lines of this run any more; it goes on, and metrics.jsonl has them all"
+            )
 
 
 def view(
@@ -212,6 +220,8 @@ def view(
 ) -> LiveView | PlainLines:
     """The live view on a terminal that lines can be drawn over on; elsewhere, TERM=dumb too, plain lines."""
     console = console or Console()
+    if isinstance(console.file, io.TextIOWrapper):
+        console.file.reconfigure(errors="replace")  # not every terminal has every letter, and none ends a run
     is_live = console.file.isatty() and not console.is_dumb_terminal
     if is_live:
         return LiveView(console, later_steps=later_steps)

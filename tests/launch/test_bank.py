@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 
+from launch import bank as launched
 from launch.opened import open_run
 from memorybank.cold import stores
 from memorybank.library import Library
@@ -323,7 +325,21 @@ def test_files_that_cannot_be_added_are_refused(
     done = bank("add", str(tmp_path / "bad.jsonl"), folder=folder)
     assert done.code == 2
     assert problem in done.err
+    assert done.err.startswith("memory3 bank: ")  # no empty line before it
     assert Library.open(folder).number == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [(1, "1.5 kB/s"), (2056, "1,500/s 9.3 MB")], ids=["bytes", "references"]
+)
+def test_a_rate_is_of_what_is_counted(size: int, said: str) -> None:
+    now = 0.0
+    progress = Progress(get_time=lambda: now)
+    task = progress.add_task("compiling", total=9000, size=0)
+    for done in (1500, 3000, 4500):
+        now += 1
+        progress.update(task, advance=1500, size=done * size)
+    assert launched._Rate().render(progress.tasks[0]).plain == said
 
 
 def test_a_full_disk_leaves_the_bank_as_it_was(

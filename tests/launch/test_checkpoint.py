@@ -70,6 +70,24 @@ def test_verify_names_what_is_damaged_and_fails(root: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("before", ["hold", "damage"])
+def test_verify_takes_what_a_run_rotates_away_for_no_damage(
+    root: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    gone, original = root / "m/checkpoints/warmup-00000002", getattr(checkpoint, before)
+
+    def rotated(folder: Path) -> object:
+        if folder == gone:
+            shutil.rmtree(folder)
+        return original(folder)
+
+    monkeypatch.setattr(checkpoint, before, rotated)
+    found = ask(root, "verify")
+    assert found.code == 0
+    assert "warmup-00000002: gone meanwhile: its run, which trains, has published newer ones\n" in found.out
+    assert found.out.count(": whole, ") == 3
+
+
 def test_verify_looks_for_the_generation_that_is_named(root: Path) -> None:
     """Fault 26."""
     shutil.rmtree(root / "m/bank/generation-continual-0000")

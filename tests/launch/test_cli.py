@@ -191,9 +191,10 @@ def test_a_name_that_is_too_long_is_told_without_traceback(
     assert "x: File name too long; mend it" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_enough_is_no_crash() -> None:
-    program = "import sys; from launch import cli, pretrain\n"
-    program += "pretrain.run = lambda _: len([print('x' * 9999) for _ in range(10000)])\n"
+@pytest.mark.parametrize("say", ["print", "Console().print"])
+def test_a_reader_that_has_enough_is_no_crash(say: str) -> None:
+    program = "import sys; from launch import cli, pretrain; from rich.console import Console\n"
+    program += f"pretrain.run = lambda _: len([{say}('x' * 9999) for _ in range(10000)])\n"
     program += "sys.exit(cli.main(['pretrain', '--cfg']))"
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -204,6 +205,19 @@ def test_a_reader_that_has_enough_is_no_crash() -> None:
         started.stdout.close()
         assert started.stderr.read() == b""
         assert started.wait() == 141
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_lacks_a_letter_is_no_crash(encoding: str) -> None:
+    program = "import sys; from launch import cli, pretrain\n"
+    program += "pretrain.run = lambda _: print('at most: \u2264')\n"
+    program += "cli.main(['pretrain', '--cfg'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    assert done.stdout == b"at most: ?\n"
 
 
 def test_cfg_prints_every_key_and_makes_nothing(tmp_path: Path) -> None:

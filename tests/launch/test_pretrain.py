@@ -94,7 +94,7 @@ def test_ranks_whose_launcher_was_killed_are_told_and_how_to_end_them(tmp_path: 
         only_user(tmp_path),
     ):
         pass
-    assert f"`pkill -f 'launch.agent {tmp_path}'` ends it, with a checkpoint" in str(refused.value)
+    assert f"`pkill -f 'launch.(agent|worker) {tmp_path}'` ends it, with a checkpoint" in str(refused.value)
     (tmp_path / "lock").write_text(f"pid {launcher.pid} on elsewhere\n")
     with (
         one_of_ranks(tmp_path),
@@ -187,8 +187,14 @@ def control(root: Path, *changes: str) -> Finished:
     save_config(
         compose_config([*settings[:-3], "run=begun", "warmup.decay_steps=8"]), root / "begun/config.yaml"
     )
-    unfinished, decayed = "begun/checkpoints/warmup-00000001.partial", "begun/checkpoints/warmup-00000400"
-    for checkpoint in ("m/checkpoints/warmup-00000001", unfinished, decayed):
+    save_config(compose_config([*settings[:-3], "run=training"]), root / "training/config.yaml")
+    unfinished, decayed = "begun/checkpoints/warmup-00000392.partial", "begun/checkpoints/warmup-00000400"
+    for checkpoint in (
+        "m/checkpoints/warmup-00000400",
+        "training/checkpoints/warmup-00000300",
+        unfinished,
+        decayed,
+    ):
         (root / checkpoint).mkdir(parents=True, exist_ok=True)
     return within("pretrain", "--no-prepare", *settings, *changes)
 
@@ -201,7 +207,11 @@ def control(root: Path, *changes: str) -> Finished:
         ("c", "c has no warmup stage; name the run that has"),
         (
             "begun",
-            "begun has no warmup checkpoint from step 392 or before, where its decay begins; finish that warmup",
+            "begun has no warmup checkpoint of step 392, where its decay begins (its newest is warmup-00000400); ",
+        ),
+        (
+            "training",
+            "training has no warmup checkpoint of step 400, its last one (its newest is warmup-00000300); finish that",
         ),
     ],
 )

@@ -36,6 +36,17 @@ def test_pair_shows_memory_against_its_control(root: Path) -> None:
     assert re.search(r"^\| M +\| memory .* nats|^\| M +\| memory ", done.out, re.MULTILINE)
 
 
+def test_an_evaluation_of_a_run_that_trained_on_says_of_which_step_it_is(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "m", tmp_path / "m")
+    lines = tmp_path / "m/metrics.jsonl"
+    last = json.loads([line for line in lines.read_text().splitlines() if '"loss"' in line][-1])
+    with lines.open("a") as file:
+        print(json.dumps({**last, "step": last["step"] + 3000}), file=file)
+    done = within("report", "m", "--root", str(tmp_path))
+    assert done.out.startswith("m (as of continual step 4; now at continual step 3,004): validation half\n")
+    assert "m (as of continual step 4; " in (tmp_path / "report.html").read_text()
+
+
 def test_run_alone_has_no_control_in_its_table(root: Path) -> None:
     done = within("report", "m", "--root", str(root))
     assert done.code == 0, done.err

@@ -133,8 +133,26 @@ def test_a_launcher_that_is_killed_takes_its_run_with_it_checkpoint_first_and_ct
     assert stopped.recoveries == []  # nothing was lost either time
 
 
-def ended_by(number: signal.Signals, root: Path) -> RunLog:
-    """Start a run without end, send its launcher a signal after an update, and wait for all of its processes."""
+def test_a_launcher_outlives_its_agent_and_the_ranks_end_with_it(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    root.mkdir()
+    (root / "prepared").symlink_to(prepared_root() / "prepared")
+
+    def kills_the_agent(launcher: subprocess.Popen[bytes]) -> None:
+        (child,) = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        assert launcher.wait(HANG_SECONDS) == 128 + signal.SIGKILL
+        assert not _is_alive(launcher.pid)
+
+    ended_by(kills_the_agent, root)
+    (checkpoint,) = (root / "w/checkpoints").iterdir()
+    assert verify(checkpoint) == []
+
+
+def ended_by(end: signal.Signals | Callable[[subprocess.Popen[bytes]], None], root: Path) -> RunLog:
+    """Start a run without end, send its launcher a signal after an update or end it otherwise, and wait for all of its
+    processes.
+    """
     path = root / "w/metrics.jsonl"
     endless = [
         "warmup.steps=100000",
@@ -149,8 +167,11 @@ def ended_by(number: signal.Signals, root: Path) -> RunLog:
     )  # fmt: skip
     try:
         wait_for(lambda: len(steps_of(path)) > before)
-        launcher.send_signal(number)
-        launcher.wait()
+        if isinstance(end, signal.Signals):
+            launcher.send_signal(end)
+            launcher.wait()
+        else:
+            end(launcher)
         wait_for(lambda: not _is_alive(launcher.pid))
     finally:
         with suppress(ProcessLookupError):

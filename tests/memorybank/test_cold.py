@@ -14,7 +14,7 @@ from data.files import MANIFEST
 from data.references import References
 from memorybank import cold
 from memorybank.bank import BankReader
-from memorybank.cold import BATCH, ENTRIES, ENTRY, RECORDS, ColdRecords, ColdStart, stores
+from memorybank.cold import BATCH, ENTRIES, ENTRY, RECORDS, ColdRecords, ColdStart, opened_stores, stores
 from memorybank.store import Generation
 from memorybank.writer import compile_generation
 from model.transformer import Memory3LM
@@ -184,6 +184,41 @@ def test_a_store_is_of_one_identity_and_those_of_other_weights_go_when_nobody_re
     assert len(obtain(tmp_path, weights="w2")) == 0
     assert one.folder not in stores(tmp_path)
     assert torch.equal(made(np.arange(2)), made(np.arange(2)))
+
+
+@pytest.mark.parametrize("left", ["a folder", "a manifest", "nothing"])
+def test_a_store_that_goes_before_it_is_held_is_begun_again(
+    left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, original, calls = obtain(tmp_path).folder, cold.hold, []
+
+    def hold(path: Path) -> int:
+        calls.append(path)
+        if len(calls) == 1:  # as delete_artefact goes about it
+            (folder / MANIFEST).unlink()
+            if left == "nothing":
+                shutil.rmtree(folder)
+            elif left == "a manifest":  # and another process began it
+                obtain(tmp_path)
+        return original(path)
+
+    monkeypatch.setattr(cold, "hold", hold)
+    again = obtain(tmp_path)
+    again.keep(np.arange(2), made)
+    assert len(obtain(tmp_path)) == 2
+
+
+def test_of_all_stores_those_that_are_damaged_or_gone_are_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, damaged, gone = (obtain(tmp_path, references=f"r{number}").folder for number in range(3))
+    (damaged / MANIFEST).write_text("{")
+    listed = cold.stores
+    monkeypatch.setattr(cold, "stores", lambda bank: [*listed(bank), tmp_path / "cold-w-gone"])
+    shutil.rmtree(gone)
+    assert [kept.folder for kept in opened_stores(tmp_path)] == [whole]
+    (said,) = caplog.messages
+    assert said.startswith(f"{damaged / MANIFEST} cannot be read")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from data import files
 from tests.support.spawn import HANG_SECONDS
 from tests.support.train import Canary, CountingEngine, state
 from train import checkpoint
-from train.checkpoint import Checkpoint, Checkpoints, Retention, entries, reasons_to_keep
+from train.checkpoint import Checkpoint, Checkpoints, Retention, entries, newest_of, reasons_to_keep
 from train.distributed import Ranks
 from train.engine import Snapshot
 from train.history import History
@@ -160,16 +160,18 @@ def test_order_is_by_stage_and_step_never_by_time(tmp_path: Path) -> None:
     save(tmp_path, 100)
     save(tmp_path, 20)
     assert newest(tmp_path).folder.name == "continual-00000003"
-    assert checkpoints(tmp_path).last_of("warmup").state.step == 100
-    assert checkpoints(tmp_path).last_of("warmup", at_most=99).state.step == 20
+    assert newest_of(tmp_path, "warmup") == tmp_path / "checkpoints/warmup-00000100"
 
 
-def test_a_stage_without_checkpoint_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_a_stage_without_the_checkpoint_is_refused_with_the_remedy(tmp_path: Path) -> None:
     save(tmp_path, 20)
-    with pytest.raises(ValueError, match=r"no continual checkpoint; run the continual stage first"):
-        checkpoints(tmp_path).last_of("continual")
-    with pytest.raises(ValueError, match=r"no warmup checkpoint from step 19 or before"):
-        checkpoints(tmp_path).last_of("warmup", at_most=19)
+    with pytest.raises(
+        ValueError, match=r"no continual checkpoint of step 20; finish the continual stage first"
+    ):
+        checkpoints(tmp_path).of("continual", 20)
+    with pytest.raises(ValueError, match=r"no warmup checkpoint of step 30; "):
+        checkpoints(tmp_path).of("warmup", 30)
+    assert checkpoints(tmp_path).of("warmup", 20).state.step == 20
 
 
 def test_rotation_keeps_the_newest_and_the_branch_points_of_each_stage(tmp_path: Path) -> None:
@@ -252,11 +254,56 @@ def test_damaged_checkpoints_do_not_count_as_the_last_ones(tmp_path: Path) -> No
     assert [why for why in reasons.values()] == [[], ["last 1"], ["damaged"]]
 
 
+def reader(run: Path) -> Checkpoints:
+    return Checkpoints(run, inputs=INPUTS)
+
+
 def test_a_checkpoint_that_is_read_is_not_deleted(tmp_path: Path) -> None:
+    for step, opened in enumerate((reader(tmp_path).newest, lambda: reader(tmp_path).open(folder)), start=1):
+        folder = save(tmp_path, step)
+        opened()
+        save(tmp_path, step + 10, keep_last=1)
+        assert folder.name in names(tmp_path)
+
+
+def test_a_reader_whose_checkpoint_goes_before_it_is_read_opens_a_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path, 1)
-    newest(tmp_path).hold()
-    save(tmp_path, 2, keep_last=1)
-    assert names(tmp_path) == ["warmup-00000001", "warmup-00000002"]
+    held: list[Path] = []
+
+    def hold(folder: Path) -> int:
+        held.append(folder)
+        if len(held) == 1:
+            save(tmp_path, 2, keep_last=1)
+        descriptor = files.hold(folder)
+        if len(held) == 2:
+            shutil.rmtree(folder)
+            save(tmp_path, 3, keep_last=1)
+        return descriptor
+
+    monkeypatch.setattr(checkpoint, "hold", hold)
+    with caplog.at_level(logging.WARNING):
+        found = reader(tmp_path).newest()
+    assert found is not None
+    assert found.state.step == 3
+    assert [path.name for path in held] == [f"warmup-{step:08d}" for step in (1, 2, 3)]
+    assert not caplog.records
+
+
+def test_what_is_rotated_away_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    opened = checkpoint.open_manifest
+
+    def open_manifest(folder: Path, **expected: Any) -> files.Manifest:
+        if folder == first and folder.exists():
+            checkpoint.delete(folder)
+        return opened(folder, **expected)
+
+    monkeypatch.setattr(checkpoint, "open_manifest", open_manifest)
+    assert [entry.folder for entry in entries(tmp_path)] == [second]
+    with pytest.raises(checkpoint.GoneError, match=rf"{first} is gone: its run, which trains"):
+        checkpoint.damage(first)
 
 
 def test_a_lost_manifest_is_damage_and_no_reason_to_begin_anew(tmp_path: Path) -> None:
@@ -390,10 +437,10 @@ def test_a_stage_never_starts_from_a_damaged_checkpoint_or_from_another_corpus(t
     save(tmp_path, 5)
     folder = save(tmp_path, 10)
     with pytest.raises(ValueError, match="made from shards s0"):
-        checkpoints(tmp_path, shards="s1").last_of("warmup")
+        checkpoints(tmp_path, shards="s1").of("warmup", 10)
     damage(folder / "model.safetensors")
     with pytest.raises(ValueError, match=rf"{folder} is damaged: model.safetensors"):
-        checkpoints(tmp_path).last_of("warmup")
+        checkpoints(tmp_path).of("warmup", 10)
 
 
 class Gate:

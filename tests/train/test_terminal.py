@@ -1,5 +1,8 @@
 import io
 import logging
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -166,3 +169,26 @@ def test_a_run_that_never_took_a_step_closes() -> None:
     console, out = printed()
     LiveView(console).close()
     assert out.getvalue().strip() == ""
+
+
+def test_a_run_whose_lines_nobody_can_read_any_more_goes_on() -> None:
+    """A pipe whose reader is gone, and letters that its reader has no code for."""
+    program = "import logging, sys; from train.terminal import view\n"
+    program += "logging.basicConfig(format='%(message)s'); shown = view(1)\n"
+    program += (
+        f"for number in range(1, 9): shown.log({step(1)!r} | dict(step=number)); sys.stdin.readline()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as started:  # fmt: skip
+        assert started.stdin is not None
+        assert started.stdout is not None
+        assert started.stderr is not None
+        assert started.stdout.readline().startswith("continual 1/800 ? loss 1.500")
+        started.stdout.close()
+        started.stdin.write("\n" * 8)
+        started.stdin.close()
+        said = started.stderr.read()
+    assert started.returncode == 0
+    assert said == "nobody reads the lines of this run any more; it goes on, and metrics.jsonl has them all\n"
