@@ -1,4 +1,5 @@
-"""What a run needs of the disk, looked at before anything is started: that it may write, and that there is room.
+"""What a run needs of disk and corpus, looked at before anything is started: that it may write, that there is room, and
+that there are enough references for the index that was asked for.
 
 Sizes are computed from the configuration: all checkpoints that the rules keep and one that is being written, and the
 memories that every bank epoch reads at most. What stands there already counts as room.
@@ -17,8 +18,9 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from launch.config import RunConfig
-from memorybank.config import CodecKind
+from memorybank.config import CodecKind, vector_size
 from memorybank.cost import memory_bytes, position_bytes
+from memorybank.index_plan import plan_index
 from model.flops import count_parameters
 from train.config import Precision, StageConfig
 from train.schedule import epoch_begins, most_generations
@@ -51,11 +53,14 @@ class Room:
 
 
 def check(config: RunConfig, folder: Path, *, num_references: int) -> None:
-    """Try the run folder, and compare what the run needs with what is free.
+    """Try the run folder, and compare what the run needs with what is free; the index's kind with the references.
 
     Raises:
-        ValueError: It cannot be written, or there is too little room.
+        ValueError: It cannot be written, or there is too little room, or too few references to train the index on.
     """
+    size = vector_size(config.retrieval.embedder)
+    if size is not None and any(stage.memory is not None for stage in config.stages.values()):
+        plan_index(num_references, size, config.retrieval.index)
     rate = write_rate(folder)
     room = needed(config, num_references)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -52,6 +52,18 @@ def test_a_folder_that_cannot_be_written_is_refused(folder: str, tmp_path: Path)
         preflight.check(config(), path, num_references=1)
 
 
+def test_an_index_of_more_references_than_there_are_is_refused(tmp_path: Path) -> None:
+    coded = config("retrieval.index.kind=ivf_pq")
+    with pytest.raises(
+        ValueError, match=r"retrieval\.index\.kind=ivf_pq needs at least 10,240 .* are 10,239: set"
+    ):
+        preflight.check(coded, tmp_path, num_references=10_239)
+    preflight.check(coded, tmp_path, num_references=10_240)
+    preflight.check(
+        config("retrieval.index.kind=ivf_pq", "continual.memory=null"), tmp_path, num_references=1
+    )
+
+
 def test_a_slow_disk_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
