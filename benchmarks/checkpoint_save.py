@@ -35,7 +35,7 @@ import torch  # noqa: E402
 
 from benchmarks.origin import commit, cpu  # noqa: E402
 from data.files import open_manifest, verify  # noqa: E402
-from launch.compose import compose_config  # noqa: E402
+from launch.compose import compose_config, laid_over  # noqa: E402
 from model.transformer import Memory3LM  # noqa: E402
 from train import distributed  # noqa: E402
 from train.checkpoint import KIND, VERSION, Checkpoints, Retention, Saved  # noqa: E402
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(run: Path, ranks: distributed.Ranks, *, rounds: int, overrides: Sequence[str]) -> dict[str, Any]:
     """Save in turns, synchronously and asynchronously, with updates between; figures in seconds."""
-    config = compose_config(list(overrides), beneath=["experiment=quick", "continual=null"])
+    config = compose_config(laid_over(["experiment=quick", "continual=null"], overrides))
     torch.manual_seed(0)
     engine = DeepSpeedEngine(
         Memory3LM(config.model),

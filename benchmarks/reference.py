@@ -17,7 +17,7 @@ from benchmarks.origin import made_by
 from data.documents import Split
 from data.files import write_atomic
 from launch import arms, build, evaluate, prepare, report
-from launch.compose import compose_config
+from launch.compose import compose_config, laid_over
 from train.evaluate import to_json
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     build.quiet_third_parties()
     results, minutes = [], []
     for seed in arguments.seeds:
-        base = compose_config([*arguments.overrides, f"seed={seed}"], beneath=["experiment=reference"])
+        base = compose_config(laid_over(["experiment=reference"], [*arguments.overrides, f"seed={seed}"]))
         base.run = f"{base.run}-seed{seed}"
         prepare.ensure(base)
         started = time.monotonic()
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         {"seed": seed, **to_json(found)} for seed, found in zip(arguments.seeds, results, strict=True)
     ]
     write_atomic(stem.with_suffix(".json"), json.dumps(per_seed).encode())
-    first = f"{compose_config(arguments.overrides, beneath=['experiment=reference']).run}-seed{arguments.seeds[0]}"
+    first = f"{compose_config(laid_over(['experiment=reference'], arguments.overrides)).run}-seed{arguments.seeds[0]}"
     root = base.paths.root
     folders = [
         (label, build.run_folder(first + ending, root)) for label, ending in (("M", ""), ("C", "-control"))

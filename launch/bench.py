@@ -25,7 +25,7 @@ from rich.table import Table
 from data.files import write_atomic
 from launch import build
 from launch.chart import Chart, Dash, Look, Series, picture
-from launch.compose import compose_config
+from launch.compose import compose_config, laid_over
 from launch.timing import LEAST_ROUNDS, Bench, Conditions, Figure, machine
 from launch.units import duration
 
@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(arguments.threads)
     subject = importlib.import_module(f"launch.bench_{arguments.action}")
-    config = compose_config(arguments.overrides, beneath=subject.DEFAULTS)
+    overrides = laid_over(subject.DEFAULTS, arguments.overrides)
+    config = compose_config(overrides)
     build.quiet_third_parties()
     context = {
         "subject": arguments.action,
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         "load_average": os.getloadavg()[0],
         "rounds": arguments.rounds,
         "threads": arguments.threads,
-        "overrides": [*subject.DEFAULTS, *arguments.overrides],
+        "overrides": overrides,
         **build.code(),
     }
     found: Bench = subject.measure(config, Conditions(arguments.rounds, device))

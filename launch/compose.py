@@ -23,22 +23,17 @@ from launch.origins import REFUSALS, flat, settings_of_file, settings_of_files
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
-def compose_config(
-    overrides: list[str], *, beneath: Sequence[str] = (), config_name: str = "config"
-) -> RunConfig:
+def compose_config(overrides: list[str], *, config_name: str = "config") -> RunConfig:
     """Compose, type-check and rule-check a configuration.
 
     Args:
         overrides: Hydra's grammar, `experiment=demo model=micro warmup.steps=200`; of two for a key the later counts.
-        beneath: Overrides that these may replace, their groups' files, too.
         config_name: Name of the primary file below `conf/`.
 
     Raises:
         ValueError: Naming the offending key, and the nearest one that exists.
     """
-    given = {override.partition("=")[0] for override in overrides}
-    kept = [override for override in beneath if override.partition("=")[0] not in given]
-    overrides = with_texts_quoted([*kept, *overrides])
+    overrides = with_texts_quoted(overrides)
     config = compose_unchecked(overrides, config_name=config_name)
     try:
         check(config)
@@ -46,6 +41,12 @@ def compose_config(
         settings = settings_of_files(overrides, CONF, config_name)
         raise ValueError(with_files(str(refused), overrides, CONF, settings)) from refused
     return config
+
+
+def laid_over(beneath: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Overrides, and before them those beneath whose keys and groups they leave alone."""
+    given = {override.partition("=")[0] for override in overrides}
+    return [*(each for each in beneath if each.partition("=")[0] not in given), *overrides]
 
 
 def compose_unchecked(overrides: list[str], *, config_name: str = "config") -> RunConfig:

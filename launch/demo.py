@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.compose import compose_config
+from launch.compose import compose_config, laid_over
 from launch.config import RunConfig
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _EVALUATION_SECONDS = 90
 
 def run(arguments: argparse.Namespace) -> int:
     """Run everything; exit code 0 once the table stands."""
-    main = compose_config(arguments.overrides, beneath=["experiment=demo"])
+    main = compose_config(laid_over(["experiment=demo"], arguments.overrides))
     started = time.monotonic()
     print(_estimate(main), flush=True)
 

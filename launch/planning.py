@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from launch.config import RunConfig
 from launch.devices import Device
 from launch.units import binary, decimal
-from memorybank.config import CodecKind, check_codec
-from memorybank.cost import CODECS, EMBEDDERS, generation_bytes
+from memorybank.config import CodecKind, check_codec, vector_size
+from memorybank.cost import CODECS, generation_bytes
 from memorybank.index_plan import IndexPlan, plan_index
 from model.config import ModelConfig
 from model.flops import ParameterCount, TokenFlops, count_parameters, step_flops, text_token_flops
@@ -358,16 +358,16 @@ def vector_bytes(config: RunConfig) -> int:
 
 
 def _index(config: RunConfig, references: int) -> IndexPlan | None:
-    embedder = EMBEDDERS.get(config.retrieval.embedder.kind.name)
-    return None if embedder is None else plan_index(references, embedder.vector_size, config.retrieval.index)
+    size = vector_size(config.retrieval.embedder)
+    return None if size is None else plan_index(references, size, config.retrieval.index)
 
 
 def _disk(config: RunConfig, site: Site, bank: BankPlan | None) -> DiskPlan:
     search = queries = 0 if bank is None else None
-    embedder = EMBEDDERS.get(config.retrieval.embedder.kind.name)
-    if bank is not None and embedder is not None:
+    size = vector_size(config.retrieval.embedder)
+    if bank is not None and size is not None:
         asking = sum(epoch.asking for epoch in bank.epochs)
-        queries = asking * (4 * embedder.vector_size + _KEY_BYTES + _NEIGHBOUR_BYTES)
+        queries = asking * (4 * size + _KEY_BYTES + _NEIGHBOUR_BYTES)
     if bank is not None and bank.index is not None:
         search = bank.index.num_vectors * bank.index.size * 4 + bank.index.disk_bytes
     return DiskPlan(

@@ -1,4 +1,5 @@
-"""What a run needs of the disk, looked at before anything is started: that it may write, and that there is room.
+"""What a run needs of disk and corpus, looked at before anything is started: that it may write, that there is room, and
+that there are enough references for the index that was asked for.
 
 Not here: the sizes (`launch.planning`), what a full disk does in the middle of a run (`train.checkpoint`), a bank that
 users keep (`launch.estimate`).
@@ -37,7 +38,8 @@ def check(config: RunConfig, folder: Path) -> None:
         folder: Of the run.
 
     Raises:
-        ValueError: It cannot be written, there is too little room, or training will refuse the corpus.
+        ValueError: It cannot be written, there is too little room, the corpus has too few references for the index
+            that was asked for, or training will refuse it.
     """
     rate = write_rate(folder)
     disk = check_room(config, folder)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from launch import compose
-from launch.compose import CONF, compose_config, differences, load_config, save_config, to_yaml
+from launch.compose import CONF, compose_config, differences, laid_over, load_config, save_config, to_yaml
 from launch.config import check
 from memorybank.config import CodecKind
 from model.flops import count_parameters
@@ -264,8 +264,8 @@ def test_a_second_file_of_a_group_is_refused(group: str) -> None:
 
 
 def test_what_is_given_replaces_what_lies_beneath() -> None:
-    config = compose_config(["experiment=quick", "seed=2"], beneath=["experiment=demo", "seed=1", "run=x"])
-    assert (config.experiment, config.seed, config.run) == ("quick", 2, "x")
+    overrides = laid_over(["experiment=demo", "seed=1", "run=x"], ["experiment=quick", "seed=2"])
+    assert overrides == ["run=x", "experiment=quick", "seed=2"]
 
 
 def test_a_path_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from rich.filesize import decimal
 from launch import preflight, pretrain
 from launch.compose import compose_config
 from launch.config import RunConfig
+from memorybank.config import IndexConfig, IndexKind
 from tests.support.launch import prepared_root, run_settings, within
 
 
@@ -48,6 +50,13 @@ def test_a_folder_that_cannot_be_written_is_refused(folder: str, tmp_path: Path)
     path = Path(folder.format(tmp=tmp_path))
     with pytest.raises(ValueError, match=rf"{path} cannot be written: .*; set paths.root"):
         preflight.check(config(), path)
+
+
+def test_an_index_of_more_references_than_there_are_is_refused() -> None:
+    coded = replace(config(), retrieval=replace(config().retrieval, index=IndexConfig(kind=IndexKind.ivf_pq)))
+    with pytest.raises(ValueError, match=r"retrieval\.index\.kind=ivf_pq needs at least 10,240 .*: set"):
+        preflight.check(coded, folder_of(coded))
+    preflight.check(replace(coded, continual=None), folder_of(coded))
 
 
 def test_a_slow_disk_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
