@@ -11,7 +11,7 @@ import pytest
 from benchmarks.documentation import topics
 from launch import cli, doctor, formats_page
 from tests.support.pages import ROOT, Block, Reader, blocks
-from tests.support.wandb_server import ask_only
+from tests.support.wandb_server import NOBODY, ask_only
 
 PAGES = (
     *("README.md", "docs/tutorial.md", "docs/operations.md", "docs/bank.md", "docs/science.md"),
@@ -25,7 +25,7 @@ def walk(folder: Path, monkeypatch: pytest.MonkeyPatch, *, slow: bool) -> list[B
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(doctor, "_WRITTEN_BYTES", 2 << 20)
-    ask_only("http://127.0.0.1:9", folder, monkeypatch)
+    ask_only(NOBODY, folder, monkeypatch)
     topics(folder / "corpus.jsonl")
     (folder / "docs").mkdir()
     (folder / "benchmarks/results").mkdir(parents=True)

@@ -11,13 +11,13 @@ import pytest
 from launch import doctor
 from launch.doctor import State, file_system
 from tests.support.launch import within
-from tests.support.wandb_server import ask_only, server
+from tests.support.wandb_server import NOBODY, ask_only, server
 
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "_WRITTEN_BYTES", 2 << 20)
-    ask_only("http://127.0.0.1:9", tmp_path, monkeypatch)  # nothing listens there
+    ask_only(NOBODY, tmp_path, monkeypatch)
 
 
 def test_this_machine_can_train_and_nothing_is_left_behind(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_this_machine_can_train_and_nothing_is_left_behind(tmp_path: Path) -> No
     assert found["locks"]["says"] == "on this host a lock keeps other processes out"
     assert found["rename"]["says"].startswith("on this host ")
     assert found["wandb"]["says"] == (
-        "http://127.0.0.1:9 does not answer (Connection refused): logging.wandb=true writes offline"
+        f"{NOBODY} does not answer (Connection refused): logging.wandb=true writes offline"
     )
     assert found["wandb"]["remedy"].startswith("`wandb sync ")
     assert {finding["state"] for finding in found.values()} <= {"ok", "note"}

@@ -12,6 +12,9 @@ from threading import Event, Thread
 
 import pytest
 
+_HOST = "127.0.0.1"
+NOBODY = f"http://{_HOST}:9"
+"""Where nothing listens."""
 _ANSWER = {"data": {"createRunFiles": {"runID": "", "uploadHeaders": [], "files": []}}}
 
 
@@ -52,7 +55,7 @@ class Server:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer((_HOST, 0), Handler)
         self._server.daemon_threads = True
         host, port = self._server.server_address[:2]
         self.url = f"http://{host!s}:{port}"
