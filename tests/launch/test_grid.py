@@ -250,7 +250,7 @@ def test_a_job_that_failed_is_named_when_it_is_submitted_again(
     runs = of(tmp_path, "warmup.peak_lr=1e-3", fates, "launcher=slurm", "launcher.slurm.gpus=false")
     assert control(runs, PROGRAM) == 0
     assert "again" not in capsys.readouterr().out
-    assert sorted(slurm.wait_for(job) for job in (cluster / "jobs").iterdir()) == [-9, 0, 1]
+    assert sorted(slurm.wait_for(job) for job in (cluster / "jobs").iterdir()) == [-9, 0, 2]
     assert control(runs, PROGRAM) == 0
     oom = "memory3 pretrain: rank 0: OutOfMemoryError: CUDA out of memory"
     ends = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[2:5]]
@@ -259,7 +259,7 @@ def test_a_job_that_failed_is_named_when_it_is_submitted_again(
         f"waiting: job 103, submitted again, for it failed: {oom}",
         "waiting: job 104, submitted again, for it failed: ended by a signal; it said nothing",
     ]
-    assert [slurm.wait_for(cluster / "jobs" / job) for job in ("103", "104")] == [1, 0]
+    assert [slurm.wait_for(cluster / "jobs" / job) for job in ("103", "104")] == [2, 0]
     assert [starts(each.folder) for each in runs] == [1, 2, 2]
 
 
