@@ -195,7 +195,9 @@ class PlainLines:
         try:
             self._console.print(line, soft_wrap=True, markup=False, highlight=False)
         except SystemExit:  # rich's answer to a closed pipe; from now on its console is silent
-            log.warning("nobody reads the lines of this run any more; it goes on, and metrics.jsonl has them all")
+            log.warning(
+                "nobody reads the lines of this run any more; it goes on, and metrics.jsonl has them all"
+            )
 
 
 def view(line_every: int, console: Console | None = None) -> LiveView | PlainLines:

@@ -156,7 +156,9 @@ def test_a_run_whose_lines_nobody_can_read_any_more_goes_on() -> None:
     """A pipe whose reader is gone, and letters that its reader has no code for."""
     program = "import logging, sys; from train.terminal import view\n"
     program += "logging.basicConfig(format='%(message)s'); shown = view(1)\n"
-    program += f"for number in range(1, 9): shown.log({step(1)!r} | dict(step=number)); sys.stdin.readline()\n"
+    program += (
+        f"for number in range(1, 9): shown.log({step(1)!r} | dict(step=number)); sys.stdin.readline()\n"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", program], text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
