@@ -72,9 +72,17 @@ class Command:
 COMMANDS = (
     Command("prepare", "corpus -> tokenizer -> token shards -> references -> search vectors", _OVERRIDES),
     Command("pretrain", "train: the warmup stage, then the continual stage with its memory bank", _PRETRAIN),
-    Command("bank", "build, search, edit, verify, look into and copy the memory bank of a run", ""),
+    Command(
+        "bank",
+        "build, search, edit, verify, look into and copy the memory bank of a run",
+        "a bank is of one set of weights: while a run trains, keep it on an export (`memory3 checkpoint export`)",
+    ),
     Command("checkpoint", "list, verify, prune and export the checkpoints of a run", ""),
-    Command("evaluate", "held-out text and fact probes, with memory, without, and with shuffled memory", ""),
+    Command(
+        "evaluate",
+        "measure losses on held-out text and fact probes, with memory, without, and with shuffled memory",
+        "",
+    ),
     Command("generate", "complete prompts with a run's model, without and with memory", _GENERATE),
     Command(
         "cost", "what memory costs a model: operations, bytes and times, before a bank is written", _OVERRIDES
@@ -82,16 +90,18 @@ COMMANDS = (
     Command("sweep", "train with drawn settings, trial by trial, and say which are best", _SWEEP),
     Command(
         "plan",
-        "what a run will take: parameters, memory, FLOPs, time, disk, money; and what would fit",
+        "say what a run will take: parameters, memory, FLOPs, time, disk, money; and what would fit",
         _OVERRIDES,
     ),
     Command(
         "bench", "how fast this machine trains, reads and writes memory, beside what would do without it", ""
     ),
-    Command("doctor", "whether this machine can train: versions, devices, disk, locks; a remedy a line", ""),
+    Command(
+        "doctor", "say whether this machine can train: versions, devices, disk, locks; a remedy a line", ""
+    ),
     Command(
         "report",
-        "one or several runs as a page: curves, memory, bank, time, faults, and one table of their evaluations",
+        "make a page of one or several runs: curves, memory, bank, time, faults, and a table of their evaluations",
         "made from the files of the runs alone, of half-finished ones too; several seeds of one recipe share a table",
     ),
     Command(
@@ -155,7 +165,11 @@ BANK_ACTIONS = (
     ),
     Command("refresh", "compile all memories anew with the run's newest weights; search vectors stay", ""),
     Command("compact", "rewrite the bank without what was removed, and delete every older state", ""),
-    Command("verify", "check every byte against its hash, and a sample against the model", ""),
+    Command(
+        "verify",
+        "check every byte against its hash, and a sample against the model; exit code 1 when something is wrong",
+        "",
+    ),
     Command("stat", "describe the bank, and the generations that training compiled", ""),
     Command("search", "show what a text retrieves", ""),
     Command(
@@ -164,9 +178,9 @@ BANK_ACTIONS = (
         "how a bank reaches a host without a shared disk; what was brought before is not brought again",
     ),
     Command(
-        "audit", "how much of what rows read repeats the rows themselves, and what gain comes from it", ""
+        "audit", "say how much of what rows read repeats the rows themselves, and what gain comes from it", ""
     ),
-    Command("inspect", "what a text read, what was kept of it, and whether it helped", ""),
+    Command("inspect", "show what a text read, what was kept of it, and whether it helped", ""),
 )
 
 
@@ -176,12 +190,12 @@ CHECKPOINT_ACTIONS = (
     Command(
         "prune",
         "delete the checkpoints and generations that no rule keeps, and what interrupted saves left",
-        "both ends of a stage, branch points, damaged checkpoints and those that are being read always stay; nothing "
+        "ends of stages, branch points, damaged checkpoints and those that are being read always stay; nothing "
         "is deleted unless one of those that stay is whole",
     ),
     Command(
         "export",
-        "weights, sizes and tokenizer in a folder that others can load",
+        "write weights, sizes and tokenizer into a folder that others can load",
         "`memory3 generate` and `evaluate` open it like a run, `train.export.load_exported` as a torch module",
     ),
 )
@@ -196,9 +210,9 @@ def _add_checkpoint_arguments(sub: argparse.ArgumentParser, name: str) -> None:
         sub.add_argument("checkpoint", nargs="?", metavar="NAME", help="which one (default: all)")
     if name in ("list", "prune"):
         for key, what in (
-            ("last", "newest ones of each stage"),
-            ("every", "those of every N steps"),
-            ("best", "those with the lowest validation losses of each stage"),
+            ("last", "keep the newest N of each stage"),
+            ("every", "keep those of every N steps"),
+            ("best", "keep the N with the lowest validation losses of each stage"),
         ):
             sub.add_argument(
                 f"--keep-{key}", type=int, metavar="N", help=f"{what} (default: saving.keep_{key} of the run)"
@@ -223,7 +237,10 @@ def _add_commands(
             help=command.summary,
             description=command.summary[0].upper() + command.summary[1:] + ".",
             epilog=command.details,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            # One paragraph is wrapped, several lines stand as they are.
+            formatter_class=argparse.RawDescriptionHelpFormatter
+            if "\n" in command.details
+            else argparse.HelpFormatter,
         )
         sub.set_defaults(parser=sub)
         add_arguments(sub, command.name)
@@ -435,7 +452,7 @@ def _add_arguments(sub: argparse.ArgumentParser, name: str) -> None:
             "--html", metavar="FILE", default="report.html", help="the page (default: %(default)s)"
         )
         sub.add_argument("--pictures", metavar="FOLDER", help="draw the charts as PNGs, too")
-        _add_root(sub, "folder of run names")
+        _add_root(sub, "folder of runs")
     if name == "pretrain":
         sub.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
         sub.add_argument(

@@ -245,7 +245,7 @@ def _of_key(text: str, overrides: Sequence[str], settings: Sequence[Setting], co
     """What is wrong with a key or its value."""
     found = re.search(r"full_key: ([\w.\-]+)", text)
     if found is None or "NoneType" in text:
-        said = _of_shape(settings, conf) or _of_missing_section(overrides)
+        said = _of_shape(settings, conf) or _of_missing_section(overrides, settings)
         if said or found is None:
             return said
     key = found[1]
@@ -337,7 +337,7 @@ def _labels_of_sources(settings: Sequence[Setting]) -> list[str]:
     return [label for source, kind in kinds.items() for label in labels_of(source, kind)]
 
 
-def _of_missing_section(overrides: Sequence[str]) -> str | None:
+def _of_missing_section(overrides: Sequence[str], settings: Sequence[Setting]) -> str | None:
     """OmegaConf cannot set keys inside a section that is null; None when no override does."""
     for override in overrides:
         if unknown_key(_name(override)):
@@ -345,12 +345,21 @@ def _of_missing_section(overrides: Sequence[str]) -> str | None:
         parts = _name(override).split(".")
         ends = range(1, len(parts) + 1)
         nullable = [".".join(parts[:end]) for end in ends if is_optional_section(".".join(parts[:end]))]
-        if nullable:
+        last = {section: _last_within(section, settings) for section in nullable}
+        null = [section for section, setting in last.items() if setting is None or setting.value is None]
+        if null:
+            files = [setting.file for setting in last.values() if setting and setting.key in null]
+            where = f"in {files[0]}" if files else "here"
             return (
-                f"{override}: {' or '.join(nullable)} is null here, which single keys cannot change; choose a file of "
+                f"{override}: {' or '.join(null)} is null {where}, which single keys cannot change; choose a file of "
                 "conf/ that sets it, such as experiment=quick"
             )
     return None
+
+
+def _last_within(section: str, settings: Sequence[Setting]) -> Setting | None:
+    """The last that a file says of a section, or of a key within; None where no file does."""
+    return next((each for each in reversed(settings) if f"{each.key}.".startswith(f"{section}.")), None)
 
 
 def _choices(folder: Path) -> list[str]:

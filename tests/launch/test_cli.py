@@ -210,12 +210,13 @@ def test_a_reader_that_has_enough_is_no_crash(say: str) -> None:
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_that_lacks_a_letter_is_no_crash(encoding: str) -> None:
     program = "import sys; from launch import cli, pretrain\n"
-    program += "pretrain.run = lambda _: print('at most: \u2264')\n"
+    program += "pretrain.run = lambda _: print('at most: \u2264') or 0\n"
     program += "cli.main(['pretrain', '--cfg'])"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "PYTHONIOENCODING": encoding},
         capture_output=True,
+        check=True,
     )
     assert done.stdout == b"at most: ?\n"
 

@@ -247,6 +247,13 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_of_two_stages_the_one_that_is_null_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"^continual.steps=1: continual is null in conf/stage/warmup.yaml, which"
+    ):
+        compose_config(["experiment=quick", "warmup.steps=1", "continual.steps=1", "stage=warmup"])
+
+
 def test_a_second_experiment_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"^\+experiment=paper_2b4: write experiment=NAME, once, or leave it away; "
