@@ -170,7 +170,7 @@ def as_json(number: int, prompt: str, label: str, completion: Completion) -> str
     """A completion on one line, with its prompt's number from 0, and what was read at each retrieval."""
     read = [[asdict(citation) for citation in citations] for citations in completion.references]
     told = {"number": number, "memory": label, "prompt": prompt, "text": completion.text, "references": read}
-    return json.dumps(told, ensure_ascii=sys.stdout.encoding.lower() != "utf-8")
+    return json.dumps(told, ensure_ascii=(sys.stdout.encoding or "utf-8").lower() != "utf-8")
 
 
 def check(sampling: Sampling) -> None:

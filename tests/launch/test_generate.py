@@ -36,6 +36,13 @@ def test_no_memory_leaves_the_second_completion_out() -> None:
     assert "--- with memory" not in done.out
 
 
+@pytest.mark.parametrize(("encoding", "line"), [("utf-8", "\u2264 \xb5"), ("ascii", r"\u2264 \u00b5")])
+def test_a_line_of_json_loses_no_letter_that_its_reader_has_no_code_for(encoding: str, line: str) -> None:
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding)):
+        said = generate.as_json(0, "p", "with memory", generate.Completion("\u2264 \xb5", [], []))
+    assert f'"text": "{line}"' in said
+
+
 OTHERS = ("A list is", "def f(x):\n    return")
 
 
