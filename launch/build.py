@@ -236,7 +236,7 @@ def nominal_tflops(config: RunConfig, *, has_gpu: bool) -> float | None:
     if not has_gpu:
         return DEVICES["cpu"].peak(precision) * config.engine.threads_per_rank
     name, _ = device_here()
-    return DEVICES[name].peak(precision) if name in DEVICES else None
+    return DEVICES[name].peak(precision) if name in DEVICES and name != "cpu" else None
 
 
 def branch_source(run: Path, config: RunConfig) -> tuple[Path, StageConfig]:

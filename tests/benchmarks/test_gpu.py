@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from launch.compose import compose_config
+from launch.compose import compose_config, laid_over
 from tests.support.spawn import spawn
 from train import engine
 from train.engine import deepspeed_settings
@@ -59,7 +59,7 @@ def test_the_parts_fit_into_ten_minutes_and_their_settings_are_known() -> None:
     assert {part.subject for part in parts} == {part.subject for part in ALL}
     for part in parts:
         defaults = importlib.import_module(f"launch.bench_{part.subject}").DEFAULTS
-        assert compose_config([*defaults, *part.settings]).model.row_tokens == 2048, part
+        assert compose_config(laid_over(defaults, part.settings)).model.row_tokens == 2048, part
 
 
 def test_a_slow_part_takes_its_own_share_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

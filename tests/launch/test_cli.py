@@ -233,6 +233,6 @@ def test_cfg_prints_every_key_and_makes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_home_folder_is_a_root_that_no_shell_has_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
     for command in ("doctor", "report demo", "evaluate demo"):
-        assert cli.parse([*command.split(), "--root=~/runs"]).root == "/home/me/runs"
+        assert cli.parse([*command.split(), "--root=~/runs"]).root == "/users/me/runs"

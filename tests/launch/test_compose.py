@@ -276,11 +276,11 @@ def test_what_is_given_replaces_what_lies_beneath() -> None:
 
 
 def test_a_path_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
     settings = ["paths.root=~/runs", "data=jsonl", "data.sources.documents.path=~/a.jsonl", "data.path=x~/~"]
     config = compose_config(settings)
-    assert config.paths.root == "/home/me/runs"
-    assert (config.data.sources["documents"].path, config.data.path) == ("/home/me/a.jsonl", "x~/~")
+    assert config.paths.root == "/users/me/runs"
+    assert (config.data.sources["documents"].path, config.data.path) == ("/users/me/a.jsonl", "x~/~")
 
 
 def test_a_label_that_a_file_sets_is_named_as_it_stands() -> None:
