@@ -1,9 +1,7 @@
 """Grids: which runs they come to, and what failures, kills and a second start change about them."""
 
-import os
 import shlex
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 
@@ -217,12 +215,6 @@ def test_a_grid_has_one_user(tmp_path: Path) -> None:
     (tmp_path / "g-grid").mkdir()
     with grid.only_user(tmp_path / "g-grid"), pytest.raises(ValueError, match="wait for it, or set run=NAME"):
         control(of(tmp_path, RATES), PROGRAM)
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("PATH", f"{slurm.install(tmp_path / 'slurm')}{os.pathsep}{os.environ['PATH']}")
-    return tmp_path / "slurm"
 
 
 def test_on_slurm_every_combination_is_a_job(

@@ -204,15 +204,6 @@ def test_deepspeeds_own_hosts_train_the_same(root: Path, tmp_path: Path) -> None
     assert trained_with.logging.wandb_project == "a,b"
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A SLURM of this machine; its folder."""
-    folder = tmp_path / "slurm"
-    path = slurm.install(folder)
-    monkeypatch.setenv("PATH", f"{path}{os.pathsep}{os.environ['PATH']}")
-    return folder
-
-
 @pytest.mark.slow
 def test_a_job_of_two_nodes_trains_the_same(root: Path, cluster: Path) -> None:
     more = ["launcher=slurm", "launcher.slurm.nodes=2", "launcher.slurm.gpus=false"]

@@ -28,7 +28,6 @@ from launch.study import Row, Study
 from launch.sweep_report import objective
 from launch.trial import TrialProcess
 from memorybank.config import QueryMode
-from tests.support import slurm
 from tests.support.launch import memory3, prepared_root, trained_corpus, within
 from tests.support.spawn import HANG_SECONDS
 from tests.support.sweep import RATES, SPACE, control, facts_loss, losses, starts
@@ -180,17 +179,22 @@ def test_a_corpus_without_facts_is_no_objective(tmp_path: Path) -> None:
         run.evaluation()
 
 
-def test_cancelling_one_job_after_the_other_ends_a_sweep(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", f"{slurm.install(tmp_path / 'slurm')}{os.pathsep}{os.environ['PATH']}")
+@pytest.fixture
+def queue(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A SLURM of this machine that is asked often; its folder."""
     monkeypatch.setattr(launch_slurm, "_QUEUE_SECONDS", 0.1)
+    return cluster
+
+
+def test_cancelling_one_job_after_the_other_ends_a_sweep(
+    tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sleep = time.sleep
-    (tmp_path / "slurm/full").touch()
+    (queue / "full").touch()
 
     def cancel(seconds: float) -> None:
         """All that wait."""
-        for job in (tmp_path / "slurm/jobs").iterdir():
+        for job in (queue / "jobs").iterdir():
             subprocess.run(["scancel", job.name], check=True)
         sleep(seconds)
 
@@ -311,11 +315,9 @@ def test_a_sweep_with_a_finished_trial_goes_on_whatever_fails(tmp_path: Path) ->
 
 
 def test_a_job_that_still_trains_may_save_a_sweep_of_failures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the first six, which train together, five fail while the sixth has not begun its steps."""
-    monkeypatch.setenv("PATH", f"{slurm.install(tmp_path / 'slurm')}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(launch_slurm, "_QUEUE_SECONDS", 0.1)
     allowed, sleep = tmp_path / "allowed", time.sleep
     allowed.write_bytes(bytes(30))
     monkeypatch.setenv("STEPS_ALLOWED", str(allowed))
@@ -362,10 +364,10 @@ def test_a_sweep_whose_trials_all_failed_is_a_failure(
         assert "# Sweep s: 2 of 2 trials (2 failed)" in capsys.readouterr().out
 
 
-def test_trials_are_tasks_of_arrays_on_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_are_tasks_of_arrays_on_slurm(
+    tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A trial that is killed, and a controller that is killed, on the way."""
-    monkeypatch.setenv("PATH", f"{slurm.install(tmp_path / 'slurm')}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(launch_slurm, "_QUEUE_SECONDS", 0.1)
     monkeypatch.setenv("STEP_SECONDS", "0.2")
     more = ["launcher=slurm", "launcher.slurm.array_tasks=3", "launcher.slurm.gpus=false"]
     more += ["logging.wandb_project=killed-once", RATES]
@@ -384,17 +386,15 @@ def test_trials_are_tasks_of_arrays_on_slurm(tmp_path: Path, monkeypatch: pytest
     assert [row.state for row in rows(tmp_path)] == ["finished"] * 4  # too few for one to be pruned
     trained = [tmp_path / f"s-{number:03d}" for number in range(4)]
     assert [starts(path) for path in trained] == [2] * 4  # the first controller's death repeated none
-    jobs = sorted(path.name for path in (tmp_path / "slurm/jobs").iterdir())
+    jobs = sorted(path.name for path in (queue / "jobs").iterdir())
     assert jobs[:3] == ["100_0", "100_1", "100_2"]
     assert len(jobs) == 2 * 4
 
 
 def test_a_job_that_is_cancelled_before_it_began_is_a_failed_trial(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", f"{slurm.install(tmp_path / 'slurm')}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(launch_slurm, "_QUEUE_SECONDS", 0.1)
-    full, sleep = tmp_path / "slurm/full", time.sleep
+    full, sleep = queue / "full", time.sleep
     full.touch()
 
     def cancel(seconds: float) -> None:
@@ -410,13 +410,12 @@ def test_a_job_that_is_cancelled_before_it_began_is_a_failed_trial(
     cancelled = rows(tmp_path)[1]
     note = "job 100_1 was cancelled before it began; a greater --trials draws another instead"
     assert (cancelled.state, cancelled.note) == ("failed", note)
-    assert sorted(path.name for path in (tmp_path / "slurm/jobs").iterdir()) == ["100_0", "100_1", "101_2"]
+    assert sorted(path.name for path in (queue / "jobs").iterdir()) == ["100_0", "100_1", "101_2"]
     assert {starts(tmp_path / f"s-{number:03d}") for number in (0, 2)} == {1}
 
 
-def test_a_trial_that_fails_as_a_job_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", f"{slurm.install(tmp_path / 'slurm')}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(launch_slurm, "_QUEUE_SECONDS", 0.1)
+@pytest.mark.usefixtures("queue")
+def test_a_trial_that_fails_as_a_job_says_why(tmp_path: Path) -> None:
     more = ["launcher=slurm", "launcher.slurm.array_tasks=2", "launcher.slurm.gpus=false"]
     with pytest.raises(ValueError, match=r"[56] trials failed and none has finished"):
         control(tmp_path, 8, *more, "logging.wandb_project=memory", RATES, jobs=True)
